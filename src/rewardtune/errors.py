@@ -1,0 +1,33 @@
+"""What can go wrong, by exit code. Every message says what was given, what is legal and what to do."""
+
+
+class RewardTuneError(Exception):
+    """Base of all errors that rewardtune raises on purpose; the command prints them in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(RewardTuneError, ValueError):
+    """A setting, file or argument is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class PreflightError(RewardTuneError):
+    """The pipeline, or a part of it, cannot be opened exactly (exit code 3)."""
+
+    exit_code = 3
+
+
+class RewardError(PreflightError):
+    """A reward returned the wrong shape, a NaN, or no gradient (exit code 3)."""
+
+
+class ReplayError(PreflightError):
+    """A replayed network call did not reproduce what was recorded (exit code 3)."""
+
+
+class TrainingStopped(RewardTuneError):
+    """A guard or a NaN stopped the run (exit code 4)."""
+
+    exit_code = 4
