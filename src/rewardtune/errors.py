@@ -27,7 +27,7 @@ class ReplayError(PreflightError):
     """A replayed network call did not reproduce what was recorded (exit code 3)."""
 
 
-class TrainingStopped(RewardTuneError):
+class TrainingStopped(RewardTuneError):  # noqa: N818 - it is an outcome, not a mistake
     """A guard or a NaN stopped the run (exit code 4)."""
 
     exit_code = 4

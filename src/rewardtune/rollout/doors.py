@@ -1,0 +1,310 @@
+"""The three doors held open while a diffusers pipeline samples itself: autograd, its networks, its scheduler.
+
+No sampling loop is copied: the user's own ``pipe(...)`` runs, and the doors decide at each network call and at each
+``scheduler.step`` what is computed, what is recorded and where the chain ends. Everything is put back when the doors
+close, also after an exception.
+"""
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.plan import Plan
+from rewardtune.prediction import x0_hat
+from rewardtune.rollout.tape import Call
+
+log = logging.getLogger("rewardtune")
+
+#: Names under which diffusers pipelines keep the network that is tuned.
+DENOISERS = ("unet", "transformer", "prior", "decoder")
+#: A decoder is replayed on at most this many pixels at once: one picture of 512 x 512.
+DECODE_PIXELS = 512 * 512
+
+_told: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+class Doors:
+    """What the doors do during one sampling chain, and what they saw.
+
+    Attributes:
+        plan: the chain's plan; None computes everything and records nothing (or, with ``blank``, computes each
+            distinct network call once and answers the others with it: enough to count steps).
+        step: number of ``scheduler.step`` calls so far.
+        calls: the tape, in order.
+        calls_per_step: denoiser calls before each scheduler step.
+        outputs: with ``keep_outputs``, all network outputs in order (constants). A restarted chain (DRaFT-LV) gets
+            them as ``given``, so its steps before ``start`` cost no network call and its scheduler's history is true.
+        final: the last ``prev_sample``; ``timesteps``: the timestep of every step. Both serve re-noising.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        plan: Plan | None,
+        *,
+        denoiser: str,
+        blank: bool = False,
+        keep_outputs: bool = False,
+        given: Sequence[Any] = (),
+        restart: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.pipe, self.plan, self.blank = pipe, plan, blank
+        self.denoiser = pipe.components[denoiser]
+        trained = {id(p) for p in self.denoiser.parameters() if p.requires_grad}
+        self._sharing = {
+            name
+            for name, module in pipe.components.items()
+            if isinstance(module, nn.Module) and any(id(p) in trained for p in module.parameters())
+        }
+        self.keep_outputs, self.given, self.restart = keep_outputs, list(given), restart
+        self.step = 0
+        self.timestep_sets = 0
+        self.calls: list[Call] = []
+        self.calls_per_step: dict[int, int] = {}
+        self.outputs: list[Any] = []
+        self.timesteps: list[Any] = []
+        self.final: Tensor | None = None
+        self.own_x0_error: float | None = None
+        self._answers: dict[Any, Any] = {}
+        self._end: Any = None
+
+    @property
+    def stopped(self) -> bool:
+        return self._end is not None
+
+    @contextmanager
+    def open(self) -> Iterator["Doors"]:
+        """Hold the doors open; restores every attribute it sets, in reverse order."""
+        _refuse_inference_mode()
+        scheduler = self.pipe.scheduler
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # door 1: restore the mode
+            _quiet(self.pipe, stack)
+            for name, module in self.pipe.components.items():
+                if isinstance(module, nn.Module):
+                    inner = module._compiled_call_impl or module._call_impl
+                    # The outermost call slot of nn.Module: hooks of accelerate, diffusers, FSDP and dynamo stay inside.
+                    _set(stack, module, "_compiled_call_impl", functools.partial(self._network, name, module, inner))
+                    decode: Any = getattr(module, "decode", None)
+                    if callable(decode):
+                        _set(stack, module, "decode", functools.partial(self._decode, name, module, decode))
+            _set(stack, scheduler, "step", self._step_door(scheduler.step))
+            _set(stack, scheduler, "set_timesteps", self._count_timesteps(scheduler.set_timesteps))
+            yield self
+
+    # Door 2: networks ---------------------------------------------------------------------------------------------
+
+    def _network(self, name: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        is_denoiser = module is self.denoiser
+        if is_denoiser:
+            self.calls_per_step[self.step] = self.calls_per_step.get(self.step, 0) + 1
+        if self.plan is None and not self.blank and not self.keep_outputs:
+            return self._constant(inner, args, kwargs)
+        signature = (name, *_shapes((args, kwargs)))
+        if (self.stopped or self.blank) and signature in self._answers:
+            return _copied(self._answers[signature])
+        if self.given and self.step < self._start:
+            return _copied(self.given.pop(0))
+        if self._taped(name, is_denoiser, args, kwargs):
+            assert self.plan is not None
+            call = Call(
+                step=self.step,
+                name=name,
+                module=module,
+                run=inner,
+                trained=name in self._sharing,
+                # Scaled once, at the denoiser's arguments: a ControlNet below it is not scaled again.
+                input_gradient=self.plan.input_gradient if is_denoiser else 1.0,
+            )
+            output = call.record(args, kwargs)
+            self.calls.append(call)
+        else:
+            output = self._constant(inner, args, kwargs)
+        self._answers[signature] = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
+        if self.keep_outputs:
+            self.outputs.append(self._answers[signature])
+        return output
+
+    @property
+    def _start(self) -> int:
+        return 0 if self.plan is None or self.plan.start is None else self.plan.start
+
+    def _taped(self, name: str, is_denoiser: bool, args: Any, kwargs: Any) -> bool:
+        if self.stopped or self.plan is None or self.step not in self.plan.train:
+            return False
+        if is_denoiser or name in self._sharing:
+            return True
+        if self.plan.input_gradient == 0:
+            return False
+        # ControlNets and their like carry gradient only in nested plans, from their inputs.
+        inputs = pytree.tree_leaves((args, kwargs))
+        return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+    def _constant(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with torch.no_grad():
+            return inner(*args, **kwargs)
+
+    def _decode(self, name: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return self._constant(inner, args, kwargs)
+        call = Call(step=self.step, name=name, module=module, run=inner, trained=False, input_gradient=1.0)
+        output = call.record(args, kwargs)
+        picture = next(leaf for leaf in call.leaves if leaf is not None)
+        call.chunk = max(1, DECODE_PIXELS // max(1, picture[0, 0].numel()))
+        self.calls.append(call)
+        return output
+
+    # Door 3: scheduler.step ---------------------------------------------------------------------------------------
+
+    def _step_door(self, real_step: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(real_step)
+
+        @functools.wraps(real_step)  # pipelines look for `eta` and `generator` in the signature
+        def step(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            as_dict = bound.arguments["return_dict"]
+            if self.stopped:
+                return self._end if as_dict else self._end.to_tuple()
+            if self.calls:
+                torch.set_grad_enabled(True)
+            self.timesteps.append(bound.arguments["timestep"])
+            if self.plan is not None and self.step == self.plan.end:
+                self._end = self._stop(real_step, bound)
+                self.step += 1
+                return self._end if as_dict else self._end.to_tuple()
+            answer = real_step(*bound.args, **bound.kwargs)
+            answer = self._restarted(answer)
+            self.final = _previous(answer)
+            self.step += 1
+            return answer
+
+        return step
+
+    def _stop(self, real_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Algorithm 1, lines 19-21: the chain ends here with x0-hat in place of the next latent."""
+        arguments = bound.arguments
+        torch.set_grad_enabled(True)  # under no_grad the scheduler's own prediction would carry no graph
+        scheduler, sample, output = self.pipe.scheduler, arguments["sample"], arguments["model_output"]
+        formula, refusal = None, None
+        try:
+            formula = x0_hat(scheduler, sample, output, timestep=arguments["timestep"])
+        except PreflightError as error:
+            refusal = error
+        arguments["return_dict"] = True
+        answer = real_step(*bound.args, **bound.kwargs)
+        own = getattr(answer, "pred_original_sample", None)
+        own = own if own is not None else getattr(answer, "denoised", None)
+        if own is not None and formula is not None:
+            self.own_x0_error = float((own - formula).detach().abs().max() / own.detach().abs().max().clamp_min(1e-30))
+        x0 = own if own is not None else formula
+        if x0 is None:
+            raise refusal or PreflightError(f"{type(scheduler).__name__} has no x0-hat")
+        x0 = x0.to(answer.prev_sample.dtype)
+        for key, value in answer.items():
+            if isinstance(value, Tensor) and value.shape == x0.shape:
+                answer[key] = x0  # pipelines of LCM and SCM decode the second value
+        return answer
+
+    def _restarted(self, answer: Any) -> Any:
+        """DRaFT-LV: the chain goes on from the finished x_0, re-noised to the level of step ``start``."""
+        if self.restart is None or self.step != self._start - 1:
+            return answer
+        latent = self.restart(self.pipe.scheduler).to(_previous(answer).dtype)
+        if isinstance(answer, tuple):
+            return (latent, *answer[1:])
+        answer["prev_sample"] = latent
+        return answer
+
+    def _count_timesteps(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self.timestep_sets += 1
+            if self.timestep_sets > 1:
+                raise PreflightError(
+                    f"{type(self.pipe).__name__} samples in more than one stage (set_timesteps is called again in one "
+                    "call). Tune a single-stage pipeline, or each stage by itself."
+                )
+            return real(*args, **kwargs)
+
+        return set_timesteps
+
+
+def find_denoiser(pipe: Any, name: str | None = None) -> str:
+    """Name of the component that is tuned: ``name`` if given, else the usual ones of diffusers.
+
+    Raises:
+        PreflightError: if the pipeline is of a kind that cannot be opened, or has no such component.
+    """
+    from diffusers import DiffusionPipeline
+
+    opened: Any = pipe
+    if not isinstance(opened, DiffusionPipeline):
+        raise PreflightError(
+            f"{type(pipe).__name__} is not a diffusers DiffusionPipeline (modular pipelines have no single call whose "
+            "networks and scheduler can be held): load the classic pipeline class of the same model."
+        )
+    networks = [key for key, module in opened.components.items() if isinstance(module, nn.Module)]
+    names = [name] if name else [key for key in DENOISERS if key in networks]
+    if not names or names[0] not in networks:
+        raise PreflightError(
+            f"{type(pipe).__name__} has no denoiser named {name or ' / '.join(DENOISERS)}: its networks are "
+            f"{', '.join(networks)}. Pass denoiser=<name>."
+        )
+    if not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise PreflightError(
+            f"{type(pipe).__name__} has no scheduler with a step of its own (several stages, or an autoregressive "
+            "model): its chain cannot be opened. Tune each stage's pipeline by itself."
+        )
+    return names[0]
+
+
+def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an instance attribute past any ``__setattr__``; the stack restores what was there."""
+    present = owner.__dict__
+    if name in present:
+        stack.callback(present.__setitem__, name, present[name])
+    else:
+        stack.callback(present.pop, name, None)
+    present[name] = value
+
+
+def _quiet(pipe: Any, stack: ExitStack) -> None:
+    """Set aside what leaves torch (safety checker, watermark) and the pipeline's own progress bar."""
+    aside = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
+    for name in aside:
+        _set(stack, pipe, name, None)
+    if aside and pipe not in _told:
+        _told.add(pipe)
+        log.warning("%s is set aside while rollouts run: it carries no gradient", " and ".join(aside))
+    _set(stack, pipe, "_progress_bar_config", {**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "a rollout runs under torch.inference_mode, where nothing carries a graph: leave that context"
+        )
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    leaves, spec = pytree.tree_flatten(tree)
+    return (tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), str(spec))
+
+
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+def _previous(answer: Any) -> Tensor:
+    return answer[0] if isinstance(answer, tuple) else answer.prev_sample

@@ -1,0 +1,179 @@
+"""Preflight: does this pipeline open exactly? A few small calls that find out before any training.
+
+Checked: the pipeline repeats itself, the doors change no picture, one chain of steps with the denoiser between them,
+network calls are functions of their arguments, gradients flow and are finite (plain and with early stop), x0-hat agrees
+with the scheduler's own, and the pipeline is as before afterwards.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.plan import Plan
+from rewardtune.rollout.doors import Doors, find_denoiser
+
+#: Hooks of diffusers that reuse results between steps: a call that uses them cannot be repeated from its arguments.
+CACHE_HOOKS = ("cache", "fbc_", "faster_cache", "pyramid_attention", "layer_skip", "smoothed_energy", "taylorseer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the preflight found.
+
+    Attributes:
+        T: scheduler steps of one chain of the user's call.
+        denoiser: name of the tuned component.
+        calls_per_step: denoiser calls between two scheduler steps (2 with true classifier-free guidance).
+        early_stop: whether this scheduler has an x0-hat.
+        notes: what is worth telling the user, in plain words.
+    """
+
+    T: int
+    denoiser: str
+    calls_per_step: int
+    early_stop: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True, steps: int = 4, **call: Any) -> Facts:
+    """Run the checks on ``pipe(**call)`` with one prompt and few steps.
+
+    Args:
+        early_stop: whether an early stop will be used; without it a scheduler that has no x0-hat is only noted.
+        steps: inference steps of the small calls.
+        call: arguments of ``pipe(...)`` as the rollouts will use them.
+
+    Raises:
+        PreflightError: with the reason, if the pipeline cannot be opened exactly.
+        ConfigError: if nothing is trainable, or the scheduler cannot do the number of steps.
+    """
+    from rewardtune.rollout import _one_sample, count_steps
+
+    name = find_denoiser(pipe, denoiser)
+    for key, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            _refuse_hooks(key, module)
+    T = count_steps(pipe, denoiser=name, **call)
+    small = _one_sample(call)
+    small["num_inference_steps"] = min(steps, int(call.get("num_inference_steps", steps)))
+    notes: list[str] = []
+
+    first, second = _plain(pipe, small), _plain(pipe, small)
+    noise = float((first - second).abs().max())
+    if noise > 1e-3:
+        raise PreflightError(
+            f"{type(pipe).__name__} does not repeat itself with equal seeds (pictures differ by {noise:.1e}): pass a "
+            "generator, and switch off what is random or stateful in the pipeline"
+        )
+    _check_range(pipe, small, first)
+
+    doors = Doors(pipe, None, denoiser=name)
+    opened = _plain(pipe, small, doors)
+    if float((opened - first).abs().max()) > noise:
+        raise PreflightError(f"{type(pipe).__name__} renders other pictures with the doors open: please report this")
+    small_T = doors.step
+    calls = set(doors.calls_per_step.values())
+    if small_T == 0 or not calls or set(doors.calls_per_step) - set(range(small_T)):
+        raise PreflightError(
+            f"{type(pipe).__name__}: pipe.{name} is not called between scheduler steps (several stages, or another "
+            "denoiser): pass denoiser=<name of the network that is>"
+        )
+
+    found = _check_gradient(pipe, name, Plan(T=small_T, train=frozenset({small_T - 1})), small)
+    dead = sum(1 for g in found if g is None)
+    if dead:
+        notes.append(f"{dead} of {len(found)} trained tensors get no gradient (normal for the last blocks of MMDiT)")
+    try:
+        stop = max(0, small_T - 2)
+        _check_gradient(pipe, name, Plan(T=small_T, train=frozenset({stop}), end=stop), small)
+        can_stop = True
+    except PreflightError as error:
+        if early_stop:
+            raise
+        can_stop = False
+        notes.append(f"no early stop: {error}")
+
+    if float((_plain(pipe, small) - first).abs().max()) > noise:
+        raise PreflightError(f"{type(pipe).__name__} renders other pictures after a rollout: please report this")
+    return Facts(T=T, denoiser=name, calls_per_step=max(calls), early_stop=can_stop, notes=notes)
+
+
+def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_type: str = "pt") -> Any:
+    from rewardtune.rollout import _generators, _seeded
+
+    states = [(g, g.get_state()) for g in _generators(call)]
+    opened = (doors or Doors(pipe, None, denoiser=find_denoiser(pipe))).open()
+    with _seeded(0, next(m for m in pipe.components.values() if isinstance(m, nn.Module))), torch.no_grad():
+        if doors is None:
+            images = _quietly(pipe, {**call, "output_type": output_type, "return_dict": False})
+        else:
+            with opened:
+                images = pipe(**{**call, "output_type": output_type, "return_dict": False})[0]
+    for g, state in states:
+        g.set_state(state)
+    return images
+
+
+def _quietly(pipe: Any, call: dict[str, Any]) -> Any:
+    """The plain pipeline, without its progress bar and with the same parts set aside as in a rollout."""
+    from contextlib import ExitStack
+
+    from rewardtune.rollout.doors import _quiet
+
+    with ExitStack() as stack:
+        _quiet(pipe, stack)
+        return pipe(**call)[0]
+
+
+def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
+    """`output_type="pt"` must be the picture itself: equal to "np", or to it before the usual post-processing."""
+    if not isinstance(pt, Tensor) or pt.ndim != 4 or pt.shape[1] != 3:
+        shape = tuple(pt.shape) if isinstance(pt, Tensor) else type(pt).__name__
+        raise PreflightError(f"{type(pipe).__name__} returns {shape} for output_type='pt'; (B, 3, H, W) is needed")
+    np_images = torch.from_numpy(_plain(pipe, call, output_type="np")).permute(0, 3, 1, 2)
+    pt = pt.detach().cpu().float()
+    if min(float((pt - np_images).abs().max()), float(((pt / 2 + 0.5).clamp(0, 1) - np_images).abs().max())) > 1e-2:
+        raise PreflightError(f"{type(pipe).__name__}: output_type='pt' and 'np' are different pictures")
+
+
+def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) -> list[Tensor | None]:
+    from rewardtune.rollout import _generators, rollout
+
+    parameters = [p for p in pipe.components[denoiser].parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+    states = [(g, g.get_state()) for g in _generators(call)]
+    try:
+        for p in parameters:
+            p.grad = None
+        with rollout(pipe, plan, denoiser=denoiser, seed=0, **call) as tape:
+            weights = torch.linspace(-1, 1, tape.images.numel(), dtype=tape.images.dtype, device=tape.images.device)
+            tape.backward((tape.images * weights.view_as(tape.images)).mean())
+        return [p.grad for p in parameters]
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+        for g, state in states:
+            g.set_state(state)
+
+
+def _refuse_hooks(name: str, module: nn.Module) -> None:
+    for path, child in module.named_modules():
+        where = f"pipe.{name}.{path}".rstrip(".")
+        registry = getattr(child, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}):
+            if any(mark in hook for mark in CACHE_HOOKS):
+                raise PreflightError(
+                    f"{where} carries the hook {hook!r}, which reuses results between steps: a call cannot be "
+                    "repeated from its arguments. Remove it (disable_cache) before tuning."
+                )
+        hf_hook = getattr(child, "_hf_hook", None)
+        if type(hf_hook).__name__ == "AlignDevicesHook" and getattr(hf_hook, "offload", False):
+            raise PreflightError(
+                f"{where} is offloaded sequentially, which replaces its parameters: gradients would be lost. "
+                "Use enable_model_cpu_offload() instead of enable_sequential_cpu_offload()."
+            )
+    if any(p.is_meta for p in module.parameters()):
+        raise ConfigError(f"pipe.{name} has parameters on the meta device (sequential offload?): load them first")

@@ -1,0 +1,282 @@
+"""The tape: network calls of one rollout, kept so that each can be replayed with a graph, one at a time.
+
+While a pipeline samples, every network runs under no_grad. A call that matters for the gradient is kept as a
+:class:`Call`: its arguments by reference and what the outcome depends on besides them (RNG, autocast, dtype,
+attention processors). Its output is handed on as a fresh leaf, so the only graph that grows is the arithmetic of the
+scheduler and the guidance. :meth:`Call.replay` runs the call again with a graph, refuses if the outcome is not what was
+recorded, and back-propagates the cotangent that has arrived at the leaf.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rewardtune.errors import PreflightError, ReplayError
+
+#: Largest relative difference between a replayed output and the recorded one.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a network call depends on besides its arguments and weights."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    rng: Tensor
+    device_rng: Tensor | None
+    autocast: tuple[bool, torch.dtype]
+    processors: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Surroundings":
+        parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+        device = parameter.device if parameter is not None else torch.device("cpu")
+        kind = device.type
+        return cls(
+            device=device,
+            dtype=parameter.dtype if parameter is not None else None,
+            rng=torch.get_rng_state(),
+            device_rng=torch.cuda.get_rng_state(device) if kind == "cuda" else None,
+            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            processors=_processors(module),
+        )
+
+    @contextmanager
+    def restored(self, module: nn.Module) -> Iterator[None]:
+        """Make ``module`` see what it saw when it was recorded; put everything back afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(_forked_rng(self))
+            current = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+            if current is not None and self.dtype is not None and current != self.dtype:
+                module.to(self.dtype)  # an up-cast VAE that its pipeline has cast back
+                stack.callback(module.to, current)
+            present = _processors(module)
+            if present is not None and self.processors is not None and not _same(present, self.processors):
+                module.set_attn_processor(dict(self.processors))  # type: ignore[operator]
+                stack.callback(module.set_attn_processor, present)  # type: ignore[arg-type]
+            yield
+
+    def autocasting(self) -> torch.autocast:
+        # The weight cache is off: it outlives the graph and would swallow adapter gradients.
+        enabled, dtype = self.autocast
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+@dataclass
+class Call:
+    """One recorded call of a network (or of a decoder).
+
+    Attributes:
+        step: the scheduler step it belongs to; ``T`` for the decoder.
+        module, run: the network, and the callable that runs it as the pipeline did.
+        trained: whether its parameters receive the gradient.
+        input_gradient: factor on the gradient that is sent on to its inputs; 0 sends none.
+        chunk: pictures replayed at once (decoder only); 0 means all.
+    """
+
+    step: int
+    name: str
+    module: nn.Module
+    run: Callable[..., Any]
+    trained: bool
+    input_gradient: float
+    chunk: int = 0
+    inputs: list[Any] = field(default_factory=list)
+    spec: Any = None
+    leaves: list[Tensor | None] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
+    surroundings: Surroundings | None = None
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the call under no_grad; hand out its output with every floating tensor as (a copy of) a new leaf."""
+        self.surroundings = Surroundings.of(self.module)
+        self.inputs, self.spec = pytree.tree_flatten((args, kwargs))
+        for value in self.inputs:
+            _refuse_hidden_tensors(self.name, value)
+        self.versions = [x._version if isinstance(x, Tensor) else None for x in self.inputs]
+        with torch.no_grad():
+            output = self.run(*args, **kwargs)
+        flat, out_spec = pytree.tree_flatten(output)
+        self.leaves = [x.detach().requires_grad_() if _floating(x) else None for x in flat]
+        torch.set_grad_enabled(True)  # door 1: the pipeline's own no_grad puts it back when it ends
+        # A copy is handed out: in-place arithmetic on it is legal and cannot touch the record.
+        handed = [x if leaf is None else leaf.clone() for x, leaf in zip(flat, self.leaves, strict=True)]
+        return pytree.tree_unflatten(handed, out_spec)
+
+    @property
+    def recorded(self) -> list[Tensor]:
+        """Tensors this call keeps alive: its inputs and its output."""
+        return [x for x in (*self.inputs, *self.leaves) if isinstance(x, Tensor)]
+
+    def replay(self, frozen: Sequence[nn.Parameter]) -> float:
+        """Back-propagate what has arrived at the leaves: Algorithm 1's gradient of this one call.
+
+        Parameter gradients are accumulated into ``.grad``; gradients of the inputs, times ``input_gradient``, are
+        sent on through the scheduler's graph to earlier leaves.
+
+        Args:
+            frozen: parameters that must not receive a gradient here.
+
+        Returns:
+            Largest relative difference between replayed and recorded output.
+
+        Raises:
+            ReplayError: if the call does not reproduce its record.
+        """
+        cotangents = [None if leaf is None else leaf.grad for leaf in self.leaves]
+        if all(c is None for c in cotangents):
+            return 0.0  # the sampler did not use this output
+        self._refuse_changed_arguments()
+        assert self.surroundings is not None
+        error = 0.0
+        with self.surroundings.restored(self.module), _no_gradient_for(frozen), torch.enable_grad():
+            live = [
+                i for i, x in enumerate(self.inputs) if self.input_gradient > 0 and _floating(x) and x.requires_grad
+            ]
+            sent: dict[int, list[Tensor]] = {i: [] for i in live}
+            for part in self._parts():
+                # Algorithm 1, line 14: sg(x_t) - the inputs enter as constants, or as leaves of this call's own graph.
+                inputs = [part(x).detach() if isinstance(x, Tensor) else x for x in self.inputs]
+                for i in live:
+                    inputs[i].requires_grad_()
+                args, kwargs = pytree.tree_unflatten(inputs, self.spec)
+                with self.surroundings.autocasting():
+                    output = pytree.tree_flatten(self.run(*args, **kwargs))[0]
+                error = max(error, self._compare(output, part))
+                pairs = [
+                    (out, part(c))
+                    for out, c in zip(output, cotangents, strict=True)
+                    if c is not None and out.requires_grad
+                ]
+                if pairs:
+                    torch.autograd.backward([out for out, _ in pairs], [c for _, c in pairs])
+                for i in live:
+                    grad = inputs[i].grad
+                    sent[i].append(torch.zeros_like(inputs[i]) if grad is None else grad)
+        for leaf in self.leaves:
+            if leaf is not None:
+                leaf.grad = None
+        if live:
+            torch.autograd.backward(
+                [self.inputs[i] for i in live],
+                [
+                    torch.cat(sent[i]) * self.input_gradient if self.chunk else sent[i][0] * self.input_gradient
+                    for i in live
+                ],
+                retain_graph=True,
+            )
+        return error
+
+    def _parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """The call whole, or in chunks of its leading dimension when every tensor argument shares it."""
+        tensors = [x for x in (*self.inputs, *self.leaves) if isinstance(x, Tensor)]
+        batch = next((leaf.shape[0] for leaf in self.leaves if leaf is not None), 0)
+        if not 0 < self.chunk < batch or any(x.ndim == 0 or x.shape[0] != batch for x in tensors):
+            self.chunk = 0
+            return [lambda x: x]
+        return [
+            lambda x, start=start: x[start : start + self.chunk]  # type: ignore[misc]
+            for start in range(0, batch, self.chunk)
+        ]
+
+    def _compare(self, output: list[Any], part: Callable[[Tensor], Tensor]) -> float:
+        worst = 0.0
+        if len(output) != len(self.leaves):
+            raise ReplayError(
+                f"{self.name} at step {self.step}: replayed with {len(output)} outputs, recorded with other"
+            )
+        for out, leaf in zip(output, self.leaves, strict=True):
+            if leaf is None:
+                continue
+            recorded = part(leaf.detach())
+            if out.shape != recorded.shape:
+                raise ReplayError(
+                    f"{self.name} at step {self.step}: replayed output has shape {tuple(out.shape)}, recorded was "
+                    f"{tuple(recorded.shape)}"
+                )
+            scale = recorded.abs().max().double().clamp_min(1e-30)
+            error = float((out.detach() - recorded).abs().max().double() / scale)
+            if not error <= TOLERANCE.get(recorded.dtype, 1e-5):
+                raise ReplayError(
+                    f"{self.name} at step {self.step}: the replayed call differs from the recorded one by {error:.1e} "
+                    f"(relative; legal is {TOLERANCE.get(recorded.dtype, 1e-5):.0e} in {recorded.dtype}). The network "
+                    "is not a function of its arguments: remove caches, guiders, hooks or callbacks that change it "
+                    "during the call."
+                )
+            worst = max(worst, error)
+        return worst
+
+    def _refuse_changed_arguments(self) -> None:
+        for x, version in zip(self.inputs, self.versions, strict=True):
+            if isinstance(x, Tensor) and x._version != version:
+                raise ReplayError(
+                    f"{self.name} at step {self.step}: an argument of shape {tuple(x.shape)} was changed in place "
+                    "after the call, so the call cannot be repeated. Let the callback or pipeline write to a copy."
+                )
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _processors(module: nn.Module) -> dict[str, Any] | None:
+    return dict(module.attn_processors) if hasattr(module, "attn_processors") else None  # type: ignore[arg-type]
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+
+
+@contextmanager
+def _forked_rng(recorded: Surroundings) -> Iterator[None]:
+    devices = [recorded.device] if recorded.device_rng is not None else []
+    with torch.random.fork_rng(devices=devices):
+        torch.set_rng_state(recorded.rng)
+        if recorded.device_rng is not None:
+            torch.cuda.set_rng_state(recorded.device_rng, recorded.device)
+        yield
+
+
+@contextmanager
+def _no_gradient_for(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    switched = [p for p in parameters if p.requires_grad]
+    for p in switched:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in switched:
+            p.requires_grad_(True)
+
+
+def _refuse_hidden_tensors(name: str, value: Any) -> None:
+    """A cache object that travels from call to call makes the call more than a function of its arguments."""
+    plain = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
+    if isinstance(value, plain) or callable(value):
+        return
+    if _holds_tensor(value, depth=4):
+        raise PreflightError(
+            f"{name} is called with a {type(value).__name__} that holds tensors (a cache): the call cannot be "
+            "repeated from its arguments. Switch the cache off, for example use_kv_cache=False."
+        )
+
+
+def _holds_tensor(value: Any, depth: int) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, dict):
+        children: Any = value.values()
+    elif isinstance(value, list | tuple | set):
+        children = value
+    else:
+        children = list(getattr(value, "__dict__", {}).values())
+    return any(_holds_tensor(child, depth - 1) for child in children)
