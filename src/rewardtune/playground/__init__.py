@@ -1,0 +1,98 @@
+"""The playground: a small complete text-to-image world that ships with the package and runs offline on a CPU.
+
+`pipeline()` is an ordinary `StableDiffusionPipeline`, only small; `prompts()` are captions of its world; `read`,
+`count_objects` and `matches` judge its pictures without any network. Networks are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewardtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .reader import Match, Reading, Seen, count_objects, matches, read
+    from .scenes import Description, Mention, Object, Scene, draw_scenes, parse, render
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+_READER = ("Match", "Reading", "Seen", "count_objects", "matches", "read")
+_SCENES = ("Description", "Mention", "Object", "Scene", "draw_scenes", "parse", "render")
+__all__ = [  # noqa: RUF022 - the functions of this file first
+    "path",
+    "clip_path",
+    "pipeline",
+    "prompts",
+    "Match",
+    "Reading",
+    "Seen",
+    "count_objects",
+    "matches",
+    "read",
+    "Description",
+    "Mention",
+    "Object",
+    "Scene",
+    "draw_scenes",
+    "parse",
+    "render",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    for module, names in (("reader", _READER), ("scenes", _SCENES)):
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def path() -> Path:
+    """The folder that `StableDiffusionPipeline.from_pretrained` opens; ConfigError where it is missing."""
+    return _found("pipeline", "model_index.json")
+
+
+def clip_path() -> Path:
+    """The folder that `CLIPModel.from_pretrained` opens; ConfigError where it is missing."""
+    return _found("clip", "config.json")
+
+
+def pipeline(dtype: Any = None) -> Any:
+    """The playground's `StableDiffusionPipeline` on the CPU, without progress bar, in `dtype` (default float32)."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(path(), torch_dtype=dtype or torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompts(n: int, *, split: str = "train", seed: int = 0, layout: str = "any") -> list[str]:
+    """`n` captions of the world, always the same for the same arguments.
+
+    split: "train" or "eval"; no content (colours, shapes, background) is in both, and no network of the playground
+    was trained on eval captions. layout: "free" names no place, "any" names places in 35% of the captions.
+    Captions are distinct unless the world runs out of them.
+    """
+    from .scenes import draw_description
+
+    if split not in ("train", "eval") or layout not in ("any", "free", "named"):
+        raise ConfigError(f"split={split!r} must be train or eval, layout={layout!r} must be any, free or named")
+    rng, found = random.Random(f"prompts/{split}/{layout}/{seed}"), dict[str, None]()
+    for _ in range(20 * n):
+        if len(found) == n:
+            break
+        found[str(draw_description(rng, split=split, layout=layout))] = None
+    return list(found)
+
+
+def _found(folder: str, file: str) -> Path:
+    if not (WEIGHTS / folder / file).exists():
+        raise ConfigError(
+            f"the playground's weights are not in {WEIGHTS / folder}: reinstall rewardtune, "
+            f"or build them (hours on a CPU): rewardtune playground build --output {WEIGHTS}"
+        )
+    return WEIGHTS / folder

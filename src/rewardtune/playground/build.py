@@ -1,0 +1,133 @@
+"""The scripts that made the playground's weights, as one command.
+
+    python -m rewardtune.playground.build --output DIR [--stage clip vae unet assemble] [--quick]
+
+Stages continue where they were stopped (checkpoints lie in DIR/checkpoints) and train what they need first, so
+`--stage assemble` alone builds everything. The result is DIR/clip and DIR/pipeline, ordinary folders for
+`CLIPModel.from_pretrained` and `StableDiffusionPipeline.from_pretrained`, all weights in float16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rewardtune.errors import ConfigError
+
+from . import autoencoder, clip, denoiser
+from .training import Schedule
+
+STAGES = ("clip", "vae", "unet", "assemble")
+QUICK = {"steps": 2, "batch": 4, "warmup": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Build:
+    """What all stages share; a network that is trained already comes from its checkpoint at once."""
+
+    output: Path
+    seed: int
+    schedules: Mapping[str, Schedule]
+    scenes: int
+    stop_after: int | None
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return {"schedule": self.schedules[name], "seed": self.seed, "stop_after": self.stop_after}
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.output / "checkpoints" / f"{name}.ckpt"
+
+    def clip(self) -> Any:
+        return clip.train_clip(self.output / "clip", self._checkpoint("clip"), **self._settings("clip"))
+
+    def vae(self) -> Any:
+        return autoencoder.train_autoencoder(self._checkpoint("vae"), **self._settings("vae"))
+
+    def unet(self) -> Any:
+        vae, text, tokenizer = self.vae(), self.clip(), clip.write_tokenizer(self.output / "clip")
+        settings = self._settings("unet") | {"scenes": self.scenes}
+        return denoiser.train_unet(vae, text, tokenizer, self._checkpoint("unet"), **settings)
+
+    def assemble(self) -> None:
+        write_folders(self.output, clip_model=self.clip(), vae=self.vae(), unet=self.unet())
+
+
+def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None:
+    """Write `output/clip` and `output/pipeline` from trained networks, float16 on disk."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    for folder in (output / "clip", output / "pipeline"):
+        shutil.rmtree(folder, ignore_errors=True)
+    tokenizer = clip.write_tokenizer(output / "clip")
+    clip.write_processor(output / "clip")
+    clip_model.to(torch.float16).save_pretrained(output / "clip")
+    pipeline = StableDiffusionPipeline(
+        vae=vae.to(torch.float16),
+        text_encoder=clip_model.text_model,
+        tokenizer=tokenizer,
+        unet=unet.to(torch.float16),
+        scheduler=denoiser.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(output / "pipeline")
+    clip.write_tokenizer(output / "pipeline" / "tokenizer")
+    for config in (output / "clip" / "config.json", output / "pipeline" / "text_encoder" / "config.json"):
+        settings = json.loads(config.read_text()) | {"dtype": "float32"}  # opened in float32 unless asked otherwise
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def build(
+    output: str | Path,
+    *,
+    stages: Sequence[str] = STAGES,
+    seed: int = 0,
+    steps: Mapping[str, int] | None = None,
+    quick: bool = False,
+    stop_after: int | None = None,
+) -> Path:
+    """Train the world's networks and assemble them; returns the pipeline's folder.
+
+    steps: training steps by network ("clip", "vae", "unet") in place of the recipe's. quick: a build of seconds
+    that shows only that everything fits together. stop_after: interrupt each training after so many steps.
+    ConfigError for an unknown stage or network, and for checkpoints that belong to other settings.
+    """
+    schedules = {"clip": clip.SCHEDULE, "vae": autoencoder.SCHEDULE, "unet": denoiser.SCHEDULE}
+    unknown = [*(s for s in stages if s not in STAGES), *(s for s in steps or {} if s not in schedules)]
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no stage of the playground's build; legal are {', '.join(STAGES)}")
+    if quick:
+        schedules = {name: replace(schedule, **QUICK) for name, schedule in schedules.items()}
+    schedules |= {name: replace(schedules[name], steps=number) for name, number in (steps or {}).items()}
+    scenes = 16 if quick else denoiser.SCENES
+    job = _Build(output=Path(output), seed=seed, schedules=schedules, scenes=scenes, stop_after=stop_after)
+    for stage in STAGES:
+        if stage in stages:
+            getattr(job, stage)()
+    return job.output / "pipeline"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m rewardtune.playground.build", description=__doc__)
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="only these stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="threads of each matrix product")
+    parser.add_argument("--quick", action="store_true", help="a smoke build of seconds")
+    given = parser.parse_args(arguments)
+    import torch
+
+    torch.set_num_threads(given.threads)  # small products: one thread is faster than two
+    print(f"pipeline in {build(given.output, stages=given.stage, seed=given.seed, quick=given.quick)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The small denoiser: a `UNet2DConditionModel` of 2.7 M parameters on 16x16x4 latents.
+
+Stable Diffusion's recipe at a small size: epsilon prediction, its betas, 10% dropped captions, averaged weights,
+the small CLIP's text encoder as it is. Min-SNR weights (Hang et al. 2023, gamma = 5) because plain epsilon loss
+spends most of a short training on noise levels where little is left to decide.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autoencoder import encode
+from .clip import WIDTH, tokens
+from .scenes import draw_scenes, render
+from .training import Draw, Schedule, draw_for, fit
+
+SCHEDULE = Schedule(steps=12000, batch=32, lr=1e-3, ema=0.999, shards=2)
+SCENES = 40_000  # cached latents
+DROPPED = 0.1  # share of captions replaced by the empty one
+GAMMA = 5.0
+
+
+def unet() -> Any:
+    """An untrained `UNet2DConditionModel`; captions are attended to on the two inner levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def scheduler() -> Any:
+    """Stable Diffusion's noise schedule as a DDIM scheduler that clips nothing."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def cached_latents(vae: Any, file: Path, *, scenes: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Latents (scenes, 4, 16, 16) in float16 and their captions, from `file` where it exists."""
+    if not file.exists():
+        latents, captions = [], []
+        with torch.no_grad():
+            for start in range(0, scenes, 250):
+                drawn = draw_scenes(min(250, scenes - start), draw_for(seed, "latents", start).rng)
+                latents.append(encode(vae, render(drawn)).half())
+                captions += [scene.caption for scene in drawn]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".tmp")
+        torch.save({"latents": torch.cat(latents), "captions": captions}, part)
+        os.replace(part, file)
+    stored = torch.load(file, weights_only=True)
+    return stored["latents"], stored["captions"]
+
+
+def train_unet(
+    vae: Any,
+    clip: Any,
+    tokenizer: Any,
+    checkpoint: Path,
+    *,
+    schedule: Schedule = SCHEDULE,
+    scenes: int = SCENES,
+    seed: int = 0,
+    stop_after: int | None = None,
+) -> Any:
+    """Train the denoiser on latents of `vae` and texts of `clip`; returns the averaged UNet."""
+    latents, captions = cached_latents(vae, checkpoint.parent / "latents.pt", scenes=scenes, seed=seed)
+    ids = torch.cat([tokens(tokenizer, captions), tokens(tokenizer, [""])]).to(torch.int32)
+    torch.manual_seed(seed)
+    model, alphas = unet(), scheduler().alphas_cumprod
+    n = schedule.batch // schedule.shards
+
+    def loss(draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(latents), (n,), generator=draw.noise)
+        dropped = torch.rand(n, generator=draw.noise) < DROPPED
+        with torch.no_grad():
+            text = clip.text_model(input_ids=ids[torch.where(dropped, len(latents), rows)].long()).last_hidden_state
+        x0 = latents[rows].float()
+        epsilon = torch.randn(x0.shape, generator=draw.noise)
+        t = torch.randint(len(alphas), (n,), generator=draw.noise)
+        a = alphas[t].view(-1, 1, 1, 1)
+        predicted = model(a.sqrt() * x0 + (1 - a).sqrt() * epsilon, t, text).sample
+        error = F.mse_loss(predicted, epsilon, reduction="none").mean((1, 2, 3))
+        snr = (a / (1 - a)).view(-1)
+        return (error * snr.clamp(max=GAMMA) / snr).mean(), {"mse": error.mean().item()}
+
+    return fit("unet", model, loss=loss, schedule=schedule, checkpoint=checkpoint, seed=seed, stop_after=stop_after)
