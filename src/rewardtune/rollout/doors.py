@@ -248,13 +248,12 @@ def find_denoiser(pipe: Any, name: str | None = None) -> str:
     """
     from diffusers import DiffusionPipeline
 
-    opened: Any = pipe
-    if not isinstance(opened, DiffusionPipeline):
+    if not issubclass(type(pipe), DiffusionPipeline):
         raise PreflightError(
             f"{type(pipe).__name__} is not a diffusers DiffusionPipeline (modular pipelines have no single call whose "
             "networks and scheduler can be held): load the classic pipeline class of the same model."
         )
-    networks = [key for key, module in opened.components.items() if isinstance(module, nn.Module)]
+    networks = [key for key, module in pipe.components.items() if isinstance(module, nn.Module)]
     names = [name] if name else [key for key in DENOISERS if key in networks]
     if not names or names[0] not in networks:
         raise PreflightError(

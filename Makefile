@@ -1,0 +1,37 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else has to be installed but Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+# One BLAS thread for each test process: threads of two processes on the same cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+.PHONY: demo test test-slow lint bench clean help
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: .venv/installed  ## Tune the playground pipeline on the CPU; leaves a before/after picture in runs/demo
+	$(BIN)/rewardtune demo --overwrite
+
+test: .venv/installed  ## The quick tests
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed  ## The long checks: training over several seeds, full grids
+	$(PYTEST) -m slow
+
+lint: .venv/installed  ## Format, lint and type check
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/mypy
+
+bench: .venv/installed  ## Speed over the floor, memory against K
+	$(BIN)/python benchmarks/step.py
+
+clean:  ## Remove the environment
+	rm -rf .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rewardtune needs Python >= 3.11: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
