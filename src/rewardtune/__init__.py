@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rewardtune import methods, playground, rewards
     from rewardtune.adapters import add_lora, save_lora
     from rewardtune.plan import Plan
-    from rewardtune.rollout import Sweep, Tape, count_steps, preflight, rollout
+    from rewardtune.engine import Sweep, Tape, count_steps, preflight, rollout
     from rewardtune.trainer import RewardTuner
 
 __version__ = "0.1.0"
@@ -38,12 +38,12 @@ __all__ = [
 _HOME = {
     "Plan": "plan",
     "RewardTuner": "trainer",
-    "Sweep": "rollout",
-    "Tape": "rollout",
+    "Sweep": "engine",
+    "Tape": "engine",
     "add_lora": "adapters",
-    "count_steps": "rollout",
-    "preflight": "rollout",
-    "rollout": "rollout",
+    "count_steps": "engine",
+    "preflight": "engine",
+    "rollout": "engine",
     "save_lora": "adapters",
 }
 

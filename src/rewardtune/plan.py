@@ -2,7 +2,7 @@
 
 Every method of the DRTune paper (Wu et al. 2024) and of its family answers the same questions - where does the chain
 start, which calls are trained, where is the gradient stopped, how does the chain end - and nothing else. The answers
-are this frozen record; `methods.py` draws it, `rollout/` carries it out.
+are this frozen record; `methods.py` draws it, `engine/` carries it out.
 
 Index law: step ``i = 0 .. T-1`` counts ``scheduler.step`` calls in sampling order, 0 is the noisiest.
 The paper counts ``t = T - i``: t = T is the noisiest, t = 1 the last.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
-from rewardtune.rollout.doors import Doors, find_denoiser
+from rewardtune.engine.doors import Doors, find_denoiser
 
 #: Hooks of diffusers that reuse results between steps: a call that uses them cannot be repeated from its arguments.
 CACHE_HOOKS = ("cache", "fbc_", "faster_cache", "pyramid_attention", "layer_skip", "smoothed_energy", "taylorseer")
@@ -50,7 +50,7 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
         PreflightError: with the reason, if the pipeline cannot be opened exactly.
         ConfigError: if nothing is trainable, or the scheduler cannot do the number of steps.
     """
-    from rewardtune.rollout import _one_sample, count_steps
+    from rewardtune.engine import _one_sample, count_steps
 
     name = find_denoiser(pipe, denoiser)
     for key, module in pipe.components.items():
@@ -102,7 +102,7 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
 
 
 def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_type: str = "pt") -> Any:
-    from rewardtune.rollout import _generators, _seeded
+    from rewardtune.engine import _generators, _seeded
 
     states = [(g, g.get_state()) for g in _generators(call)]
     opened = (doors or Doors(pipe, None, denoiser=find_denoiser(pipe))).open()
@@ -121,7 +121,7 @@ def _quietly(pipe: Any, call: dict[str, Any]) -> Any:
     """The plain pipeline, without its progress bar and with the same parts set aside as in a rollout."""
     from contextlib import ExitStack
 
-    from rewardtune.rollout.doors import _quiet
+    from rewardtune.engine.doors import _quiet
 
     with ExitStack() as stack:
         _quiet(pipe, stack)
@@ -140,7 +140,7 @@ def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
 
 
 def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) -> list[Tensor | None]:
-    from rewardtune.rollout import _generators, rollout
+    from rewardtune.engine import _generators, rollout
 
     parameters = [p for p in pipe.components[denoiser].parameters() if p.requires_grad]
     before = [p.grad for p in parameters]

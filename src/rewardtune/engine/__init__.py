@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError, PreflightError, RewardError, TrainingStopped
 from rewardtune.plan import Plan
-from rewardtune.rollout.doors import Doors, find_denoiser
-from rewardtune.rollout.tape import Call
+from rewardtune.engine.doors import Doors, find_denoiser
+from rewardtune.engine.tape import Call
 
 __all__ = ["Sweep", "Tape", "count_steps", "find_denoiser", "preflight", "rollout"]
 
@@ -354,4 +354,4 @@ def _seeded(seed: int | None, network: nn.Module) -> Iterator[None]:
         yield
 
 
-from rewardtune.rollout.preflight import preflight  # noqa: E402
+from rewardtune.engine.preflight import preflight  # noqa: E402

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
 from rewardtune.prediction import x0_hat
-from rewardtune.rollout.tape import Call
+from rewardtune.engine.tape import Call
 
 log = logging.getLogger("rewardtune")
 
