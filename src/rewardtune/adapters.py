@@ -1,0 +1,203 @@
+"""LoRA on the denoiser by peft; saved in the diffusers format, loaded back and compared before anyone relies on it.
+
+Left out: DoRA, kohya keys, text-encoder adapters.
+"""
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine import find_denoiser
+from .errors import ConfigError, RewardTuneError
+from .runfolder import LORA_FILE, atomic
+
+ADAPTER = "rewardtune"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+GROUPS = {
+    "attention": "the attention projections " + ", ".join(ATTENTION),
+    "attention+conv": "the same and every convolution",
+    "all-linear": "every linear layer",
+    "all": "every linear layer and convolution",
+}
+
+
+def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def add_lora(
+    denoiser: Any, rank: int, *, alpha: int | None = None, targets: str | list[str] | None = None, seed: int = 0
+) -> list[nn.Parameter]:
+    """Freeze `denoiser`, add a LoRA of `rank` and scale alpha / rank (default 1), return its float32 parameters.
+
+    targets: a key of GROUPS (default "attention") or a list of module-name suffixes.
+    lora_B starts at zero, so the pictures do not change; lora_A is drawn from `seed`.
+    Raises ConfigError when nothing matches, or when the denoiser carries an adapter already.
+    """
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise ConfigError(f"LoRA rank {rank}: must be at least 1")
+    if getattr(denoiser, "peft_config", None):
+        raise ConfigError(
+            f"the denoiser carries LoRA adapters already ({', '.join(denoiser.peft_config)}); "
+            "fuse or remove them first: pipe.fuse_lora(); pipe.unload_lora_weights()"
+        )
+    names = _match(denoiser, targets or "attention")
+    denoiser.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        denoiser.add_adapter(config, adapter_name=ADAPTER)
+    parameters = trainable(denoiser)
+    for parameter in parameters:  # peft creates them in the base's dtype here: fp16 Adam steps would vanish
+        parameter.data = parameter.data.float()
+    assert parameters
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    return parameters
+
+
+def _match(denoiser: nn.Module, targets: str | list[str]) -> list[str]:
+    """Full names of the modules to adapt. Convolutions in groups are left out: LoRA does not fit them."""
+    linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    conv = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+    if isinstance(targets, str):
+        if targets not in GROUPS:
+            raise ConfigError(f"LoRA targets {targets!r}: legal are {', '.join(GROUPS)}, or a list of module suffixes")
+        if targets in ("all", "all-linear"):
+            return linear + (conv if targets == "all" else [])
+        attention = [name for name in linear if _ends_with(name, ATTENTION)]
+        found = attention + (conv if targets == "attention+conv" else [])
+        wanted: tuple[str, ...] = ATTENTION
+    else:
+        wanted = tuple(targets)
+        found = [name for name in linear + conv if _ends_with(name, wanted)]
+        missing = [suffix for suffix in wanted if not any(_ends_with(name, (suffix,)) for name in found)]
+        if missing:
+            found = []
+            wanted = tuple(missing)
+    if not found:
+        common = [suffix for suffix, _ in Counter(_suffix(name) for name in linear + conv).most_common(16)]
+        raise ConfigError(f"LoRA targets {', '.join(wanted)} match no layer; legal suffixes here: {', '.join(common)}")
+    return found
+
+
+def _ends_with(name: str, suffixes: tuple[str, ...]) -> bool:
+    return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+
+
+def _suffix(name: str) -> str:
+    """The last part of a dotted name, with its parent when it is a bare number (to_out.0)."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def lora_state(denoiser: Any) -> dict[str, Tensor]:
+    """The adapter's tensors with alpha / rank folded into lora_B, so that alpha = rank and no loader can lose it."""
+    from peft.utils import get_peft_model_state_dict
+
+    config = denoiser.peft_config[ADAPTER]
+    scale = config.lora_alpha / config.r
+    state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    return {key: (value * scale if ".lora_B." in key else value).detach().cpu() for key, value in state.items()}
+
+
+def save_lora(pipe: Any, folder: str | Path) -> Path:
+    """Write `folder`/pytorch_lora_weights.safetensors by the pipeline's own `save_lora_weights`; return its path.
+
+    Written beside its place and renamed. Raises RewardTuneError when it cannot be written (the old file stays).
+    """
+    name = find_denoiser(pipe)
+    layers = f"{name}_lora_layers"
+    writer = getattr(pipe, "save_lora_weights", None)
+    if writer is None or layers not in inspect.signature(writer).parameters:
+        raise ConfigError(f"{type(pipe).__name__} cannot save a LoRA of its {name} (no save_lora_weights({layers}=))")
+    target = Path(folder) / LORA_FILE
+    state = lora_state(getattr(pipe, name))
+    with atomic(target) as temporary:
+        try:
+            writer(save_directory=temporary.parent, weight_name=temporary.name, **{layers: state})
+        except OSError:
+            raise
+        except Exception as error:  # safetensors wraps the system's error in its own class
+            raise OSError(f"{error}") from error
+    return target
+
+
+def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float:
+    """Load the saved file back under another name and compare with the live adapter; return the images' difference.
+
+    Compared are every tensor, the scale, and the pictures of `pipe(**call)` (few steps are enough; give a prompt and a
+    `generator` factory is not needed: the global generator is seeded the same for both).
+    Raises RewardTuneError when a key did not load or the pictures differ by more than round-off of the dtype.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    denoiser = getattr(pipe, find_denoiser(pipe))
+    copy = ADAPTER + "_verify"
+    expected = lora_state(denoiser)
+    live = _images(pipe, call)
+    try:
+        try:
+            with _silent():
+                pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=copy)
+        except Exception as error:
+            raise RewardTuneError(f"the saved LoRA in {folder} does not load: {str(error).splitlines()[0]}") from error
+        if copy not in getattr(denoiser, "peft_config", {}):
+            raise RewardTuneError(f"the saved LoRA in {folder} does not load: none of its keys fits the denoiser")
+        loaded = get_peft_model_state_dict(denoiser, adapter_name=copy)
+        wrong = sorted(k for k in expected.keys() | loaded.keys() if not _same(expected.get(k), loaded.get(k)))
+        config = denoiser.peft_config[copy]
+        scale = config.lora_alpha / config.r
+        if wrong or scale != 1:
+            raise RewardTuneError(
+                f"the saved LoRA in {folder} differs from the trained one after loading "
+                f"({len(wrong)} of {len(expected)} tensors, first: {wrong[:1]}; scale {scale})"
+            )
+        denoiser.set_adapter(copy)
+        difference = float((_images(pipe, call) - live).abs().max())
+    finally:
+        denoiser.set_adapter(ADAPTER)
+        if copy in denoiser.peft_config:
+            denoiser.delete_adapters(copy)
+    allowed = 1e-4 if denoiser.dtype == torch.float32 else 5e-2
+    if not difference <= allowed:
+        raise RewardTuneError(
+            f"the saved LoRA in {folder} gives other pictures after loading (difference {difference:.2e}, "
+            f"allowed {allowed:.0e}): do not use it, and please report this pipeline"
+        )
+    return difference
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Two adapters at once is meant here, and every key is checked below: peft's and diffusers' warnings say neither."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+
+
+def _images(pipe: Any, call: dict[str, Any]) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.as_tensor(pipe(**call, output_type="pt", return_dict=False)[0]).float().cpu()
+
+
+def _same(expected: Tensor | None, loaded: Tensor | None) -> bool:
+    if expected is None or loaded is None or expected.shape != loaded.shape or loaded.is_meta:
+        return False  # meta: diffusers made the layer but the file held no weight for it
+    return torch.equal(expected.to(loaded.dtype), loaded.detach().cpu())

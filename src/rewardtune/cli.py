@@ -1,0 +1,177 @@
+"""The command `rewardtune`. Heavy imports stand inside the commands, so `--help` answers at once.
+
+Exit codes: 0 fine, 1 unexpected error, 2 bad configuration or usage, 3 preflight failed, 4 stopped by a guard or NaN,
+130 / 143 interrupted by Ctrl-C / SIGTERM.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import ConfigError, RewardTuneError
+
+# The base of typer's usage errors, which is click's own in older versions and a copy of it in newer ones.
+USAGE_ERROR: type[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="rewardtune",
+    help="Fine-tune a diffusers text-to-image pipeline to maximise a differentiable reward.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+playground_app = typer.Typer(help="The small text-to-image world that ships with the package.", no_args_is_help=True)
+app.add_typer(playground_app, name="playground")
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(help="Time for tuning; evaluation comes on top.")] = 240,
+    steps: Annotated[int | None, typer.Option(help="At most this many updates.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option()] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
+) -> None:
+    """DRTune on the playground, on the CPU, in minutes: more symmetry, the caption kept. Saves a before/after grid."""
+    from .demo import run
+
+    run(seconds=seconds, steps=steps, output=output, seed=seed, overwrite=overwrite)
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="A run file, or a shipped recipe by name.", metavar="RUN.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
+) -> None:
+    """Train as a run file says."""
+    from .config import load_config
+
+    config = load_config(run, overrides or [])  # before torch is imported: typing errors answer at once
+    from . import launch
+
+    result = launch.train(config, overwrite=overwrite)
+    print(f"{result.status}: {result.steps} updates in {result.seconds:.0f} s")
+    print(f'use it: pipe.load_lora_weights("{result.folder}"), or: rewardtune sample {result.folder} --prompt "..."')
+
+
+@app.command()
+def sample(
+    lora: Annotated[Path, typer.Argument(help="A run folder, or a LoRA file or folder.", metavar="RUN_OR_LORA")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be given several times.")],
+    model: Annotated[str | None, typer.Option(help="Base model, where no config.yaml lies beside the LoRA.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: those of the run.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: that of the run.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Pictures from a tuned model."""
+    from .sampling import sample_lora
+
+    for path in sample_lora(lora, prompt, model=model, output=output, steps=steps, guidance=guidance, seed=seed):
+        print(path)
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Argument(help="refl, draft, draft_lv, alignprop, drtune")],
+    steps: Annotated[int, typer.Option(help="Scheduler steps of a chain (T).")],
+    draws: Annotated[int, typer.Option(help="How many plans to draw.")] = 5,
+    option: Annotated[list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="e.g. -o K=5 -o m=20")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Draw a method's plans as text: which steps are trained, and where the chain stops."""
+    import random
+
+    from .config import MethodChoice, parse_options
+    from .launch import make_method
+
+    law = make_method(MethodChoice(name=method, options=parse_options(option or [])))
+    print(f"{law}, T={steps}, noise on the left: . sampled  # trained  > jump to x0-hat  - never run")
+    for draw in range(draws):
+        drawn = law(steps, random.Random(f"plan {seed} {draw}"))
+        trained = ", ".join(str(i) for i in drawn.executed)
+        print(f"{drawn.draw()}  {drawn.steps_run} steps run, trained: {trained}")
+
+
+@app.command("ls")
+def ls(
+    what: Annotated[str, typer.Argument(help="rewards, methods, recipes, models, or all")] = "all",
+) -> None:
+    """What can be named in a run file."""
+    from .listing import SECTIONS, listing
+
+    if what != "all" and what not in SECTIONS:
+        raise ConfigError(f"nothing to list under {what!r}; legal: {', '.join(SECTIONS)}, all")
+    print(listing(list(SECTIONS) if what == "all" else [what]))
+
+
+@app.command()
+def env() -> None:
+    """Versions, threads and devices, for a bug report."""
+    from .listing import environment
+
+    print(environment())
+
+
+@playground_app.command("build")
+def playground_build(
+    output: Annotated[Path, typer.Option(help="Folder for the weights.")],
+    seed: Annotated[int, typer.Option()] = 0,
+    quick: Annotated[bool, typer.Option(help="Seconds instead of hours: shows only that it fits together.")] = False,
+) -> None:
+    """Train the playground's weights again from nothing (hours on a CPU)."""
+    from .playground.build import build
+
+    print(build(output, seed=seed, quick=quick))
+
+
+@playground_app.command("show")
+def playground_show(
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("playground.png"),
+    count: Annotated[int, typer.Option(min=1, max=64)] = 12,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Sample the untuned playground into one picture."""
+    from .sampling import show_playground
+
+    print(show_playground(output, count=count, seed=seed))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"rewardtune {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit code. Expected errors are one clear line each on stderr."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        code: Any = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except RewardTuneError as error:
+        print(f"rewardtune: {error}", file=sys.stderr)
+        return error.exit_code
+    except USAGE_ERROR as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("rewardtune: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("REWARDTUNE_DEBUG"):
+            raise
+        print(f"rewardtune: unexpected {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a bug, or a case nobody met yet: REWARDTUNE_DEBUG=1 shows the traceback.", file=sys.stderr)
+        return 1

@@ -1,0 +1,204 @@
+"""One strict YAML per run: unknown keys are errors with their line and the nearest legal key, all problems at once.
+
+omegaconf reads the numbers (PyYAML takes `1e-4` for a string) and the `key=value` overrides; pydantic checks them.
+Imports nothing heavy.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(_Section):
+    path: str = Field(description="`playground`, a diffusers folder, or a hub id")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+
+
+class Part(_Section):
+    name: str = Field(description="a reward of `rewardtune ls rewards`, or an import path `module:Name`")
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class MethodChoice(_Section):
+    name: str = "drtune"
+    options: dict[str, Any] = {}
+
+
+class Sampling(_Section):
+    steps: int = Field(default=50, ge=1)
+    guidance: float | None = Field(
+        default=None, description="classifier-free guidance scale; none = the pipeline's default"
+    )
+    width: int | None = Field(default=None, ge=8)
+    height: int | None = Field(default=None, ge=8)
+    scheduler: str | None = Field(
+        default=None, description="a diffusers scheduler class, e.g. DDIMScheduler; none = as saved"
+    )
+    negative_prompt: str | None = None
+    allow_no_guidance: bool = False
+
+
+class Lora(_Section):
+    rank: int = Field(default=128, ge=1)
+    alpha: int | None = Field(default=None, ge=1, description="none = rank")
+    targets: str | list[str] = "attention"
+
+
+class Optim(_Section):
+    steps: int = Field(default=1000, ge=1)
+    lr: float = Field(default=2e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
+    batch: int = Field(default=32, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0)
+
+
+class Eval(_Section):
+    prompts: str | list[str] | None = Field(default=None, description="none = the first training prompts")
+    count: int = Field(default=16, ge=1)
+    every: int | None = Field(default=None, ge=1)
+
+
+class RunConfig(_Section):
+    model: Model
+    reward: list[Part]
+    method: MethodChoice = MethodChoice()
+    prompts: str | list[str]
+    sampling: Sampling = Sampling()
+    lora: Lora = Lora()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    output_dir: str
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("model", "method", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any, info: Any) -> Any:
+        """`model: playground` for `model: {path: playground}`, `method: drtune` likewise."""
+        return {"path" if info.field_name == "model" else "name": value} if isinstance(value, str) else value
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _one_reward(cls, value: Any) -> Any:
+        """`reward: clipscore`, one mapping, or a list of either."""
+        parts = value if isinstance(value, list) else [value]
+        return [{"name": part} if isinstance(part, str) else part for part in parts]
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes shipped with the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, or a shipped recipe by name (`playground`), with `key=value` overrides (`optim.lr=1e-4`).
+
+    Raises ConfigError listing every problem with its line.
+    """
+    path = Path(source)
+    if not path.exists() and str(source) in recipes():
+        path = recipes()[str(source)]
+    if not path.is_file():
+        known = ", ".join(recipes()) or "none"
+        raise ConfigError(f"run file {path} does not exist; give a YAML file or a shipped recipe ({known})")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"run file {path} must be a mapping of sections; legal keys: {', '.join(_keys(()))}")
+        tree = OmegaConf.merge(OmegaConf.create(text), _dotlist(overrides))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"run file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"run file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = dict(_lines(node))
+        problems = [_explain(problem, path, lines, overrides) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """`["K=5", "spacing=random"]` -> {"K": 5, "spacing": "random"}, typed as in YAML."""
+    return dict(OmegaConf.to_container(_dotlist(options)))  # type: ignore[arg-type]
+
+
+def _dotlist(overrides: Sequence[str]) -> Any:
+    for override in overrides:
+        if not re.match(r"[^=\s]+=", override):
+            raise ConfigError(f"{override!r}: write key=value, for example optim.lr=1e-4")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _explain(problem: Any, path: Path, lines: dict[tuple, int], overrides: Sequence[str]) -> str:
+    """One line for one pydantic problem: where, what was given, what is legal."""
+    where = tuple(problem["loc"])
+    if where[-1] in ("str", "list[str]"):  # pydantic's name for a member of a union, not a key
+        where = where[:-1]
+    dotted = ".".join(str(part) for part in where)
+    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
+    place = f"{path}, line {line}" if line else str(path)
+    if any(override.partition("=")[0] == dotted for override in overrides):
+        place = f"override {dotted}"
+    if problem["type"] == "extra_forbidden":
+        legal = _keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), legal, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{place}: unknown key {dotted!r}; {hint}legal here: {', '.join(legal)}"
+    if problem["type"] == "missing":
+        return f"{place}: {dotted!r} is missing (`rewardtune ls recipes` names complete run files to start from)"
+    return f"{place}: {dotted} = {problem['input']!r}: {problem['msg'].replace('Input should be', 'must be')}"
+
+
+def _keys(where: tuple) -> list[str]:
+    """Legal keys of the section at `where`."""
+    if where and where[0] == "reward":
+        return list(Part.model_fields)
+    section: type[BaseModel] = RunConfig
+    for part in where:
+        field = section.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _lines(node: Any, where: tuple = ()) -> Iterator[tuple[tuple, int]]:
+    """(path of keys, line number from 1) of every key in a YAML node tree."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*where, key.value)
+            yield here, key.start_mark.line + 1
+            yield from _lines(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*where, index), value.start_mark.line + 1
+            yield from _lines(value, (*where, index))

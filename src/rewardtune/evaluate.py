@@ -1,0 +1,132 @@
+"""Fixed prompts and seeds in, pictures and scores out; the before | after grid as a PNG."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .runfolder import atomic
+
+if TYPE_CHECKING:
+    from .rewards import Reward
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[list[str]]:
+    """Set the safety checker and the watermark aside and silence the pipeline's own bar; give the names set aside.
+
+    A safety checker leaves torch (no gradient) and blacks pictures out; both come back at the end, whatever happens.
+    """
+    names = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
+    kept = {name: getattr(pipe, name) for name in names}
+    bar = getattr(pipe, "_progress_bar_config", None)
+    try:
+        for name in names:
+            setattr(pipe, name, None)
+        pipe.set_progress_bar_config(**((bar or {}) | {"disable": True}))
+        yield names
+    finally:
+        for name, value in kept.items():
+            setattr(pipe, name, value)
+        if bar is None:
+            vars(pipe).pop("_progress_bar_config", None)
+        else:
+            pipe._progress_bar_config = bar
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a sample (diffusers moves the noise to the device), so a sample never depends on its batch."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def sample(pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], call: dict[str, Any], batch: int = 8) -> Tensor:
+    """Pictures (N, 3, H, W), float32 in [0, 1], on the CPU; `call`: the other arguments of `pipe(...)`."""
+    images = []
+    with quiet(pipe), torch.random.fork_rng():
+        for first in range(0, len(prompts), batch):
+            part = slice(first, first + batch)
+            torch.manual_seed(seeds[first])  # some pipelines draw from the global generator
+            arrays = pipe(prompt=list(prompts[part]), generator=generators(seeds[part]), output_type="np", **call)[0]
+            images.append(torch.as_tensor(arrays).float().permute(0, 3, 1, 2)[:, :3])
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def score(
+    reward: "Reward", images: Tensor, prompts: Sequence[str], *, batch: int = 8, device: Any = "cpu"
+) -> dict[str, Tensor]:
+    """`{"reward": (N,), name of a part: (N,) in its own units}`."""
+    rows: list[dict[str, Tensor]] = []
+    for first in range(0, len(prompts), batch):
+        part = slice(first, first + batch)
+        total, parts = reward.parts(images[part].to(device), list(prompts[part]))
+        rows.append({name: value.float().cpu() for name, value in ({"reward": total} | parts).items()})
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half the width of its 95% interval (normal approximation; over prompts, not over training seeds)."""
+    n = values.numel()
+    half = 1.96 * float(values.double().std()) / math.sqrt(n) if n > 1 else math.nan
+    return float(values.double().mean()), half
+
+
+def save_images(images: Tensor, folder: Path) -> list[Path]:
+    """`folder`/000.png ..., each written whole or not at all; gives the paths."""
+    paths = [folder / f"{index:03d}.png" for index in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        with atomic(path) as temporary:
+            _to_pil(image).save(temporary)
+    return paths
+
+
+def save_grid(columns: dict[str, Tensor], prompts: Sequence[str], path: Path, *, per_row: int = 3) -> None:
+    """Write the PNG `path`: for every prompt one picture of each column side by side, the caption under them.
+
+    columns: {"before": (N, 3, H, W) in [0, 1], "after": ...}, headings included. per_row: prompts in a row of the
+    sheet. Small pictures are enlarged to 160 pixels, large ones reduced to 384.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = next(iter(columns.values()))
+    width = max(160, min(first.shape[-1], 384))
+    height = round(width * first.shape[-2] / first.shape[-1])
+    font, gap, line = ImageFont.load_default(13), 6, 17
+    cell = len(columns) * (width + gap) - gap
+    captions = [_wrap(text, font, cell)[:4] for text in prompts]
+    pitch_x, pitch_y = cell + 4 * gap, height + line * max(map(len, captions)) + 4 * gap
+    rows = math.ceil(len(prompts) / per_row)
+    canvas = Image.new("RGB", (min(per_row, len(prompts)) * pitch_x + 2 * gap, rows * pitch_y + line + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for index, caption in enumerate(captions):
+        x, y = 3 * gap + index % per_row * pitch_x, line + gap + index // per_row * pitch_y
+        for place, (heading, images) in enumerate(columns.items()):
+            left = x + place * (width + gap)
+            if index < per_row:
+                pen.text((left, gap // 2), heading, fill="dimgray", font=font)
+            canvas.paste(_to_pil(images[index]).resize((width, height), Image.Resampling.LANCZOS), (left, y))
+        for row, text in enumerate(caption):
+            pen.text((x, y + height + gap + row * line), text, fill="black", font=font)
+    with atomic(path) as temporary:
+        canvas.save(temporary)
+
+
+def _to_pil(image: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,158 @@
+"""From a run file to a RewardTuner: the model, the reward and the method that its words name."""
+
+import difflib
+import inspect
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import methods
+from .config import MethodChoice, Model, Part, RunConfig, dump_config
+from .errors import ConfigError
+from .methods import Method
+
+if TYPE_CHECKING:
+    from .rewards import Reward
+    from .trainer import RewardTuner
+
+
+def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: bool = True) -> "RewardTuner":
+    """A RewardTuner as the run file says; cheap mistakes (prompts, folder, method) are found before weights load."""
+    from .prompts import load_prompts
+    from .runfolder import RunFolder
+    from .trainer import RewardTuner
+
+    RunFolder(config.output_dir, overwrite=overwrite)
+    method = make_method(config.method)
+    prompts = load_prompts(config.prompts)
+    held_out = prompts if config.eval.prompts is None else load_prompts(config.eval.prompts)
+    pipe = load_pipeline(config.model, scheduler=config.sampling.scheduler)
+    negative = {"negative_prompt": config.sampling.negative_prompt} if config.sampling.negative_prompt else {}
+    tuner = RewardTuner(
+        pipe,
+        reward=make_reward(config.reward),
+        method=method,
+        prompts=prompts,
+        output_dir=config.output_dir,
+        num_inference_steps=config.sampling.steps,
+        guidance_scale=config.sampling.guidance,
+        height=config.sampling.height,
+        width=config.sampling.width,
+        call=negative,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        batch=config.optim.batch,
+        micro_batch=config.optim.micro_batch,
+        seed=config.seed,
+        eval_prompts=held_out,
+        eval_count=config.eval.count,
+        allow_no_guidance=config.sampling.allow_no_guidance,
+        overwrite=overwrite,
+        show_progress=show_progress,
+    )
+    tuner.config_text = dump_config(config)
+    return tuner
+
+
+def train(config: RunConfig, *, overwrite: bool = False) -> Any:
+    """The run that the file describes, from loading to the before/after grid; gives the trainer's Result."""
+    optim = config.optim
+    return tuner_from(config, overwrite=overwrite).train(
+        optim.steps,
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        clip=optim.clip,
+        max_seconds=optim.max_seconds,
+        eval_every=config.eval.every,
+    )
+
+
+def make_method(choice: MethodChoice) -> Method:
+    """ConfigError for an unknown method or option, naming the nearest."""
+    if choice.name not in methods.ALL:
+        raise ConfigError(f"unknown method {choice.name!r}{near(choice.name, list(methods.ALL))}")
+    factory = methods.ALL[choice.name]
+    legal = list(inspect.signature(factory).parameters)
+    for option in choice.options:
+        if option not in legal:
+            raise ConfigError(f"method {choice.name} has no option {option!r}{near(option, legal)}")
+    try:
+        return factory(**choice.options)
+    except TypeError as error:
+        raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
+
+
+def make_reward(parts: list[Part]) -> "Reward":
+    """The weighted sum of the parts; `model: playground` stands for the playground's own networks."""
+    from . import playground, rewards
+
+    if not parts:
+        raise ConfigError("reward is an empty list; name at least one (see `rewardtune ls rewards`)")
+    terms = []
+    for part in parts:
+        options = dict(part.options)
+        if options.get("model") == "playground":
+            options["model"] = str(playground.clip_path())
+        reward = rewards.load(part.name, options)
+        terms.append(reward if part.weight == 1 else part.weight * reward)
+    return reduce(add, terms)
+
+
+def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
+    """The diffusers pipeline on its device, with another scheduler if asked. ConfigError when it cannot be had."""
+    import torch
+
+    device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, model.dtype)
+    if model.path == "playground":
+        from . import playground
+
+        pipe = playground.pipeline()
+    else:
+        pipe = _from_pretrained(model.path, dtype)
+    if scheduler is not None:
+        pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
+    try:
+        return pipe.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model.device={device!r}: {str(error).splitlines()[0]}; legal are auto, cpu, cuda"
+        ) from error
+
+
+def _from_pretrained(path: str, dtype: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"model {path}: the folder has no model_index.json; give a folder saved by pipe.save_pretrained"
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {path!r} cannot be loaded: {first}. Give a diffusers folder, a hub id that this machine can reach, "
+            "or `playground`"
+        ) from error
+
+
+def _scheduler(name: str, old: Any) -> Any:
+    import diffusers
+
+    legal = [word for word in dir(diffusers) if word.endswith("Scheduler")]
+    cls = getattr(diffusers, name, None) if name in legal else None
+    if cls is None:
+        raise ConfigError(f"unknown scheduler {name!r}{near(name, legal, show=False)}")
+    return cls.from_config(old.config)
+
+
+def near(word: str, legal: list[str], *, show: bool = True) -> str:
+    """`; did you mean 'x'?` and, with `show`, the legal words."""
+    close = difflib.get_close_matches(word, legal, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return hint + (f" Legal: {', '.join(legal)}" if show and close else f"; legal: {', '.join(legal)}" if show else "")

@@ -1,0 +1,71 @@
+"""Pictures from a base model and a saved LoRA, for the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Model, Sampling, load_config
+from .errors import ConfigError
+from .runfolder import LORA_FILE
+
+
+def sample_lora(
+    lora: Path,
+    prompts: Sequence[str],
+    *,
+    model: str | None,
+    output: Path,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+) -> list[Path]:
+    """One picture a prompt (seed, seed + 1, ...), saved as `output`/NAME.png; gives the paths."""
+    file = lora / LORA_FILE if lora.is_dir() else lora
+    if not file.is_file():
+        raise ConfigError(f"no LoRA at {file}; give a run folder with {LORA_FILE}, or a .safetensors file")
+    base, sampling = _settings(file.parent, model)
+    from . import evaluate, launch
+
+    pipe = launch.load_pipeline(base, scheduler=sampling.scheduler)
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except Exception as error:
+        raise ConfigError(f"{file} does not load into {base.path}: {str(error).splitlines()[0]}") from error
+    loaded = any(getattr(part, "peft_config", None) for part in pipe.components.values())
+    if not loaded:
+        raise ConfigError(
+            f"{file} changes nothing in {base.path}: none of its keys fits; is it made for another model?"
+        )
+    call: dict[str, Any] = {
+        "num_inference_steps": steps or sampling.steps,
+        "guidance_scale": guidance if guidance is not None else sampling.guidance,
+        "height": sampling.height,
+        "width": sampling.width,
+    }
+    call = {name: value for name, value in call.items() if value is not None}
+    images = evaluate.sample(pipe, prompts, seeds=[seed + index for index in range(len(prompts))], call=call)
+    return evaluate.save_images(images, output)
+
+
+def _settings(folder: Path, model: str | None) -> tuple[Model, Sampling]:
+    """The base model and the sampling of the run in `folder`; a given `model` wins."""
+    if (folder / "config.yaml").is_file():
+        config = load_config(folder / "config.yaml")
+        return (config.model if model is None else Model(path=model)), config.sampling
+    if model is None:
+        raise ConfigError(
+            f"{folder} has no config.yaml to tell the base model; add --model (a folder, a hub id, playground)"
+        )
+    return Model(path=model), Sampling()
+
+
+def show_playground(output: Path, *, count: int, seed: int) -> Path:
+    """A grid of `count` pictures of the untuned playground with their captions; gives the path."""
+    from . import evaluate, playground
+
+    prompts = playground.prompts(count, split="eval", seed=seed)
+    pipe = playground.pipeline()
+    call = {"num_inference_steps": 20, "guidance_scale": 4.0}
+    images = evaluate.sample(pipe, prompts, seeds=[seed + index for index in range(count)], call=call)
+    evaluate.save_grid({"": images}, prompts, output, per_row=6)
+    return output

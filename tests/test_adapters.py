@@ -1,0 +1,171 @@
+"""The LoRA file: plain diffusers gives the tuned pipeline's very pictures, and a file that does not is an error."""
+
+import errno
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import denoiser_of, fresh, set_scheduler, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+
+from rewardtune import adapters
+from rewardtune.errors import ConfigError, RewardTuneError
+from rewardtune.runfolder import LORA_FILE
+
+
+def images(pipe, call):
+    return torch.as_tensor(pipe(**fresh(call), output_type="pt").images)
+
+
+def without_lora(build):
+    """The builder's pipeline as it would come from a user: no adapter on it."""
+    pipe, call = build()
+    if getattr(denoiser_of(pipe), "peft_config", None):
+        denoiser_of(pipe).unload_lora()
+    return pipe, call
+
+
+def tuned(build=stable_diffusion, *, rank=4, alpha=None, targets=None):
+    pipe, call = without_lora(build)
+    denoiser = denoiser_of(pipe)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapters.add_lora(denoiser, rank, alpha=alpha, targets=targets):
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return pipe, call
+
+
+@pytest.mark.parametrize("build", [stable_diffusion, stable_diffusion_xl, stable_diffusion_3])
+def test_plain_diffusers_gives_identical_pictures(build, tmp_path):
+    pipe, call = tuned(build)
+    adapters.save_lora(pipe, tmp_path)
+    plain, _ = without_lora(build)
+    base = images(plain, call)
+    plain.load_lora_weights(tmp_path)
+    assert torch.equal(images(plain, call), images(pipe, call))
+    assert (base - images(pipe, call)).abs().max() > 0.01  # the LoRA does something
+
+
+@pytest.mark.parametrize(("alpha", "tolerance"), [(8, 0.0), (1, 0.0), (3, 1e-5)])
+def test_alpha_is_folded(alpha, tolerance, tmp_path):
+    """Exactly where alpha / rank is a power of two, to round-off elsewhere; losing alpha=3 would show at 1e-2."""
+    pipe, call = tuned(alpha=alpha)
+    adapters.save_lora(pipe, tmp_path)
+    plain, _ = without_lora(stable_diffusion)
+    plain.load_lora_weights(tmp_path)
+    assert (images(plain, call) - images(pipe, call)).abs().max() <= tolerance
+    pipe.unet.peft_config["rewardtune"].lora_alpha = 4
+    for module in pipe.unet.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["rewardtune"] = 1.0
+    assert (images(plain, call) - images(pipe, call)).abs().max() > 0.003
+
+
+def test_convolutions_too(tmp_path):
+    pipe, call = tuned(targets="attention+conv")
+    assert any("conv" in name for name in adapters.lora_state(pipe.unet))
+    adapters.save_lora(pipe, tmp_path)
+    plain, _ = without_lora(stable_diffusion)
+    plain.load_lora_weights(tmp_path)
+    assert torch.equal(images(plain, call), images(pipe, call))
+
+
+def test_new_lora_changes_nothing_and_depends_on_its_seed_alone():
+    pipe, call = without_lora(stable_diffusion)
+    before = images(pipe, call)
+    state = torch.get_rng_state()
+    adapters.add_lora(pipe.unet, 4, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(images(pipe, call), before)
+    first = adapters.lora_state(pipe.unet)
+    torch.rand(3)
+    again, _ = without_lora(stable_diffusion)
+    adapters.add_lora(again.unet, 4, seed=1)
+    assert all(torch.equal(value, first[key]) for key, value in adapters.lora_state(again.unet).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_are_float32_on_a_half_base(dtype):
+    pipe, _ = without_lora(stable_diffusion)
+    pipe.unet.to(dtype)
+    parameters = adapters.add_lora(pipe.unet, 4)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert {parameter.dtype for parameter in pipe.unet.parameters() if not parameter.requires_grad} == {dtype}
+
+
+def test_targets_that_match_nothing_name_the_legal_ones():
+    pipe, _ = without_lora(stable_diffusion)
+    with pytest.raises(ConfigError, match=r"to_w match no layer; legal suffixes here: .*to_q"):
+        adapters.add_lora(pipe.unet, 4, targets=["to_q", "to_w"])
+    with pytest.raises(ConfigError, match=r"'atention': legal are attention"):
+        adapters.add_lora(pipe.unet, 4, targets="atention")
+
+
+def test_a_second_lora_is_refused():
+    pipe, _ = tuned()
+    with pytest.raises(ConfigError, match=r"carries LoRA adapters already \(rewardtune\)"):
+        adapters.add_lora(pipe.unet, 4)
+
+
+def few_steps(call):
+    return {key: value for key, value in call.items() if key != "generator"} | {"num_inference_steps": 2}
+
+
+def test_verify_accepts_what_was_saved_and_leaves_the_adapter_active(tmp_path):
+    pipe, call = tuned(alpha=8)
+    before = images(pipe, call)
+    adapters.save_lora(pipe, tmp_path)
+    assert adapters.verify_lora(pipe, tmp_path, call=few_steps(call)) == 0
+    assert list(pipe.unet.peft_config) == ["rewardtune"]
+    assert torch.equal(images(pipe, call), before)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in pipe.unet.named_parameters())
+
+
+@pytest.mark.parametrize("damage", ["rename one", "rename all", "drop one", "scale one", "truncate"])
+def test_verify_finds_a_damaged_file(damage, tmp_path):
+    pipe, call = tuned()
+    path = adapters.save_lora(pipe, tmp_path)
+    state = load_file(path)
+    key = next(key for key in sorted(state) if "lora_B" in key)
+    if damage == "rename one":
+        state[key.replace("to_", "tu_")] = state.pop(key)
+    if damage == "rename all":
+        state = {name.replace("attentions", "attention"): value for name, value in state.items()}
+    if damage == "drop one":
+        del state[key]
+    if damage == "scale one":
+        state[key] = state[key] * 1.5
+    save_file(state, path, metadata={"format": "pt"})
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RewardTuneError, match=r"does not load|differs from the trained one"):
+        adapters.verify_lora(pipe, tmp_path, call=few_steps(call))
+    assert list(pipe.unet.peft_config) == ["rewardtune"]
+
+
+def test_full_disk_keeps_the_old_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    pipe, _ = tuned()
+    path = adapters.save_lora(pipe, tmp_path)
+    old = path.read_bytes()
+
+    def full(weights, filename, metadata=None):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(RewardTuneError, match=r"No space left on device.*intact"):
+        adapters.save_lora(pipe, tmp_path)
+    assert path.read_bytes() == old
+    assert [entry.name for entry in tmp_path.iterdir()] == [LORA_FILE]
+    shutil.rmtree(tmp_path)
+
+
+def test_euler_and_the_rest_of_the_pipeline_do_not_matter(tmp_path):
+    """The file belongs to the denoiser: another scheduler loads the same LoRA."""
+    pipe, call = tuned()
+    adapters.save_lora(pipe, tmp_path)
+    plain, _ = without_lora(stable_diffusion)
+    plain.load_lora_weights(tmp_path)
+    for each in (pipe, plain):
+        set_scheduler(each, "EulerDiscreteScheduler")
+    assert torch.equal(images(plain, call), images(pipe, call))
