@@ -1,0 +1,188 @@
+"""What a reward is, and its arithmetic.
+
+A reward maps images (B, 3, H, W), float in [0, 1], and B prompts to scores (B,), higher is better, differentiable in
+the images. Subclasses write `native`, the quantity in the scale that papers print; `minimise = True` says that less
+of it is better. A sum keeps its parts, so that one evaluation serves both the loss and the log.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.errors import ConfigError
+from rewardtune.rewards.contract import check_inputs, check_scores, full
+
+Scorer = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Reward:
+    """Base of all rewards. Subclass it, write `native`, and set `minimise` where less is better."""
+
+    name: str = "reward"
+    minimise: bool = False
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name", cls.__name__.lower())
+
+    def native(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The quantity in its own sign and scale, (B,): symmetry 0.25 is better than 0.50."""
+        raise NotImplementedError(f"{type(self).__name__} must define native(self, images, prompts) -> (B,)")
+
+    def evaluate(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(score to maximise (B,), native value to log (B,)). Override it where the two differ by more than a sign."""
+        value = self.native(images, prompts)
+        return (-value if self.minimise else value), value
+
+    @property
+    def terms(self) -> tuple[tuple[float, "Reward"], ...]:
+        """The weighted parts; a single reward is its own only part."""
+        return ((1.0, self),)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,), float32 or wider, higher is better."""
+        return self.parts(images, prompts)[0]
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted total (B,) and each part's native value (B,), detached, from one evaluation of every part.
+
+        A part of weight 0 is only logged: it is evaluated without a graph and may be non-differentiable.
+        Raises RewardError when the images, the prompts or a part's scores break the contract.
+        """
+        check_inputs(self.name, images, prompts)
+        total = torch.zeros(len(images), dtype=full(images).dtype, device=images.device)
+        natives = {}
+        for name, (weight, part) in zip(part_names(self), self.terms, strict=True):
+            part.to(images.device)  # a reward follows its images; `to("cpu")` sets it aside in between
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                score, native = part.evaluate(images, prompts)
+            check_scores(f"reward '{name}'", score, batch=len(images))
+            check_scores(f"reward '{name}'", native, batch=len(images))
+            total = total + weight * full(score) if weight != 0 else total  # not 0 * score: 0 * inf is NaN
+            natives[name] = full(native.detach())
+        return total, natives
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the modules and tensors among the attributes to `device`; returns the reward itself."""
+        for key, value in vars(self).items():
+            if isinstance(value, nn.Module):
+                value.to(device)
+            elif isinstance(value, Tensor):
+                setattr(self, key, value.to(device))
+        return self
+
+    def __add__(self, other: "Reward | Scorer") -> "Reward":
+        return Sum(self.terms + as_reward(other, action=f"add to the reward '{self.name}'").terms)
+
+    def __radd__(self, other: "Reward | Scorer | int") -> "Reward":
+        if isinstance(other, int) and not isinstance(other, bool) and other == 0:
+            return self  # sum([a, b]) starts from 0
+        return as_reward(other, action=f"add to the reward '{self.name}'") + self
+
+    def __sub__(self, other: "Reward | Scorer") -> "Reward":
+        return self + -as_reward(other, action=f"subtract from the reward '{self.name}'")
+
+    def __rsub__(self, other: "Reward | Scorer") -> "Reward":
+        return as_reward(other, action=f"combine with the reward '{self.name}'") - self
+
+    def __mul__(self, weight: float) -> "Reward":
+        _check_weight(self, weight)
+        return Sum((float(weight) * own, part) for own, part in self.terms)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Reward":
+        _check_weight(self, divisor)
+        if divisor == 0:
+            raise ConfigError(f"the reward '{self.name}' is divided by 0; divide by any other number")
+        return Sum((own / float(divisor), part) for own, part in self.terms)
+
+    def __neg__(self) -> "Reward":
+        return -1.0 * self
+
+    def __repr__(self) -> str:
+        return f"<reward {self.name}>"
+
+
+class Sum(Reward):
+    """sum_k w_k r_k, made by arithmetic. Always flat; a reward that occurs twice is one part with both weights."""
+
+    def __init__(self, terms: Iterable[tuple[float, Reward]]) -> None:
+        merged: dict[int, tuple[float, Reward]] = {}
+        for weight, part in terms:
+            merged[id(part)] = (weight + merged.get(id(part), (0.0, part))[0], part)
+        self._terms = tuple(merged.values())
+        pairs = zip(part_names(self), self._terms, strict=True)
+        self.name = " + ".join(f"{weight:g}*{name}" for name, (weight, _) in pairs).replace("+ -", "- ")
+
+    @property
+    def terms(self) -> tuple[tuple[float, Reward], ...]:
+        return self._terms
+
+    def to(self, device: torch.device | str) -> Self:
+        for _, part in self._terms:
+            part.to(device)
+        return self
+
+
+class _FromCallable(Reward):
+    def __init__(self, function: Scorer, name: str) -> None:
+        self.function, self.name = function, name
+
+    def native(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+def from_callable(function: Scorer, name: str | None = None) -> Reward:
+    """Wrap a function (or nn.Module) `(images, prompts) -> scores (B,)`, higher is better.
+
+    For a quantity to minimise write `-from_callable(loss)`: the log then shows the loss itself.
+    """
+    if not callable(function) or isinstance(function, type):
+        raise ConfigError(f"from_callable needs a function (images, prompts) -> (B,) scores; given {function!r}")
+    return _FromCallable(function, name or getattr(function, "__name__", type(function).__name__).strip("<>"))
+
+
+def as_reward(thing: object, *, action: str = "use as a reward") -> Reward:
+    """A Reward as it is, a plain callable wrapped; anything else is a ConfigError that names `action`."""
+    if isinstance(thing, Reward):
+        return thing
+    if isinstance(thing, type):
+        raise ConfigError(f"cannot {action}: {thing.__name__} is a class; make one first: {thing.__name__}(...)")
+    if callable(thing):
+        return from_callable(thing)
+    if isinstance(thing, Real):
+        raise ConfigError(
+            f"cannot {action}: {thing!r} is a number, and a constant changes no gradient; "
+            "numbers multiply (0.2 * a), rewards add (a + b)"
+        )
+    raise ConfigError(
+        f"cannot {action}: {thing!r} is a {type(thing).__name__}; "
+        "legal is a Reward or a callable (images, prompts) -> (B,) scores"
+    )
+
+
+def part_names(reward: Reward) -> list[str]:
+    """The names of the parts in order, made unique: symmetry, symmetry_2, ..."""
+    names: list[str] = []
+    for _, part in reward.terms:
+        name, count = part.name, 1
+        while name in names:
+            count += 1
+            name = f"{part.name}_{count}"
+        names.append(name)
+    return names
+
+
+def _check_weight(reward: Reward, weight: object) -> None:
+    if isinstance(weight, Reward):
+        raise ConfigError(
+            f"cannot multiply or divide rewards ('{reward.name}' by '{weight.name}'); add them: a + 0.2 * b"
+        )
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        raise ConfigError(
+            f"the weight of the reward '{reward.name}' is {weight!r}; legal is a finite number such as 0.2"
+        )

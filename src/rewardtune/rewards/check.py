@@ -1,0 +1,91 @@
+"""Does a reward keep the contract? One tiny forward and backward, before any training, or one clear line."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewardtune.errors import ConfigError, RewardError, RewardTuneError
+from rewardtune.rewards.base import Reward, Scorer, as_reward, part_names
+from rewardtune.rewards.contract import check_inputs, check_scores
+
+
+def check_reward(
+    reward: Reward | Scorer, *, size: int | tuple[int, int], prompts: Sequence[str], device: torch.device | str = "cpu"
+) -> None:
+    """Try every part of a reward by itself on two random images in [0, 1] of `size` (a side, or height and width).
+
+    Raises RewardError, naming the part and its sum, for a wrong shape, a NaN, a missing, zero or NaN gradient, and for
+    samples that leak into each other. Parts of weight 0 are only logged and need no gradient.
+    """
+    reward = as_reward(reward)
+    if not prompts or isinstance(prompts, str):
+        raise ConfigError(f"check_reward: prompts is {prompts!r}; legal is a list with at least one prompt")
+    if all(weight == 0 for weight, _ in reward.terms):
+        raise RewardError(f"reward '{reward.name}': every weight is 0; give at least one part a weight")
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    pair = [prompts[0], prompts[-1]]
+    check_inputs(reward.name, images, pair)
+    for name, (weight, part) in zip(part_names(reward), reward.terms, strict=True):
+        who = f"reward '{name}'" + (f" (a part of '{reward.name}')" if len(reward.terms) > 1 else "")
+        leaf = images.clone().requires_grad_(weight != 0)
+        scores = _scores(who, part, leaf, pair)
+        if weight != 0:
+            _check_gradients(who, scores, leaf)
+
+
+def _scores(who: str, part: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    try:
+        with torch.set_grad_enabled(images.requires_grad):
+            scores, native = part.to(images.device).evaluate(images, prompts)
+    except RewardTuneError:
+        raise
+    except Exception as error:  # whatever a user's reward raises
+        raise RewardError(
+            f"{who} raised {type(error).__name__}: {error}; legal is (images (2, 3, H, W) in [0, 1], 2 prompts) -> (2,)"
+        ) from error
+    for values in (scores, native):
+        check_scores(who, values, batch=2)
+        if not values.isfinite().all():
+            raise RewardError(
+                f"{who} scored random images {values.tolist()}; legal are finite numbers: "
+                "look for a division by 0 or a log or root of a negative number"
+            )
+    return scores
+
+
+def _check_gradients(who: str, scores: Tensor, images: Tensor) -> None:
+    if not scores.requires_grad:
+        raise RewardError(
+            f"{who} has no gradient; legal is a score differentiable in the images: look for detach, "
+            "no_grad, numpy, PIL or a rounding, or give it the weight 0 to log it only"
+        )
+    for own, other in ((0, 1), (1, 0)):
+        try:
+            (gradient,) = torch.autograd.grad(scores[own], images, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise RewardError(
+                f"{who} raised {type(error).__name__} in its backward: {error}; legal is a score "
+                "differentiable in the images: look for in-place operations"
+            ) from error
+        if gradient is None:
+            raise RewardError(
+                f"{who} has a gradient that does not reach the images; legal is a score differentiable "
+                "in the images: look for detach, no_grad, numpy or PIL on the way from them"
+            )
+        if not gradient.isfinite().all():
+            raise RewardError(
+                f"{who} has a NaN or infinite gradient at random images; legal is a finite one: look for "
+                "sqrt, norm or std at 0 (add 1e-8 inside), or for float16"
+            )
+        if gradient[other].any():
+            raise RewardError(
+                f"{who}: the score of image {own} changes with image {other}; legal is one score per "
+                "image alone: look for batch norm in training mode or a mean over the batch"
+            )
+        if not gradient[own].any():
+            raise RewardError(
+                f"{who} has a gradient of exactly 0 at random images; legal "
+                "is a slope: look for round, threshold, argmax, a relu or a saturated sigmoid"
+            )

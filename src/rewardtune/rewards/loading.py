@@ -1,0 +1,87 @@
+"""From a word in a run file to a reward: a built-in name, or an import path "my_pkg.rewards:MyReward"."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rewardtune.errors import ConfigError
+from rewardtune.rewards.base import Reward, as_reward
+
+BUILTIN = {
+    "brightness": "rewardtune.rewards.pixels:Brightness",
+    "clipscore": "rewardtune.rewards.clip:CLIPScore",
+    "colour": "rewardtune.rewards.pixels:Colour",
+    "compressibility": "rewardtune.rewards.pixels:Compressibility",
+    "jpeg_bytes": "rewardtune.rewards.pixels:JPEGBytes",
+    "symmetry": "rewardtune.rewards.pixels:Symmetry",
+}
+
+
+def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
+    """The reward that `spec` names, built with `settings`.
+
+    spec: a key of BUILTIN, or "module:object", where the object is a class (called with the settings), a Reward or a
+    function (images, prompts) -> scores. Modules are also looked for in the current folder. Raises ConfigError.
+    """
+    target = _import(BUILTIN.get(spec.lower(), spec))
+    if inspect.isclass(target):
+        return as_reward(_build(spec, target, dict(settings or {})), action=f"use '{spec}' as a reward")
+    if settings:
+        raise ConfigError(
+            f"reward '{spec}' is not a class and takes no settings; given {', '.join(settings)}: "
+            "write a class whose __init__ takes them"
+        )
+    return as_reward(target, action=f"use '{spec}' as a reward")
+
+
+def nearest(word: str, legal: list[str]) -> str:
+    """' (did you mean x?)', or nothing when no legal word is near."""
+    close = difflib.get_close_matches(word, legal, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _import(path: str) -> Any:
+    module_name, colon, attribute = path.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"unknown reward '{path}'{nearest(path.lower(), list(BUILTIN))}; legal: {', '.join(BUILTIN)}, "
+            'or an import path "my_pkg.rewards:MyReward"'
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not see the folder it is called from
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise ConfigError(
+            f"reward '{path}': importing {module_name} failed ({type(error).__name__}: {error}); "
+            "install the module or call the command from its folder"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"reward '{path}': {module_name} has no '{attribute}'{nearest(attribute, dir(module))}")
+    return getattr(module, attribute)
+
+
+def _build(spec: str, cls: type, settings: dict[str, Any]) -> object:
+    if not any("__call__" in vars(base) for base in cls.__mro__):
+        raise ConfigError(
+            f"cannot use '{spec}' as a reward: objects of {cls.__name__} are not callable; "
+            "legal is a subclass of Reward, or a class with __call__(images, prompts) -> (B,)"
+        )
+    parameters = inspect.signature(cls).parameters
+    for key in settings:
+        if key not in parameters:
+            legal = ", ".join(parameters) or "none"
+            raise ConfigError(f"reward '{spec}' has no setting '{key}'{nearest(key, list(parameters))}; legal: {legal}")
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in optional and name not in settings
+    ]
+    if missing:
+        raise ConfigError(f"reward '{spec}' needs the setting {', '.join(missing)}; give it beside the name")
+    return cls(**settings)
