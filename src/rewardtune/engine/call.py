@@ -1,4 +1,4 @@
-"""The tape: network calls of one rollout, kept so that each can be replayed with a graph, one at a time.
+"""Recorded network calls, kept so that each can be replayed with a graph, one at a time.
 
 While a pipeline samples, every network runs under no_grad. A call that matters for the gradient is kept as a
 :class:`Call`: its arguments by reference and what the outcome depends on besides them (RNG, autocast, dtype,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rewardtune.engine.call import Call
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
 from rewardtune.prediction import x0_hat
-from rewardtune.engine.tape import Call
 
 log = logging.getLogger("rewardtune")
 
@@ -88,7 +88,7 @@ class Doors:
         scheduler = self.pipe.scheduler
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # door 1: restore the mode
-            _quiet(self.pipe, stack)
+            quiet(self.pipe, stack)
             for name, module in self.pipe.components.items():
                 if isinstance(module, nn.Module):
                     inner = module._compiled_call_impl or module._call_impl
@@ -278,7 +278,7 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     present[name] = value
 
 
-def _quiet(pipe: Any, stack: ExitStack) -> None:
+def quiet(pipe: Any, stack: ExitStack) -> None:
     """Set aside what leaves torch (safety checker, watermark) and the pipeline's own progress bar."""
     aside = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
     for name in aside:

@@ -5,15 +5,17 @@ network calls are functions of their arguments, gradients flow and are finite (p
 with the scheduler's own, and the pipeline is as before afterwards.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewardtune.engine.chain import count_steps, generators_of, one_sample, rollout, seeded
+from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
-from rewardtune.engine.doors import Doors, find_denoiser
 
 #: Hooks of diffusers that reuse results between steps: a call that uses them cannot be repeated from its arguments.
 CACHE_HOOKS = ("cache", "fbc_", "faster_cache", "pyramid_attention", "layer_skip", "smoothed_energy", "taylorseer")
@@ -50,14 +52,12 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
         PreflightError: with the reason, if the pipeline cannot be opened exactly.
         ConfigError: if nothing is trainable, or the scheduler cannot do the number of steps.
     """
-    from rewardtune.engine import _one_sample, count_steps
-
     name = find_denoiser(pipe, denoiser)
     for key, module in pipe.components.items():
         if isinstance(module, nn.Module):
             _refuse_hooks(key, module)
     T = count_steps(pipe, denoiser=name, **call)
-    small = _one_sample(call)
+    small = one_sample(call)
     small["num_inference_steps"] = min(steps, int(call.get("num_inference_steps", steps)))
     notes: list[str] = []
 
@@ -102,11 +102,9 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
 
 
 def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_type: str = "pt") -> Any:
-    from rewardtune.engine import _generators, _seeded
-
-    states = [(g, g.get_state()) for g in _generators(call)]
+    states = [(g, g.get_state()) for g in generators_of(call)]
     opened = (doors or Doors(pipe, None, denoiser=find_denoiser(pipe))).open()
-    with _seeded(0, next(m for m in pipe.components.values() if isinstance(m, nn.Module))), torch.no_grad():
+    with seeded(0, next(m for m in pipe.components.values() if isinstance(m, nn.Module))), torch.no_grad():
         if doors is None:
             images = _quietly(pipe, {**call, "output_type": output_type, "return_dict": False})
         else:
@@ -119,12 +117,8 @@ def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_t
 
 def _quietly(pipe: Any, call: dict[str, Any]) -> Any:
     """The plain pipeline, without its progress bar and with the same parts set aside as in a rollout."""
-    from contextlib import ExitStack
-
-    from rewardtune.engine.doors import _quiet
-
     with ExitStack() as stack:
-        _quiet(pipe, stack)
+        quiet(pipe, stack)
         return pipe(**call)[0]
 
 
@@ -140,11 +134,9 @@ def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
 
 
 def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) -> list[Tensor | None]:
-    from rewardtune.engine import _generators, rollout
-
     parameters = [p for p in pipe.components[denoiser].parameters() if p.requires_grad]
     before = [p.grad for p in parameters]
-    states = [(g, g.get_state()) for g in _generators(call)]
+    states = [(g, g.get_state()) for g in generators_of(call)]
     try:
         for p in parameters:
             p.grad = None

@@ -1,0 +1,175 @@
+"""Sampling chains: the user's own ``pipe(...)`` under a plan, with the doors held open."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.engine.call import Call
+from rewardtune.engine.doors import Doors, find_denoiser
+from rewardtune.engine.tape import Tape
+from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.plan import Plan
+
+
+@contextmanager
+def rollout(
+    pipe: Any, plan: Plan, *, denoiser: str | None = None, seed: int | None = None, **call: Any
+) -> Iterator[Tape]:
+    """Sample ``pipe(**call)`` under ``plan`` and hand out its images as a leaf, ready for :meth:`Tape.backward`.
+
+    Args:
+        pipe: any diffusers text-to-image pipeline; it is not changed.
+        plan: its ``T`` must be the number of scheduler steps of this call (:func:`count_steps`).
+        denoiser: component that is tuned; by default ``unet`` or ``transformer``.
+        seed: seeds the global generators for the duration (some pipelines draw from them) and restores them.
+        call: arguments of ``pipe(...)``: prompt, num_inference_steps, guidance_scale, generator, height, width ...
+
+    Raises:
+        PreflightError: if the pipeline cannot be opened or takes another number of steps than ``plan.T``.
+        ConfigError: if nothing is trainable.
+    """
+    name = find_denoiser(pipe, denoiser)
+    network = pipe.components[name]
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ConfigError(f"nothing to train: no parameter of pipe.{name} requires grad; add a LoRA first (add_lora)")
+    with seeded(seed, network):
+        graphs: list[Tensor] = []
+        calls: list[Call] = []
+        if plan.start is None:
+            _chain(pipe, plan, name, call, graphs, calls)
+        else:
+            graphs, calls = _renoised_chains(pipe, plan, name, call)
+    graph = _as_unit_range(torch.cat(graphs))
+    tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws)
+    try:
+        yield tape
+    finally:
+        tape._graph, tape._calls = None, []
+
+
+def count_steps(pipe: Any, *, denoiser: str | None = None, **call: Any) -> int:
+    """T: the number of ``scheduler.step`` calls of ``pipe(**call)``, counted at the cost of one network call.
+
+    Raises:
+        ConfigError: if the scheduler cannot do this number of steps.
+    """
+    doors = Doors(pipe, None, denoiser=find_denoiser(pipe, denoiser), blank=True)
+    with seeded(0, doors.denoiser), doors.open():
+        try:
+            pipe(**{**one_sample(call), "output_type": "latent"})
+        except (ValueError, IndexError) as error:
+            raise ConfigError(
+                f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} refuses this call "
+                f"(num_inference_steps={call.get('num_inference_steps')}): {error}"
+            ) from error
+    return doors.step
+
+
+def _chain(
+    pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any], graphs: list[Tensor], calls: list[Call], **doors: Any
+) -> Doors:
+    opened = Doors(pipe, plan, denoiser=denoiser, **doors)
+    with opened.open():
+        result = pipe(**{**call, "output_type": "pt", "return_dict": False})
+    ran = opened.step
+    if ran != plan.last + 1:
+        raise PreflightError(
+            f"the plan is for T={plan.T} steps but {type(pipe).__name__} took {ran} with these arguments: draw it for "
+            "T = count_steps(pipe, ...) of the same call"
+        )
+    graphs.append(result[0])
+    calls.extend(opened.calls)
+    return opened
+
+
+def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any]) -> tuple[list[Tensor], list[Call]]:
+    """DRaFT-LV: one chain to the end without gradient, then ``draws`` chains from its x_0, re-noised at ``start``.
+
+    The restarted chains answer earlier network calls from the first one's record, so they cost ``T - start`` calls and
+    multistep schedulers keep their true history. Noise comes from the call's generators, in the state in which the
+    first chain left them (or from the global one), so it belongs to each sample as the rest of its randomness does.
+    """
+    generators = generators_of(call)
+    initial = [g.get_state() for g in generators]
+    first = Doors(pipe, None, denoiser=denoiser, keep_outputs=True)
+    with first.open():
+        pipe(**{**call, "output_type": "latent", "return_dict": False})
+    if first.step != plan.T or first.final is None or plan.start is None:
+        raise PreflightError(f"the plan is for T={plan.T} steps but {type(pipe).__name__} took {first.step}")
+    x0, timestep = first.final.detach(), first.timesteps[plan.start]
+    after = [g.get_state() for g in generators]
+    graphs: list[Tensor] = []
+    calls: list[Call] = []
+    for _ in range(plan.draws):
+        for g, state in zip(generators, after, strict=True):
+            g.set_state(state)
+        noise = _noise_like(x0, call.get("generator"))
+        after = [g.get_state() for g in generators]
+        for g, state in zip(generators, initial, strict=True):
+            g.set_state(state)
+        _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=_renoise(x0, timestep, noise))
+    for g, state in zip(generators, after, strict=True):
+        g.set_state(state)
+    return graphs, calls
+
+
+def _renoise(x0: Tensor, timestep: Any, noise: Tensor) -> Any:
+    def at(scheduler: Any) -> Tensor:
+        times = torch.as_tensor(timestep, device=x0.device).reshape(-1).expand(len(x0))
+        if hasattr(scheduler, "add_noise"):
+            return scheduler.add_noise(x0, noise, times)
+        return scheduler.scale_noise(x0, times, noise)  # flow matching
+
+    return at
+
+
+def _noise_like(x: Tensor, generator: Any) -> Tensor:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def generators_of(call: dict[str, Any]) -> list[torch.Generator]:
+    given = call.get("generator")
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+def one_sample(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call for its first prompt alone, where prompts are lists and nothing else carries the batch."""
+    prompt = call.get("prompt")
+    batched = any(isinstance(v, Tensor) and v.ndim > 1 for v in call.values())
+    if not isinstance(prompt, list) or batched:
+        return dict(call)
+    small = {k: v[:1] if isinstance(v, list) and len(v) == len(prompt) else v for k, v in call.items()}
+    if isinstance(call.get("generator"), torch.Generator | list):
+        small["generator"] = torch.Generator(generators_of(call)[0].device).manual_seed(0)
+    return small
+
+
+def _prompts(call: dict[str, Any], images: int) -> list[str]:
+    prompt = call.get("prompt")
+    prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    return [p for p in prompts for _ in range(max(1, images // len(prompts)))]
+
+
+def _as_unit_range(images: Tensor) -> Tensor:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise PreflightError(f"the pipeline returned {tuple(images.shape)}, but (B, 3, H, W) images are needed")
+    if float(images.detach().min()) < 0:  # a few pipelines (IF, Kandinsky 2, 3) leave 'pt' in [-1, 1]
+        images = (images / 2 + 0.5).clamp(0, 1)
+    if float(images.detach().max()) > 1:
+        raise PreflightError("the pipeline's images leave [0, 1]: its output_type='pt' is not post-processed")
+    return images
+
+
+@contextmanager
+def seeded(seed: int | None, network: nn.Module) -> Iterator[None]:
+    device = next(network.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices) if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

@@ -1,0 +1,179 @@
+"""One rollout's tape and its reverse sweep: the gradient of a loss on the images, carried to the trained parameters."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.engine.call import Call
+from rewardtune.errors import ConfigError, RewardError, TrainingStopped
+from rewardtune.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a reverse sweep measured.
+
+    Attributes:
+        grad_norms: L2 norm of the parameter gradient that each trained step contributed, by step index.
+        trained: trained steps that ran, in sampling order.
+        steps_run: steps whose network was evaluated while sampling.
+        replay_error: largest relative difference between a replayed call and its record (0 on most machines).
+        clamped: share of image values at exactly 0 or 1, through which no gradient passes.
+        scale: power of two by which cotangents were multiplied inside half-precision networks.
+    """
+
+    grad_norms: dict[int, float]
+    trained: tuple[int, ...]
+    steps_run: int
+    replay_error: float
+    clamped: float
+    scale: float
+
+
+class Tape:
+    """One rollout, ready for its reverse sweep.
+
+    Attributes:
+        images: ``(B * plan.draws, 3, H, W)`` in [0, 1], float32 (float64 if the pipeline is); a leaf, so any reward
+            and any chunking of it works.
+        prompts: the prompt of each image.
+        plan: what was carried out.
+    """
+
+    def __init__(self, plan: Plan, graph: Tensor, calls: list[Call], denoiser: nn.Module, prompts: list[str]) -> None:
+        self.plan, self.prompts = plan, prompts
+        wide = graph.detach() if graph.dtype == torch.float64 else graph.detach().float()
+        self.images = wide.requires_grad_()
+        self._graph: Tensor | None = graph
+        self._calls = calls
+        self._parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        trained = {id(p) for p in self._parameters}
+        # Auxiliary networks and decoders are replayed for their inputs alone.
+        self._frozen = {
+            id(c.module): [p for p in c.module.parameters() if p.requires_grad and id(p) not in trained] for c in calls
+        }
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes that the recorded inputs and outputs of trained calls keep alive (shared storage counted once)."""
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for c in self._calls for x in c.recorded
+        }
+        return sum(storages.values())
+
+    def backward(self, loss: Tensor) -> Sweep:
+        """Reverse sweep: adds the gradient of ``loss`` to ``.grad`` of the denoiser's trained parameters.
+
+        The loss's gradient stops at :attr:`images`; from there each recorded call is replayed, last to first. A tape
+        can be swept once. If anything fails, the parameters' ``.grad`` is as before.
+
+        Args:
+            loss: scalar, a function of :attr:`images`; it is descended, so negate a reward.
+
+        Raises:
+            RewardError: if the loss is not a finite scalar or has no gradient at the images.
+            ReplayError: if a network call does not reproduce its record.
+            TrainingStopped: if the parameter gradient is not finite or vanishes altogether.
+        """
+        if self._graph is None:
+            raise ConfigError(
+                "this tape has been swept, or its with-block has ended: sum the losses, or roll out again"
+            )
+        cotangent = self._image_gradient(loss)
+        graph, self._graph = self._graph, None
+        calls, self._calls = self._calls, []
+        leaves = [leaf for c in calls for leaf in c.leaves if leaf is not None]
+        scale = (
+            _power_of_two(cotangent) if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in leaves) else 1.0
+        )
+        before = [p.grad for p in self._parameters]
+        try:
+            total, norms, error = self._sweep(graph, calls, cotangent, scale)
+        finally:
+            for p, grad in zip(self._parameters, before, strict=True):
+                p.grad = grad
+        self._commit(total, norms)
+        return Sweep(
+            grad_norms=norms,
+            trained=self.plan.executed,
+            steps_run=self.plan.steps_run,
+            replay_error=error,
+            clamped=float(((self.images <= 0) | (self.images >= 1)).float().mean()),
+            scale=scale,
+        )
+
+    def _image_gradient(self, loss: Tensor) -> Tensor:
+        if loss.numel() != 1 or not loss.requires_grad:
+            raise RewardError(
+                f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}: a scalar that depends "
+                "on tape.images through differentiable operations is needed (no .detach(), no torch.no_grad())"
+            )
+        self.images.grad = None
+        loss.backward()
+        grad = self.images.grad
+        if grad is None:
+            raise RewardError("the loss does not depend on tape.images: compute the reward from this tape's images")
+        if not torch.isfinite(grad).all():
+            raise RewardError("the gradient of the loss at the images is not finite: check the reward for NaN or inf")
+        if not grad.any():
+            raise RewardError(
+                "the gradient of the loss at the images is zero: the reward is saturated, detached or constant there"
+            )
+        return grad
+
+    def _sweep(
+        self, graph: Tensor, calls: list[Call], cotangent: Tensor, scale: float
+    ) -> tuple[list[Tensor | None], dict[int, float], float]:
+        total: list[Tensor | None] = [None] * len(self._parameters)
+        norms: dict[int, float] = {}
+        for p in self._parameters:
+            p.grad = None
+        torch.autograd.backward([graph], [(cotangent * scale).to(graph.dtype)], retain_graph=True)
+        error = 0.0
+        while calls:
+            call = calls.pop()  # popped: its record is freed as soon as it is swept
+            error = max(error, call.replay(self._frozen[id(call.module)]))
+            before = next((c for c in reversed(calls) if c.trained), None)
+            if call.trained and (before is None or before.step != call.step):
+                self._collect(total, norms, call.step, scale)
+        return total, norms, error
+
+    def _collect(self, total: list[Tensor | None], norms: dict[int, float], step: int, scale: float) -> None:
+        """Move the gradient of one step (all of its calls) out of ``.grad`` into ``total``; log its norm."""
+        squares = [torch.zeros((), dtype=torch.float64)]
+        for k, p in enumerate(self._parameters):
+            if p.grad is None:
+                continue
+            grad = p.grad if scale == 1.0 else p.grad / scale
+            squares.append(torch.linalg.vector_norm(grad, dtype=_wide(grad)).double().cpu() ** 2)
+            so_far = total[k]
+            total[k] = grad if so_far is None else so_far + grad
+            p.grad = None
+        norms[step] = float(torch.stack(squares).sum().sqrt())
+
+    def _commit(self, total: list[Tensor | None], norms: dict[int, float]) -> None:
+        if not all(math.isfinite(n) for n in norms.values()):
+            steps = [i for i, n in norms.items() if not math.isfinite(n)]
+            raise TrainingStopped(
+                f"the parameter gradient is not finite at steps {steps}: lower the learning rate or the guidance, or "
+                "use bfloat16 instead of float16"
+            )
+        if not any(norms.values()):
+            raise TrainingStopped(
+                "the parameter gradient is zero everywhere although the loss has one at the images: it underflows, or "
+                "the trained parameters do not act on the trained calls"
+            )
+        for p, grad in zip(self._parameters, total, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad + grad
+
+
+def _power_of_two(cotangent: Tensor) -> float:
+    """Scale that brings the largest image cotangent near 1: a mean over many pixels underflows in half precision."""
+    return 2.0 ** -math.floor(math.log2(float(cotangent.abs().max())))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
