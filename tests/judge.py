@@ -1,0 +1,91 @@
+"""Puts the engine and the oracle side by side on one plan; the tests set the bounds, the table prints the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import oracle
+import tiny
+import torch
+
+from rewardtune import methods
+from rewardtune.plan import Plan
+from rewardtune.engine import rollout
+
+Draw = Callable[[int], Plan]
+
+
+def drawn(method: methods.Method, *, seed: int = 0) -> Draw:
+    return lambda T: method(T, Random(seed))
+
+
+# Every published method, the paper's ablations, and each field of a plan at an unusual value. For T >= 4.
+PLANS: dict[str, Draw] = {
+    "refl": drawn(methods.refl(m=3), seed=1),
+    "draft-1": drawn(methods.draft(K=1)),
+    "draft-3": drawn(methods.draft(K=3)),
+    "draft-T": drawn(methods.draft(K=None)),
+    "draft-T, stopped input": drawn(methods.draft(K=None, input_gradient=0.0)),
+    "alignprop per step": drawn(methods.alignprop(law="per_step")),
+    "alignprop per chain": drawn(methods.alignprop(law="per_chain")),
+    "alignprop, stopped input, early stop": drawn(methods.alignprop(input_gradient=0.0, m=3), seed=2),
+    "draft-LV": drawn(methods.draft_lv(n=2)),
+    "drtune": drawn(methods.drtune(K=2, m=3)),
+    "drtune executed": drawn(methods.drtune(K=2, m=3, spacing="executed"), seed=1),
+    "drtune random": drawn(methods.drtune(K=2, m=3, spacing="random"), seed=1),
+    "drtune, whole chain": drawn(methods.drtune(K=2, m=None)),
+    "drtune, 0.3 of the input gradient": drawn(methods.drtune(K=4, m=2, input_gradient=0.3), seed=1),
+    "nested, early stop": lambda T: Plan(T=T, train=frozenset(range(T)), input_gradient=1.0, end=T - 2),
+    "end not trained": lambda T: Plan(T=T, train=frozenset({0, 1}), input_gradient=1.0, end=T - 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    images_equal: bool  # bit for bit: the plain pipeline's images, with an early stop the oracle's
+    image_difference: float  # largest difference of a pixel
+    gradient_difference: float  # relative, all parameters together
+    result: Any
+
+
+def plain_images(pipe: Any, call: tiny.Call, *, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return pipe(**tiny.fresh(call), output_type="pt")[0]
+
+
+def engine_gradient(
+    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+    """Images, gradient per trained parameter (zero where none arrived) and the sweep's report."""
+    parameters = tiny.trainable(pipe)
+    for parameter in parameters.values():
+        parameter.grad = None
+    with rollout(pipe, plan, seed=seed, **tiny.fresh(call)) as tape:
+        pictures = tape.images
+        result = tape.backward(oracle.generic_loss(pictures))
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    return pictures.detach(), found, result
+
+
+def compare(pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0) -> Verdict:
+    """One plan, both ways. Without an early stop the images are also the plain pipeline's."""
+    pictures, gradient, result = engine_gradient(pipe, plan, call, seed=seed)
+    if plan.start is not None:
+        reference = oracle.draft_lv_images(pipe, T=plan.T, draws=plan.draws, seed=seed, call=lambda: tiny.fresh(call))
+        expected = reference.detach()
+    else:
+        fields = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient}
+        reference = oracle.images(pipe, **fields, seed=seed, call=tiny.fresh(call))
+        expected = reference.detach() if plan.end is not None else plain_images(pipe, call, seed=seed)
+    exact = oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(reference))
+    return Verdict(
+        images_equal=torch.equal(pictures, expected.to(pictures)),
+        image_difference=float((pictures - expected.to(pictures)).abs().max()),
+        gradient_difference=oracle.difference(gradient, exact),
+        result=result,
+    )

@@ -1,0 +1,250 @@
+"""Every scheduler: the engine against literal Algorithm 1, and x0-hat against two independent sources.
+
+The schedulers differ in what a step is: history of several outputs, two network calls per step, noise of their own,
+a prediction that is clipped. All of it must pass through the engine unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import judge
+import oracle
+import pytest
+import tiny
+import torch
+
+from rewardtune import methods
+from rewardtune.errors import PreflightError
+from rewardtune.plan import Plan
+from rewardtune.prediction import x0_hat
+from rewardtune.engine import count_steps, rollout
+
+N = 4  # inference steps; second-order schedulers make more scheduler steps of them
+BETAS = {**tiny.BETAS, "clip_sample": False}
+
+
+@dataclass(frozen=True)
+class Setting:
+    scheduler: str
+    config: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    family: str = "sd"
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+V = {"prediction_type": "v_prediction"}
+SETTINGS: dict[str, Setting] = {
+    "DDPM": Setting("DDPMScheduler"),
+    "DDPM, clipping": Setting("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 2.0}),
+    "DDIM": Setting("DDIMScheduler", {"steps_offset": 1, "set_alpha_to_one": False}),
+    "DDIM, eta 1": Setting("DDIMScheduler", {"steps_offset": 1}, {"eta": 1.0}),
+    "DDIM, v": Setting("DDIMScheduler", V, family="sd-v"),
+    "DDIM, v, zero SNR, trailing": Setting(
+        "DDIMScheduler", {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, family="sd-v"
+    ),
+    "DDIM, thresholding": Setting("DDIMScheduler", {"thresholding": True, "sample_max_value": 3.0}),
+    "PNDM": Setting("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+    "PNDM, Runge-Kutta start": Setting("PNDMScheduler", {"skip_prk_steps": False}),
+    "LMS": Setting("LMSDiscreteScheduler"),
+    "Euler": Setting("EulerDiscreteScheduler"),
+    "Euler, v": Setting("EulerDiscreteScheduler", V, family="sd-v"),
+    "Euler ancestral": Setting("EulerAncestralDiscreteScheduler"),
+    "Heun": Setting("HeunDiscreteScheduler"),
+    "Heun, v": Setting("HeunDiscreteScheduler", V, family="sd-v"),
+    "KDPM2": Setting("KDPM2DiscreteScheduler"),
+    "KDPM2 ancestral": Setting("KDPM2AncestralDiscreteScheduler"),
+    "DPM++ 2M": Setting("DPMSolverMultistepScheduler"),
+    "DPM++ 2M, v": Setting("DPMSolverMultistepScheduler", V, family="sd-v"),
+    "DPM++ 3M, Karras": Setting("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+    "DPM++ SDE": Setting("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ singlestep": Setting("DPMSolverSinglestepScheduler"),
+    "DPM SDE, Brownian tree": Setting("DPMSolverSDEScheduler", {"noise_sampler_seed": 0}),
+    "DEIS": Setting("DEISMultistepScheduler"),
+    "UniPC": Setting("UniPCMultistepScheduler"),
+    "UniPC, v": Setting("UniPCMultistepScheduler", V, family="sd-v"),
+    "SASolver": Setting("SASolverScheduler"),
+    "LCM": Setting("LCMScheduler"),
+    "TCD": Setting("TCDScheduler", call={"eta": 0.3}),
+    "SD3 flow Euler": Setting("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, family="sd3"),
+    "SD3 flow Euler, stochastic": Setting("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, family="sd3"),
+    "SD3 flow Heun": Setting("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, family="sd3"),
+    "SD3 flow LCM": Setting("FlowMatchLCMScheduler", {"shift": 3.0}, family="sd3"),
+    "SD3 flow DPM++": Setting("DPMSolverMultistepScheduler", FLOW, family="sd3"),
+    "SD3 flow UniPC": Setting("UniPCMultistepScheduler", FLOW, family="sd3"),
+    "SD3 flow DEIS": Setting("DEISMultistepScheduler", FLOW, family="sd3"),
+}
+
+# The two early stops fall on both halves of a second-order step.
+PLANS: dict[str, judge.Draw] = {
+    "drtune, early stop": lambda T: Plan(T=T, train=frozenset({0, T // 2}), end=T - 2),
+    "refl": lambda T: Plan(T=T, train=frozenset({T - 3}), end=T - 3),
+    "draft-3": judge.drawn(methods.draft(K=3)),
+    "alignprop, nested": lambda T: Plan(T=T, train=frozenset({0, 1, T - 2}), input_gradient=1.0),
+}
+
+
+def build(name: str) -> tuple[Any, tiny.Call]:
+    setting = SETTINGS[name]
+    pipe, call = PIPES.get(setting.family) or PIPES.setdefault(setting.family, tiny.BUILDERS[setting.family](steps=N))
+    tiny.set_scheduler(pipe, setting.scheduler, **setting.config)
+    return pipe, {**call, **setting.call}
+
+
+PIPES: dict[str, tuple[Any, tiny.Call]] = {}
+
+
+@pytest.mark.parametrize("method", PLANS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_engine_is_algorithm_1(name: str, method: str) -> None:
+    pipe, call = build(name)
+    T = count_steps(pipe, **tiny.fresh(call))
+    assert T == oracle.count_steps(pipe, tiny.fresh(call))
+    plan = PLANS[method](T)
+    verdict = judge.compare(pipe, plan, call)
+    if plan.end is None or oracle.own_prediction(pipe.scheduler):
+        assert verdict.images_equal, f"images differ by up to {verdict.image_difference:.1e}"
+    assert verdict.image_difference < 2e-6  # two formulas for the same x0-hat round differently
+    assert verdict.gradient_difference < 1e-5
+    assert verdict.result.trained == plan.executed
+    assert verdict.result.replay_error == 0
+
+
+@pytest.mark.parametrize("scheduler", ["IPNDMScheduler", "CMStochasticIterativeScheduler"])
+def test_schedulers_without_x0_hat_are_refused_for_an_early_stop_only(scheduler: str) -> None:
+    pipe, call = tiny.stable_diffusion(steps=N)
+    tiny.set_scheduler(pipe, scheduler)
+    T = oracle.count_steps(pipe, tiny.fresh(call))
+    with pytest.raises(PreflightError, match="x0-hat"):
+        with rollout(pipe, Plan(T=T, train=frozenset({1}), end=T - 2), seed=0, **tiny.fresh(call)) as tape:
+            tape.images.sum()
+    whole = Plan(T=T, train=frozenset({1}))
+    assert judge.compare(pipe, whole, call).gradient_difference < 1e-5
+
+
+# x0-hat against the scheduler's own prediction -------------------------------------------------------------------------
+
+
+def scheduler_of(name: str, **config: Any) -> Any:
+    """The scheduler of a setting alone, with its timesteps set."""
+    import diffusers
+
+    setting = SETTINGS[name]
+    flow = setting.scheduler.startswith("FlowMatch")
+    defaults = {} if flow else BETAS
+    scheduler = getattr(diffusers, setting.scheduler).from_config({**defaults, **setting.config, **config})
+    scheduler.set_timesteps(6)
+    return scheduler
+
+
+def converted(scheduler: Any) -> torch.Tensor | None:
+    """x0-hat as a multistep solver keeps it in its history, if it keeps x0 and not noise."""
+    if getattr(scheduler, "predict_x0", False) or "++" in scheduler.config.get("algorithm_type", ""):
+        return scheduler.model_outputs[-1]
+    return None
+
+
+OWN = [name for name in SETTINGS if not SETTINGS[name].scheduler.startswith(("PNDM", "TCD", "FlowMatch", "DEIS"))]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_x0_hat_is_the_schedulers_own_prediction(name: str) -> None:
+    scheduler, generator = scheduler_of(name), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        F = torch.randn(x.shape, generator=generator)
+        mine = x0_hat(scheduler, x, F, timestep=t)
+        result = scheduler.step(F, t, x, return_dict=True)
+        own = converted(scheduler)
+        if own is None:
+            own = result["denoised"] if "denoised" in result else result["pred_original_sample"]
+        scale = own.abs().max()
+        assert float((mine - own).abs().max() / scale) < 2e-6, f"timestep {t}"
+        x = result.prev_sample
+
+
+# x0-hat against a perfect denoiser --------------------------------------------------------------------------------------
+
+
+def perfect_denoiser(scheduler: Any, x_in: torch.Tensor, t: torch.Tensor, clean: torch.Tensor, kind: str) -> Any:
+    """What a network would answer that was trained on one point, from its own input and time alone.
+
+    Written in the training parametrisation x_in = sqrt(abar_t) x* + sqrt(1 - abar_t) eps, with the training table of
+    alpha-bar and, between two timesteps, log sigma linear in t; nothing is taken from the scheduler's sampling sigmas.
+    A flow is trained at x_in = (1 - t/1000) x* + t/1000 eps.
+    """
+    if kind == "flow_prediction":
+        return (x_in - clean) / (t.double() / 1000)
+    abar = training_alphas_cumprod(scheduler)
+    low, share = t.double().floor().long(), t.double().frac()
+    if share == 0:
+        abar = abar[low]
+    else:
+        log_snr = (abar / (1 - abar)).log()
+        abar = torch.sigmoid((1 - share) * log_snr[low] + share * log_snr[low + 1])
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    noise = (x_in - alpha * clean) / sigma
+    return {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean.expand_as(x_in)}[kind]
+
+
+def training_alphas_cumprod(scheduler: Any) -> torch.Tensor:
+    if scheduler.config.get("rescale_betas_zero_snr", False):
+        return scheduler.alphas_cumprod.double()
+    betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+# These round t to an integer for Karras and flow sigmas: their own error, not x0-hat's.
+ROUNDS_TIME = ("DPMSolver", "UniPC", "DEIS", "SASolver", "KDPM2")
+PERFECT = [name for name in SETTINGS if not {"thresholding", "clip_sample"} & SETTINGS[name].config.keys()]
+
+
+def kinds(scheduler: Any, setting: Setting) -> list[str]:
+    if setting.family == "sd3":
+        return ["flow_prediction"]
+    no_sample = ("KDPM2", "DPMSolverSDE", "Heun", "EulerAncestral", "PNDM", "LMS")
+    sample = [] if setting.scheduler.startswith(no_sample) else ["sample"]
+    return ["epsilon", "v_prediction", *sample]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", PERFECT)
+def test_x0_hat_finds_the_only_point_of_a_data_set(name: str, spacing: str) -> None:
+    setting = SETTINGS[name]
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    flow = setting.scheduler.startswith("FlowMatch")
+    uneven = {"use_karras_sigmas", "use_flow_sigmas"} & setting.config.keys()
+    bound = 8e-3 if uneven and setting.scheduler.startswith(ROUNDS_TIME) else 1e-5
+    for kind in kinds(None, setting):
+        zero_snr = setting.config.get("rescale_betas_zero_snr", False)
+        if zero_snr and kind == "epsilon":
+            continue  # has no x0-hat at t = 999; see the test below
+        config = {} if flow else {"timestep_spacing": spacing, "prediction_type": kind}
+        scheduler = scheduler_of(name, **config)
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        for t in scheduler.timesteps:
+            x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            F = perfect_denoiser(scheduler, x_in, t, clean, kind)
+            error = (x0_hat(scheduler, x, F, timestep=t) - clean).abs().max()
+            assert float(error) < bound, f"{kind}, timestep {t}"
+            x = scheduler.step(F, t, x, return_dict=False)[0].double()
+
+
+def test_epsilon_with_zero_terminal_snr_has_no_x0_hat_at_the_first_step() -> None:
+    scheduler = scheduler_of("DDIM, v, zero SNR, trailing", prediction_type="epsilon")
+    x = torch.randn(1, 4, 8, 8)
+    with pytest.raises(PreflightError, match="zero terminal SNR"):
+        x0_hat(scheduler, x, x, timestep=scheduler.timesteps[0])
+
+
+def test_x0_hat_is_differentiable_in_sample_and_output() -> None:
+    """d x0-hat / dx = 1 / alpha and d x0-hat / dF = -sigma / alpha for epsilon prediction."""
+    scheduler = scheduler_of("DDIM")
+    t = scheduler.timesteps[2]
+    abar = scheduler.alphas_cumprod[t]
+    x, F = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 4, 8, 8, requires_grad=True)
+    dx, dF = torch.autograd.grad(x0_hat(scheduler, x, F, timestep=t).sum(), [x, F])
+    torch.testing.assert_close(dx, torch.full_like(dx, float(abar**-0.5)))
+    torch.testing.assert_close(dF, torch.full_like(dF, float(-((1 - abar) / abar) ** 0.5)))
