@@ -64,7 +64,7 @@ def train_autoencoder(
 
     fit("vae", vae, loss=loss, schedule=schedule, checkpoint=checkpoint, seed=seed, stop_after=stop_after)
     with torch.no_grad():
-        images = render(draw_scenes(256, draw_fresh(seed)))
+        images = render(draw_scenes(128, draw_fresh(seed)))
         vae.register_to_config(scaling_factor=round(1 / vae.encode(images * 2 - 1).latents.std().item(), 4))
     return vae
 

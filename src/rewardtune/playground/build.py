@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class _Build:
     schedules: Mapping[str, Schedule]
     scenes: int
     stop_after: int | None
+    workers: int
 
     def _settings(self, name: str) -> dict[str, Any]:
         return {"schedule": self.schedules[name], "seed": self.seed, "stop_after": self.stop_after}
@@ -42,19 +44,28 @@ class _Build:
     def _checkpoint(self, name: str) -> Path:
         return self.output / "checkpoints" / f"{name}.ckpt"
 
-    def clip(self) -> Any:
-        return clip.train_clip(self.output / "clip", self._checkpoint("clip"), **self._settings("clip"))
+    @cached_property
+    def heads(self) -> clip.Heads:
+        return clip.train_text(self.output / "clip", self._checkpoint("text"), **self._settings("text"))
 
+    @cached_property
+    def clip(self) -> Any:
+        tokenizer = clip.write_tokenizer(self.output / "clip")
+        return clip.train_vision(self.heads, tokenizer, self._checkpoint("clip"), **self._settings("clip"))
+
+    @cached_property
     def vae(self) -> Any:
         return autoencoder.train_autoencoder(self._checkpoint("vae"), **self._settings("vae"))
 
+    @cached_property
     def unet(self) -> Any:
-        vae, text, tokenizer = self.vae(), self.clip(), clip.write_tokenizer(self.output / "clip")
-        settings = self._settings("unet") | {"scenes": self.scenes}
-        return denoiser.train_unet(vae, text, tokenizer, self._checkpoint("unet"), **settings)
+        tokenizer = clip.write_tokenizer(self.output / "clip")
+        settings = self._settings("unet") | {"scenes": self.scenes, "workers": self.workers}
+        return denoiser.train_unet(self.vae, self.heads.clip, tokenizer, self._checkpoint("unet"), **settings)
 
+    @cached_property
     def assemble(self) -> None:
-        write_folders(self.output, clip_model=self.clip(), vae=self.vae(), unet=self.unet())
+        write_folders(self.output, clip_model=self.clip, vae=self.vae, unet=self.unet)
 
 
 def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None:
@@ -67,7 +78,7 @@ def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None
     tokenizer = clip.write_tokenizer(output / "clip")
     clip.write_processor(output / "clip")
     clip_model.to(torch.float16).save_pretrained(output / "clip")
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae.to(torch.float16),
         text_encoder=clip_model.text_model,
         tokenizer=tokenizer,
@@ -92,14 +103,21 @@ def build(
     steps: Mapping[str, int] | None = None,
     quick: bool = False,
     stop_after: int | None = None,
+    workers: int = 1,
 ) -> Path:
     """Train the world's networks and assemble them; returns the pipeline's folder.
 
-    steps: training steps by network ("clip", "vae", "unet") in place of the recipe's. quick: a build of seconds
-    that shows only that everything fits together. stop_after: interrupt each training after so many steps.
+    steps: training steps by training ("text", "clip", "vae", "unet") in place of the recipe's. quick: a build of
+    seconds that shows only that everything fits together. stop_after: interrupt each training after so many steps.
+    workers: threads that share each step of the UNet; they change its speed and not its result.
     ConfigError for an unknown stage or network, and for checkpoints that belong to other settings.
     """
-    schedules = {"clip": clip.SCHEDULE, "vae": autoencoder.SCHEDULE, "unet": denoiser.SCHEDULE}
+    schedules = {
+        "text": clip.TEXT_SCHEDULE,
+        "clip": clip.SCHEDULE,
+        "vae": autoencoder.SCHEDULE,
+        "unet": denoiser.SCHEDULE,
+    }
     unknown = [*(s for s in stages if s not in STAGES), *(s for s in steps or {} if s not in schedules)]
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is no stage of the playground's build; legal are {', '.join(STAGES)}")
@@ -107,10 +125,12 @@ def build(
         schedules = {name: replace(schedule, **QUICK) for name, schedule in schedules.items()}
     schedules |= {name: replace(schedules[name], steps=number) for name, number in (steps or {}).items()}
     scenes = 16 if quick else denoiser.SCENES
-    job = _Build(output=Path(output), seed=seed, schedules=schedules, scenes=scenes, stop_after=stop_after)
+    job = _Build(
+        output=Path(output), seed=seed, schedules=schedules, scenes=scenes, stop_after=stop_after, workers=workers
+    )
     for stage in STAGES:
         if stage in stages:
-            getattr(job, stage)()
+            getattr(job, stage)
     return job.output / "pipeline"
 
 
@@ -120,13 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="only these stages")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="threads of each matrix product")
+    parser.add_argument("--workers", type=int, default=1, help="threads that share a training step of the UNet")
     parser.add_argument("--quick", action="store_true", help="a smoke build of seconds")
     given = parser.parse_args(arguments)
     import torch
 
-    torch.set_num_threads(given.threads)  # small products: one thread is faster than two
-    print(f"pipeline in {build(given.output, stages=given.stage, seed=given.seed, quick=given.quick)}")
+    torch.set_num_threads(1)  # small products: one thread each is faster than two
+    settings = {"stages": given.stage, "seed": given.seed, "quick": given.quick, "workers": given.workers}
+    print(f"pipeline in {build(given.output, **settings)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from .scenes import BACKGROUNDS, COLOURS, OPPOSITE, PLACE_MARGIN, SHAPES, SIZE, Description, Mention, Object, Scene
+from .scenes import BACKGROUNDS, COLOURS, OPPOSITE, PLACE_MARGIN, SHAPES, SIZE, Description, Mention, Scene
 
 KINDS = ("colour", "shape", "removed", "added", "place", "background", "binding")
 
@@ -89,6 +89,8 @@ def _binding(scene: Scene, rng: random.Random) -> Description | None:
     if len(scene.objects) < 2:
         return None
     a, b = scene.description.mentions
+    if a.colour == b.colour or a.shape == b.shape:  # the swapped caption would be true as well
+        return None
     return replace(scene.description, mentions=(replace(a, colour=b.colour), replace(b, colour=a.colour)))
 
 
@@ -111,17 +113,3 @@ def with_places(scene: Scene, rng: random.Random) -> Description:
     return (
         _with(scene, i, replace(mention, place=rng.choice(true))) if true and not mention.place else scene.description
     )
-
-
-def patch_labels(scenes: list[Scene], patch: int) -> list[list[tuple[int, int]]]:
-    """Per scene and patch (row by row) the object there as (shape, colour) numbers; the counts where none is."""
-    names = list(COLOURS)
-
-    def label(drawn: tuple[Object, ...], x: float, y: float) -> tuple[int, int]:
-        for o in drawn:
-            if (o.x - x) ** 2 + (o.y - y) ** 2 < o.radius**2:
-                return SHAPES.index(o.shape), names.index(o.colour)
-        return len(SHAPES), len(names)
-
-    centres = [patch * (i + 0.5) for i in range(SIZE // patch)]
-    return [[label(s.objects, x, y) for y in centres for x in centres] for s in scenes]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .captions import KINDS, negative, patch_labels, with_places
-from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw_scenes, render
+from .captions import KINDS, negative, with_places
+from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, coverage, draw_scenes, render
 from .training import Draw, Schedule, fit
 
-SCHEDULE = Schedule(steps=1800, batch=96, lr=1e-3, weight_decay=0.02)
+TEXT_SCHEDULE = Schedule(steps=300, batch=96, lr=1e-3, warmup=60, weight_decay=0.02)  # both towers
+SCHEDULE = Schedule(steps=2500, batch=96, lr=1e-3, warmup=60, weight_decay=0.02)  # then the vision tower alone
 NEGATIVES = 3  # hard negatives per picture
 LENGTH = 24  # tokens, begin and end included; the longest caption of the world has 20
 PATCH = 8
@@ -59,7 +61,8 @@ def write_tokenizer(folder: Path) -> Any:
 
     folder.mkdir(parents=True, exist_ok=True)
     vocab, merges = vocabulary()
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    pairs: Any = merges  # as tuples, which `tokenizers` wants and the annotation there does not say
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=LENGTH)
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
@@ -78,15 +81,20 @@ def write_processor(folder: Path) -> None:
 
 def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
     """Token numbers (n, 24) of captions, padded and cut as the pipeline does it."""
-    kwargs = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
-    return tokenizer(captions, **kwargs).input_ids
+    how: Any = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(captions, **how).input_ids
 
 
 def small_clip(tokenizer: Any) -> Any:
     """An untrained `CLIPModel` of about 0.9 M parameters."""
     from transformers import CLIPConfig, CLIPModel
 
-    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    shared: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": 4,
+        "projection_dim": WIDTH,
+    }
     shared |= {"hidden_act": "gelu"}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     special |= {"pad_token_id": tokenizer.pad_token_id}
@@ -112,43 +120,77 @@ def embed_texts(clip: Any, ids: Tensor) -> Tensor:
 
 
 def soften(images: Tensor, draw: Draw) -> Tensor:
-    """Half of the pictures as a denoiser stopped early shows them: blurred by up to 3 pixels, slightly noisy."""
+    """A quarter of the pictures as a denoiser stopped early shows them: blurred by up to 3 pixels, slightly noisy."""
     out = images.clone()
-    half = len(images) // 2
+    soft = len(images) // 4
     for part in range(4):  # four strengths a batch, each a Gaussian blur
-        rows = slice(part * half // 4, (part + 1) * half // 4)
+        rows = slice(part * soft // 4, (part + 1) * soft // 4)
         sigma = 0.4 + 2.6 * draw.rng.random() ** 2
         reach = torch.arange(-6.0, 7.0)
         kernel = torch.exp(-reach.square() / (2 * sigma**2))
         kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
         blurred = F.conv2d(F.pad(out[rows], (6, 6, 6, 6), mode="replicate"), kernel, groups=3)
         out[rows] = F.conv2d(blurred, kernel.transpose(-1, -2), groups=3)
-    out[:half] += 0.03 * torch.randn(out[:half].shape, generator=draw.noise)
+    out[:soft] += 0.03 * torch.randn(out[:soft].shape, generator=draw.noise)
     return out.clamp(0, 1)
 
 
+def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each patch lies on: object masks (n, patches, 64), numbers of shape and colour (n, patches; -100 where
+    no object is) and (dx, dy, radius) of the object in patches (n, patches, 3)."""
+    fine, coarse = torch.arange(SIZE) + 0.5, PATCH * (torch.arange(SIZE // PATCH) + 0.5)
+    masks = torch.zeros(len(scenes), SIZE, SIZE)
+    kinds = torch.full((2, len(scenes), len(coarse), len(coarse)), -100)
+    geometry = torch.zeros(len(scenes), len(coarse), len(coarse), 3)
+    for shape in SHAPES:
+        drawn = [(i, o) for i, scene in enumerate(scenes) for o in scene.objects if o.shape == shape]
+        if not drawn:
+            continue
+        x, y, r = (torch.tensor([getattr(o, name) for _, o in drawn])[:, None, None] for name in ("x", "y", "radius"))
+        inside = coverage(shape, (fine[None, None, :] - x) / r, (fine[None, :, None] - y) / r, r)
+        dx, dy = torch.broadcast_tensors(x - coarse[None, None, :], y - coarse[None, :, None])
+        near = dx.square() + dy.square() < r.square()
+        where = torch.stack([dx, dy, r.expand_as(dx)], -1) / PATCH
+        for (i, o), mask, here, there in zip(drawn, inside, near, where, strict=True):
+            masks[i] += mask
+            kinds[0, i][here], kinds[1, i][here] = SHAPES.index(shape), list(COLOURS).index(o.colour)
+            geometry[i][here] = there[here]
+    tiles = F.unfold(masks[:, None], PATCH, stride=PATCH).transpose(1, 2)
+    return tiles.clamp(0, 1), kinds[0].flatten(1), kinds[1].flatten(1), geometry.flatten(1, 2)
+
+
 class Heads(nn.Module):
-    """The CLIP and the heads of its auxiliary losses."""
+    """The CLIP and the heads of its auxiliary losses: what each patch lies on, from inner layers to the last."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
         self.clip = clip
-        self.shape = nn.Linear(WIDTH, len(SHAPES) + 1)
-        self.colour = nn.Linear(WIDTH, len(COLOURS) + 1)
+        self.mask = nn.Linear(WIDTH, PATCH * PATCH)
+        self.geometry = nn.Linear(WIDTH, 3)
+        self.shape = nn.Linear(WIDTH, len(SHAPES))
+        self.colour = nn.Linear(WIDTH, len(COLOURS))
         self.present = nn.Linear(WIDTH, len(SHAPES) * len(COLOURS))
 
-    def auxiliary(self, scenes: list[Scene], vision: Any) -> Tensor:
-        labels = torch.tensor(patch_labels(scenes, PATCH))  # (n, patches, 2)
-        patches = vision.last_hidden_state[:, 1:]
+    def auxiliary(self, scenes: Sequence[Scene], vision: Any, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """The auxiliary loss of the vision model's output and the pooled true captions (n, WIDTH), and the share of
+        object patches that know their shape. One head reads from both towers which objects are there."""
+        masks, shapes, colours, geometry = patch_targets(scenes)
+        _, first, second, *_ = vision.hidden_states
+        patches, on = vision.last_hidden_state[:, 1:], shapes >= 0
         present = torch.zeros(len(scenes), len(SHAPES) * len(COLOURS))
         for row, scene in zip(present, scenes, strict=True):
             for o in scene.objects:
                 row[SHAPES.index(o.shape) * len(COLOURS) + list(COLOURS).index(o.colour)] = 1
-        return (
-            F.cross_entropy(self.shape(patches).flatten(0, 1), labels[..., 0].flatten())
-            + F.cross_entropy(self.colour(patches).flatten(0, 1), labels[..., 1].flatten())
+        guess = self.shape(patches)[on]
+        loss = (
+            2 * F.binary_cross_entropy_with_logits(self.mask(first[:, 1:]), masks)
+            + F.smooth_l1_loss(self.geometry(second[:, 1:])[on], geometry[on])
+            + F.cross_entropy(guess, shapes[on])
+            + 0.3 * F.cross_entropy(self.colour(patches)[on], colours[on])
             + 10 * F.binary_cross_entropy_with_logits(self.present(vision.pooler_output), present)
+            + 10 * F.binary_cross_entropy_with_logits(self.present(texts), present)
         )
+        return loss, (guess.argmax(-1) == shapes[on]).float().mean()
 
 
 def draw_captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
@@ -181,32 +223,52 @@ def contrast(image: Tensor, true: Tensor, false: Tensor, scale: Tensor) -> tuple
     return loss / 3, (straight.diagonal()[:, None] > hard).float().mean()
 
 
-def train_clip(
-    folder: Path, checkpoint: Path, *, schedule: Schedule = SCHEDULE, seed: int = 0, stop_after: int | None = None
-) -> Any:
-    """Train the small CLIP; the tokenizer is written to `folder`. Returns the `CLIPModel`."""
+def train_text(
+    folder: Path, checkpoint: Path, *, schedule: Schedule = TEXT_SCHEDULE, seed: int = 0, stop_after: int | None = None
+) -> Heads:
+    """Train both towers together until the text tower is good enough to condition the UNet, which then waits for
+    the vision tower no longer. The tokenizer is written to `folder`."""
     torch.manual_seed(seed)
     tokenizer = write_tokenizer(folder)
-    clip = small_clip(tokenizer)
-    heads = Heads(clip)
+    heads = Heads(small_clip(tokenizer))
+    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
+    fit("text", heads, loss=_loss(heads, tokenizer, schedule.batch), **settings)
+    return heads
+
+
+def train_vision(
+    heads: Heads,
+    tokenizer: Any,
+    checkpoint: Path,
+    *,
+    schedule: Schedule = SCHEDULE,
+    seed: int = 0,
+    stop_after: int | None = None,
+) -> Any:
+    """Train the vision tower and the projections on, with the text tower as it is; returns the `CLIPModel`."""
+    heads.requires_grad_(True).clip.text_model.requires_grad_(False)
+    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
+    fit("clip", heads.train(), loss=_loss(heads, tokenizer, schedule.batch), **settings)
+    return heads.clip
+
+
+def _loss(heads: Heads, tokenizer: Any, batch: int) -> Callable[[Draw], tuple[Tensor, dict[str, float]]]:
+    clip = heads.clip
 
     def loss(draw: Draw) -> tuple[Tensor, dict[str, float]]:
-        scenes = draw_scenes(schedule.batch, draw.rng)
+        scenes = draw_scenes(batch, draw.rng)
         true, false = draw_captions(scenes, draw.rng)
         ids = tokens(tokenizer, true + false)
         ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(1).max()) + 1]  # causal: padding changes nothing
-        vision = clip.vision_model(pixel_values=normalise(soften(render(scenes), draw)))
+        images = normalise(soften(render(scenes), draw))
+        vision = clip.vision_model(pixel_values=images, output_hidden_states=True)
         image = F.normalize(clip.visual_projection(vision.pooler_output), dim=-1)
-        text = embed_texts(clip, ids)
-        n = len(scenes)
+        pooled = clip.text_model(input_ids=ids).pooler_output
+        text = F.normalize(clip.text_projection(pooled), dim=-1)
         scale = clip.logit_scale.exp().clamp(max=50)
-        value, beaten = contrast(image, text[:n], text[n:].view(n, NEGATIVES, -1), scale)
-        auxiliary = heads.auxiliary(scenes, vision)
-        return value + 0.5 * auxiliary, {
-            "contrast": value.item(),
-            "auxiliary": auxiliary.item(),
-            "beaten": beaten.item(),
-        }
+        value, beaten = contrast(image, text[:batch], text[batch:].view(batch, NEGATIVES, -1), scale)
+        auxiliary, shape = heads.auxiliary(scenes, vision, pooled[:batch])
+        numbers = {"contrast": value, "auxiliary": auxiliary, "shape": shape, "beaten": beaten}
+        return value + 0.7 * auxiliary, {name: number.item() for name, number in numbers.items()}
 
-    fit("clip", heads, loss=loss, schedule=schedule, checkpoint=checkpoint, seed=seed, stop_after=stop_after)
-    return clip
+    return loss

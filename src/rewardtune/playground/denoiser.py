@@ -21,7 +21,7 @@ from .scenes import draw_scenes, render
 from .training import Draw, Schedule, draw_for, fit
 
 SCHEDULE = Schedule(steps=12000, batch=32, lr=1e-3, ema=0.999, shards=2)
-SCENES = 40_000  # cached latents
+SCENES = 24_000  # cached latents
 DROPPED = 0.1  # share of captions replaced by the empty one
 GAMMA = 5.0
 
@@ -87,6 +87,7 @@ def train_unet(
     scenes: int = SCENES,
     seed: int = 0,
     stop_after: int | None = None,
+    workers: int = 1,
 ) -> Any:
     """Train the denoiser on latents of `vae` and texts of `clip`; returns the averaged UNet."""
     latents, captions = cached_latents(vae, checkpoint.parent / "latents.pt", scenes=scenes, seed=seed)
@@ -109,4 +110,5 @@ def train_unet(
         snr = (a / (1 - a)).view(-1)
         return (error * snr.clamp(max=GAMMA) / snr).mean(), {"mse": error.mean().item()}
 
-    return fit("unet", model, loss=loss, schedule=schedule, checkpoint=checkpoint, seed=seed, stop_after=stop_after)
+    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
+    return fit("unet", model, loss=loss, workers=workers, **settings)

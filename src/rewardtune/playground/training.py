@@ -32,7 +32,7 @@ class Schedule:
     warmup: int = 200
     weight_decay: float = 0.01
     ema: float | None = None  # decay of the averaged weights, which are then the result
-    shards: int = 1  # parts of a batch, each with its own draw, computed in threads of their own
+    shards: int = 1  # parts of a batch, each with its own draw, which several threads may share
     save_seconds: float = 120.0
 
     def lr_at(self, step: int) -> float:
@@ -61,8 +61,8 @@ def _gradients(
     draws: list[Draw],
     pool: ThreadPoolExecutor,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Write the mean gradient over `draws` to `.grad`; one thread a draw, summed in order, so that the result
-    does not depend on the number of cores. Returns the first draw's loss and numbers."""
+    """Write the mean gradient over `draws` to `.grad`; each draw is a task of `pool`, summed in order, so that the
+    result does not depend on the number of threads. Returns the first draw's loss and numbers."""
 
     def one(draw: Draw) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
         value, numbers = loss(draw)
@@ -84,11 +84,13 @@ def fit(
     checkpoint: Path,
     seed: int,
     stop_after: int | None = None,
+    workers: int = 1,
 ) -> nn.Module:
     """Train `model` on `loss(draw) -> (loss, numbers to print)`; returns it (averaged if `schedule.ema`).
 
     Continues from `checkpoint` where that exists; `stop_after` steps of this call it saves and raises
-    KeyboardInterrupt, as Ctrl-C would. ConfigError for a checkpoint of another schedule or seed.
+    KeyboardInterrupt, as Ctrl-C would; `workers` threads share a step's shards. ConfigError for a checkpoint of
+    another schedule or seed.
     """
     from diffusers.training_utils import EMAModel
 
@@ -118,7 +120,7 @@ def fit(
         torch.save(state, part)
         os.replace(part, checkpoint)
 
-    pool = ThreadPoolExecutor(schedule.shards)
+    pool = ThreadPoolExecutor(workers)
     started = saved = printed = time.monotonic()
     for step in range(begin, schedule.steps):
         for group in optimizer.param_groups:
