@@ -178,7 +178,7 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Two adapters at once is meant here, and every key is checked below: peft's and diffusers' warnings say neither."""
+    """Two adapters at once are meant here and every key is compared below, whatever peft and diffusers warn of."""
     from diffusers.utils import logging
 
     level = logging.get_verbosity()

@@ -105,6 +105,8 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
     """The diffusers pipeline on its device, with another scheduler if asked. ConfigError when it cannot be had."""
     import torch
 
+    if model.path == "playground" or Path(model.path).is_dir():
+        _no_loading_bars()  # a hub download keeps its bar
     device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, model.dtype)
     if model.path == "playground":
@@ -121,6 +123,14 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
         raise ConfigError(
             f"model.device={device!r}: {str(error).splitlines()[0]}; legal are auto, cpu, cuda"
         ) from error
+
+
+def _no_loading_bars() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _from_pretrained(path: str, dtype: Any) -> Any:

@@ -307,6 +307,7 @@ class RewardTuner:
             if self.step and status != "interrupted":  # a second Ctrl-C means at once
                 adapters.save_lora(self.pipe, self.folder.path)
                 self._say(f"the LoRA after {self.step} good updates is in {self.folder.path}")
+        with suppress(Exception):
             self.folder.set_status(status, steps=self.step, error=str(error) or type(error).__name__)
 
     def _say(self, line: str) -> None:

@@ -1,0 +1,197 @@
+"""The list of bad inputs, point by point through the command: one clear line, the exit code, nothing left behind."""
+
+import errno
+import json
+
+import pytest
+import yaml
+from runs import BASE, save_tiny, write_run
+
+from rewardtune.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def train(tmp_path, model, capsys, monkeypatch):
+    """train(**sections) -> (exit code, what stood on stderr); the run file's sections are those of BASE, changed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, **changes):
+        code = main(["train", str(write_run(tmp_path, model, **changes)), *arguments])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def one_line(error):
+    assert error.startswith("rewardtune: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+PROMPTS = {
+    "missing": (None, "does not exist; give a .txt file"),
+    "empty": (b"", "is empty; write one prompt a line"),
+    "blank": (b"\n \n", "has only blank lines (2)"),
+    "latin1": (b"a\nb\nf\xfcnf\n", "line 3: byte 0xfc is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompt_files(case, train, tmp_path):
+    content, message = PROMPTS[case]
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    code, error = train(prompts="p.txt")
+    assert (code, message in one_line(error)) == (2, True), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"K": 5, "m": 2}, "K=5 does not fit into the T=4 steps of this sampler: legal is 1 .. 4"),
+        ({"K": 2, "m": 5}, "m=5 does not fit into the T=4 steps"),
+        ({"K": 0, "m": 2}, "K=0 is too small: legal is K >= 1"),
+        ({"K": 2, "m": 0}, "m=0 is too small"),
+        ({"k": 2}, "has no option 'k'"),
+        ({"K": 2, "m": 2, "spacing": "even"}, "spacing='even' is unknown: legal are chain, executed, random"),
+    ],
+)
+def test_method_options(options, message, train, tmp_path):
+    code, error = train(method={"name": "drtune", "options": options})
+    assert (code, message in one_line(error)) == (2, True), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_the_scheduler_cannot_do(train, tmp_path):
+    code, error = train(sampling=BASE["sampling"] | {"steps": 1001})
+    assert code == 2
+    assert "num_inference_steps=1001" in one_line(error)
+    assert "DDIMScheduler" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_off(train, tmp_path):
+    sampling = BASE["sampling"] | {"guidance": 1.0}
+    code, error = train(sampling=sampling)
+    assert code == 2
+    assert "guidance_scale=1.0 switches classifier-free guidance off" in one_line(error)
+    assert "allow_no_guidance" in error
+    assert not (tmp_path / "out").exists()
+    code, error = train(sampling=sampling | {"allow_no_guidance": True})
+    assert code == 0, error
+
+
+REWARDS = {
+    "shape": ("return images.mean((2, 3))", "returned the shape (2, 3) for 2 images; legal is (2,)"),
+    "mean": ("return images.mean()", "returned the shape () for 2 images"),
+    "nan": ("return images.mean((1, 2, 3)) * float('nan')", "legal are finite numbers"),
+    "detached": ("return images.detach().mean((1, 2, 3))", "has no gradient"),
+    "rounded": ("return (images > 0.5).float().mean((1, 2, 3))", "gradient"),
+    "raises": ("return images.no_such_thing", "raised AttributeError"),
+    "size": ("check_size('mine', images, height=32, width=32); return images.mean((1, 2, 3))", "32x32 or larger"),
+}
+
+
+@pytest.mark.parametrize("case", REWARDS)
+def test_rewards_that_cannot_be_trained_on(case, train, tmp_path):
+    body, message = REWARDS[case]
+    code = f"from rewardtune.rewards.contract import check_size\n\n\ndef mine(images, prompts):\n    {body}\n"
+    (tmp_path / f"bad_{case}.py").write_text(code)
+    code, error = train(reward=f"bad_{case}:mine")
+    assert (code, message in one_line(error)) == (3, True), error
+    assert "mine" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_names(train, tmp_path):
+    for changes, message in (
+        ({"reward": "simmetry"}, "did you mean 'symmetry'?"),
+        ({"method": "drtuned"}, "unknown method 'drtuned'; did you mean 'drtune'?"),
+        ({"model": "no/such-model"}, "model 'no/such-model' cannot be loaded"),
+        ({"sampling": BASE["sampling"] | {"scheduler": "DDIMSheduler"}}, "did you mean 'DDIMScheduler'?"),
+        ({"lora": {"rank": 4, "targets": ["to_w"]}}, "to_w match no layer; legal suffixes here: "),
+        ({"lora": {"rank": 4, "targets": "atention"}}, "legal are attention"),
+    ):
+        code, error = train(**changes)
+        assert (code, message in one_line(error)) == (2, True), error
+        assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_exists(train, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    code, error = train()
+    assert code == 2
+    assert "exists and is not empty" in one_line(error)
+    assert [entry.name for entry in out.iterdir()] == ["notes.txt"]
+    code, error = train("--overwrite")
+    assert code == 0, error
+    assert (out / "notes.txt").read_text() == "mine"
+    assert json.loads((out / "run.json").read_text())["status"] == "done"
+
+
+def test_output_folder_that_is_a_file(train, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    code, error = train()
+    assert (code, "is a file" in one_line(error)) == (2, True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_full_disk_while_saving(train, tmp_path, monkeypatch):
+    def full(weights, filename, metadata=None):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    code, error = train()
+    out = tmp_path / "out"
+    old = (out / "pytorch_lora_weights.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        # the folder is overwritten, so the old LoRA is gone before training; nothing half-written takes its place
+        code, error = train("--overwrite")
+    assert code == 1
+    assert "No space left on device" in one_line(error)
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert not list(out.rglob("*.safetensors"))
+    assert not list(out.rglob("*.tmp"))
+    code, error = train("--overwrite")
+    assert code == 0
+    assert (out / "pytorch_lora_weights.safetensors").read_bytes() == old  # and the same run gives the same file
+
+
+def test_reward_that_turns_nan_while_training(train, tmp_path):
+    """Exit 4, no update with it, and the LoRA of the last good update is there."""
+    (tmp_path / "turns_nan.py").write_text(
+        "calls = 0\n\n\ndef mine(images, prompts):\n    global calls\n    calls += images.requires_grad\n"
+        "    return images.mean((1, 2, 3)) * (float('nan') if calls > 6 else 1.0)\n"
+    )
+    code, error = train(reward="turns_nan:mine", optim={"steps": 50, "batch": 2, "lr": 1e-3})
+    assert code == 4
+    assert "nan" in one_line(error)
+    out = tmp_path / "out"
+    steps = len((out / "metrics.jsonl").read_text().splitlines())
+    status = json.loads((out / "run.json").read_text())
+    assert (status["status"], status["steps"]) == ("stopped", steps)
+    assert 1 <= steps <= 6
+    assert (out / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_no_output_folder_can_be_made(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, error = train(output_dir="file/out")
+    assert (code, "cannot write" in one_line(error)) == (1, True), error
+
+
+def test_bad_run_files(train, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "x", "optin": {}, "seed": -1}))
+    assert main(["train", str(path)]) == 2
+    assert main(["train", str(tmp_path / "nothing.yaml")]) == 2
