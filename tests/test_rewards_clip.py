@@ -150,9 +150,28 @@ def test_a_prompt_does_not_depend_on_its_companions(folder, images):
     assert torch.equal(alone.text(PROMPTS[0]), together.text(PROMPTS[0]))
 
 
-def test_a_cut_prompt_is_said(score):
+def test_model_and_cached_texts_follow_the_images_to_their_device(folder, images):
+    score = rewards.CLIPScore(model=str(folder))
+    score.text("a")  # cached on the CPU
+    scores = score.to("meta").native(images.to("meta"), ["a", "b"])
+    assert score.model.device.type == scores.device.type == "meta"
+    assert scores.shape == (2,)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_contract_on_cuda(folder):
+    half = rewards.CLIPScore(model=str(folder), dtype="bfloat16")
+    rewards.check_reward(
+        half + rewards.Compressibility() + rewards.Colour("red"), size=32, prompts=PROMPTS, device="cuda"
+    )
+
+
+def test_a_cut_prompt_is_said_and_cut_as_transformers_does(folder, score, images):
+    long = ["abcdefghijklmno", "a"]  # 15 letters, start and end: one token too many
     with pytest.warns(UserWarning, match="CLIP reads the first 16 tokens"):
-        score.text("abcdefghijklmnopqrstuvwxyz")
+        ours = score(images, long)
+    torch.testing.assert_close(ours, official_cosine(folder, images.mul(255).round() / 255, long), rtol=0, atol=5e-3)
 
 
 def test_bfloat16_network_gives_float32_scores(folder, score, images):
@@ -165,7 +184,7 @@ def test_bfloat16_network_gives_float32_scores(folder, score, images):
 # -- preprocessing --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (512, 768), (600, 401)])
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (512, 768), (300, 403)])
 def test_preprocessing_is_the_pil_processors_to_8_bit_rounding(height, width):
     from transformers import CLIPImageProcessorPil
 

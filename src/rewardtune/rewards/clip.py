@@ -59,7 +59,7 @@ class CLIPScore(Reward):
         """One cosine per pair: image b against prompt b, and no other."""
         pixels = crop_preprocess(images, size=self.size, mean=self.mean, std=self.std)
         features = _embedding(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
-        texts = torch.stack([self.text(prompt) for prompt in prompts]).to(images.device)
+        texts = torch.stack([self.text(prompt).to(images.device) for prompt in prompts])
         return (F.normalize(full(features), dim=-1) * texts).sum(-1)
 
     def text(self, prompt: str) -> Tensor:
@@ -73,13 +73,14 @@ class CLIPScore(Reward):
 
     @torch.no_grad()  # not inference_mode: autograd may not save an inference tensor for the images' backward
     def _encode(self, prompt: str) -> Tensor:
-        # Each prompt alone and padded to full length: its bits then do not depend on its companions in the batch.
+        # Each prompt alone and so without padding: its bits then do not depend on its companions in the batch.
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        if len(prompt) > length and len(self.tokenizer(prompt, verbose=False).input_ids) > length:
+        ids = self.tokenizer(prompt, verbose=False).input_ids
+        if len(ids) > length:
             warnings.warn(f"CLIP reads the first {length} tokens; a prompt is cut: {prompt!r}", stacklevel=2)
-        tokens = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        return F.normalize(full(_embedding(self.model.get_text_features(**tokens))), dim=-1)[0]
+            ids = self.tokenizer(prompt, truncation=True, max_length=length).input_ids  # keeps the end token
+        output = self.model.get_text_features(input_ids=torch.tensor([ids], device=self.model.device))
+        return F.normalize(full(_embedding(output)), dim=-1)[0]
 
 
 def _embedding(output: Any) -> Tensor:
