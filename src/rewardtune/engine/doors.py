@@ -29,6 +29,9 @@ DENOISERS = ("unet", "transformer", "prior", "decoder")
 #: A decoder is replayed on at most this many pixels at once: one picture of 512 x 512.
 DECODE_PIXELS = 512 * 512
 
+#: Hooks of diffusers that reuse results between steps: a call that uses them cannot be repeated from its arguments.
+CACHE_HOOKS = ("cache", "fbc_", "faster_cache", "pyramid_attention", "layer_skip", "smoothed_energy", "taylorseer")
+
 _told: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
@@ -91,6 +94,7 @@ class Doors:
             quiet(self.pipe, stack)
             for name, module in self.pipe.components.items():
                 if isinstance(module, nn.Module):
+                    _refuse_hooks(name, module)
                     inner = module._compiled_call_impl or module._call_impl
                     # The outermost call slot of nn.Module: hooks of accelerate, diffusers, FSDP and dynamo stay inside.
                     _set(stack, module, "_compiled_call_impl", functools.partial(self._network, name, module, inner))
@@ -154,6 +158,7 @@ class Doors:
             return inner(*args, **kwargs)
 
     def _decode(self, name: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(functools.partial(_cast, module), (args, kwargs))
         inputs = pytree.tree_leaves((args, kwargs))
         if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return self._constant(inner, args, kwargs)
@@ -289,6 +294,26 @@ def quiet(pipe: Any, stack: ExitStack) -> None:
     _set(stack, pipe, "_progress_bar_config", {**getattr(pipe, "_progress_bar_config", {}), "disable": True})
 
 
+def _refuse_hooks(name: str, module: nn.Module) -> None:
+    for path, child in module.named_modules():
+        where = f"pipe.{name}.{path}".rstrip(".")
+        registry = getattr(child, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}):
+            if any(mark in hook for mark in CACHE_HOOKS):
+                raise PreflightError(
+                    f"{where} carries the hook {hook!r}, which reuses results between steps: a call cannot be "
+                    "repeated from its arguments. Remove it (disable_cache) before tuning."
+                )
+        hf_hook = getattr(child, "_hf_hook", None)
+        if type(hf_hook).__name__ == "AlignDevicesHook" and getattr(hf_hook, "offload", False):
+            raise PreflightError(
+                f"{where} is offloaded sequentially, which replaces its parameters: gradients would be lost. "
+                "Use enable_model_cpu_offload() instead of enable_sequential_cpu_offload()."
+            )
+    if any(p.is_meta for p in module.parameters()):
+        raise PreflightError(f"pipe.{name} has parameters on the meta device (sequential offload?): load them first")
+
+
 def _refuse_inference_mode() -> None:
     if torch.is_inference_mode_enabled():
         raise ConfigError(
@@ -299,6 +324,12 @@ def _refuse_inference_mode() -> None:
 def _shapes(tree: Any) -> tuple[Any, ...]:
     leaves, spec = pytree.tree_flatten(tree)
     return (tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), str(spec))
+
+
+def _cast(module: Any, x: Any) -> Any:
+    """A decoder kept in float32 beside a half-precision denoiser gets its latents in its own dtype."""
+    same = not isinstance(x, Tensor) or not x.is_floating_point() or getattr(module, "dtype", x.dtype) == x.dtype
+    return x if same else x.to(module.dtype)
 
 
 def _copied(tree: Any) -> Any:

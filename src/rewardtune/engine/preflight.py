@@ -14,11 +14,8 @@ from torch import Tensor, nn
 
 from rewardtune.engine.chain import count_steps, generators_of, one_sample, rollout, seeded
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
-from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.errors import PreflightError
 from rewardtune.plan import Plan
-
-#: Hooks of diffusers that reuse results between steps: a call that uses them cannot be repeated from its arguments.
-CACHE_HOOKS = ("cache", "fbc_", "faster_cache", "pyramid_attention", "layer_skip", "smoothed_energy", "taylorseer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +50,6 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
         ConfigError: if nothing is trainable, or the scheduler cannot do the number of steps.
     """
     name = find_denoiser(pipe, denoiser)
-    for key, module in pipe.components.items():
-        if isinstance(module, nn.Module):
-            _refuse_hooks(key, module)
     T = count_steps(pipe, denoiser=name, **call)
     small = one_sample(call)
     small["num_inference_steps"] = min(steps, int(call.get("num_inference_steps", steps)))
@@ -149,23 +143,3 @@ def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) 
             p.grad = grad
         for g, state in states:
             g.set_state(state)
-
-
-def _refuse_hooks(name: str, module: nn.Module) -> None:
-    for path, child in module.named_modules():
-        where = f"pipe.{name}.{path}".rstrip(".")
-        registry = getattr(child, "_diffusers_hook", None)
-        for hook in getattr(registry, "hooks", {}):
-            if any(mark in hook for mark in CACHE_HOOKS):
-                raise PreflightError(
-                    f"{where} carries the hook {hook!r}, which reuses results between steps: a call cannot be "
-                    "repeated from its arguments. Remove it (disable_cache) before tuning."
-                )
-        hf_hook = getattr(child, "_hf_hook", None)
-        if type(hf_hook).__name__ == "AlignDevicesHook" and getattr(hf_hook, "offload", False):
-            raise PreflightError(
-                f"{where} is offloaded sequentially, which replaces its parameters: gradients would be lost. "
-                "Use enable_model_cpu_offload() instead of enable_sequential_cpu_offload()."
-            )
-    if any(p.is_meta for p in module.parameters()):
-        raise ConfigError(f"pipe.{name} has parameters on the meta device (sequential offload?): load them first")
