@@ -57,7 +57,7 @@ def plain_images(pipe: Any, call: tiny.Call, *, seed: int = 0) -> torch.Tensor:
 
 
 def engine_gradient(
-    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0
+    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0, loss_weight: float = 1.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
     """Images, gradient per trained parameter (zero where none arrived) and the sweep's report."""
     parameters = tiny.trainable(pipe)
@@ -65,27 +65,35 @@ def engine_gradient(
         parameter.grad = None
     with rollout(pipe, plan, seed=seed, **tiny.fresh(call)) as tape:
         pictures = tape.images
-        result = tape.backward(oracle.generic_loss(pictures))
+        result = tape.backward(loss_weight * oracle.generic_loss(pictures))
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
     return pictures.detach(), found, result
 
 
-def compare(pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0) -> Verdict:
-    """One plan, both ways. Without an early stop the images are also the plain pipeline's."""
-    pictures, gradient, result = engine_gradient(pipe, plan, call, seed=seed)
+def literal(
+    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Images and gradient of the oracle."""
     if plan.start is not None:
-        reference = oracle.draft_lv_images(pipe, T=plan.T, draws=plan.draws, seed=seed, call=lambda: tiny.fresh(call))
-        expected = reference.detach()
+        pictures = oracle.draft_lv_images(pipe, T=plan.T, draws=plan.draws, seed=seed, call=lambda: tiny.fresh(call))
     else:
         fields = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient}
-        reference = oracle.images(pipe, **fields, seed=seed, call=tiny.fresh(call))
-        expected = reference.detach() if plan.end is not None else plain_images(pipe, call, seed=seed)
-    exact = oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(reference))
+        pictures = oracle.images(pipe, **fields, seed=seed, call=tiny.fresh(call))
+    return pictures.detach(), oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(pictures))
+
+
+def compare(pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0) -> Verdict:
+    """One plan, both ways. The images of a whole chain are the plain pipeline's, else the oracle's."""
+    pictures, gradient, result = engine_gradient(pipe, plan, call, seed=seed)
+    expected, exact = literal(pipe, plan, call, seed=seed)
+    if plan.end is None and plan.start is None:
+        expected = plain_images(pipe, call, seed=seed)
+    expected = expected.to(pictures)
     return Verdict(
-        images_equal=torch.equal(pictures, expected.to(pictures)),
-        image_difference=float((pictures - expected.to(pictures)).abs().max()),
+        images_equal=torch.equal(pictures, expected),
+        image_difference=float((pictures - expected).abs().max()),
         gradient_difference=oracle.difference(gradient, exact),
         result=result,
     )

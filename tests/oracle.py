@@ -37,7 +37,7 @@ class _Count:
 def images(
     pipe: Any, *, train: Collection[int], end: int | None = None, input_gradient: float = 0.0, seed: int = 0, call: dict
 ) -> Tensor:
-    """Images `(B, 3, H, W)` in [0, 1] with the graph of Algorithm 1 behind them.
+    """Images `(B, 3, H, W)` in [0, 1] with the graph of Algorithm 1 behind them, float32 or float64.
 
     `train` are the steps of `t_train`; `end` is the step of `t_min`, or None for the whole chain; `input_gradient` is 0
     for sg(x_t), 1 for x_t, and the share of the gradient that passes in between.
@@ -45,9 +45,10 @@ def images(
     torch.manual_seed(seed)
     try:
         with algorithm_1(pipe, train=train, end=end, input_gradient=input_gradient), torch.enable_grad():
-            return type(pipe).__call__.__wrapped__(pipe, **call, output_type="pt")[0]
+            pictures = type(pipe).__call__.__wrapped__(pipe, **call, output_type="pt")[0]
     except _EarlyStopError as stop:
-        return decode(pipe, stop.x0, call)
+        pictures = decode(pipe, stop.x0, call)
+    return pictures.to(torch.promote_types(pictures.dtype, torch.float32))
 
 
 @contextlib.contextmanager
@@ -160,17 +161,18 @@ def draft_lv_images(pipe: Any, *, T: int, draws: int, seed: int, call: Callable[
     """DRaFT-LV (Clark et al. 2023): the last step again, from the finished x_0 noised afresh, once per draw.
 
     Images `(draws * B, 3, H, W)`, draw by draw, the last step's network call with gradient. `call` makes the call's
-    arguments anew. For schedulers without memory and without noise in the last step.
+    arguments anew. The fresh noise comes from the call's own generators, one per sample, where the finished chain left
+    them; every repetition of the chain begins with the same generators as the first.
     """
     torch.manual_seed(seed)
+    first = call()
     with last_step(pipe, T, start_from=None) as finished, torch.no_grad():
-        pipe(**call(), output_type="latent")
+        pipe(**first, output_type="latent")
     x0 = finished[0]
     pictures = []
-    for draw in range(draws):
-        dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed + 1 + draw), dtype=dtype)
-        with last_step(pipe, T, start_from=add_noise(pipe.scheduler, T - 1, x0, noise.to(x0))):
+    for _ in range(draws):
+        noise = torch.cat([torch.randn((1, *x0.shape[1:]), generator=g, dtype=x0.dtype) for g in first["generator"]])
+        with last_step(pipe, T, start_from=add_noise(pipe.scheduler, T - 1, x0, noise)):
             pictures.append(images(pipe, train={T - 1}, seed=seed, call=call()))
     return torch.cat(pictures)
 
@@ -201,13 +203,15 @@ def last_step(pipe: Any, T: int, *, start_from: Tensor | None) -> Iterator[list[
 
 def add_noise(scheduler: Any, i: int, x0: Tensor, noise: Tensor) -> Tensor:
     """x_t at step `i` from a clean latent. The schedulers' own `add_noise` depends on where their loop stands."""
-    if "FlowMatch" in type(scheduler).__name__:
-        sigma = scheduler.sigmas[i]
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "sigmas"):
+        alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps[i].long()]
+        return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
+    sigma = scheduler.sigmas[i]
+    if "FlowMatch" in name:
         return (1 - sigma) * x0 + sigma * noise
-    if hasattr(scheduler, "sigmas"):
-        return x0 + scheduler.sigmas[i] * noise
-    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps[i]]
-    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
+    scale = (1 + sigma**2) ** -0.5 if "MultistepScheduler" in name or "Singlestep" in name else 1.0
+    return scale * (x0 + sigma * noise)
 
 
 # Loss and gradients ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ a prediction that is clipped. All of it must pass through the engine unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import judge
@@ -109,6 +110,19 @@ def test_engine_is_algorithm_1(name: str, method: str) -> None:
     assert verdict.gradient_difference < 1e-5
     assert verdict.result.trained == plan.executed
     assert verdict.result.replay_error == 0
+
+
+RESTARTED = ["DDPM", "DDIM, eta 1", "DPM++ 2M", "DPM++ SDE", "UniPC", "Heun", "LCM", "TCD", "PNDM", "SD3 flow Euler"]
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_draft_lv_restarts_the_schedulers_own_last_step(name: str) -> None:
+    """With the memory of a multistep scheduler as the finished chain left it before that step."""
+    pipe, call = build(name)
+    T = oracle.count_steps(pipe, tiny.fresh(call))
+    verdict = judge.compare(pipe, methods.draft_lv(n=2)(T, Random(0)), call)
+    assert verdict.image_difference < 1e-6
+    assert verdict.gradient_difference < 1e-5
 
 
 @pytest.mark.parametrize("scheduler", ["IPNDMScheduler", "CMStochasticIterativeScheduler"])

@@ -1,0 +1,161 @@
+"""The engine against the oracle where the network is not a plain float32 function of its arguments.
+
+Dropout, autocast, half precision, gradient checkpointing, other attention processors: what a replayed call must find
+again to be the call that was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import judge
+import oracle
+import pytest
+import tiny
+import torch
+
+T = 4
+METHODS = ["drtune", "refl", "nested, early stop", "alignprop per step"]
+
+
+def lora_dropout(pipe: Any) -> None:
+    """Dropout before every adapter, switched on: as during training."""
+    for module in pipe.unet.modules():
+        if hasattr(module, "lora_dropout"):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = torch.nn.Dropout(0.2)
+    pipe.unet.train()
+
+
+def checkpointing(pipe: Any) -> None:
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+
+
+def plain_attention(pipe: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipe.unet.set_attn_processor(AttnProcessor())
+
+
+MODES: dict[str, Callable[[Any], Any]] = {
+    "LoRA dropout": lora_dropout,
+    "gradient checkpointing": checkpointing,
+    "attention in plain torch": plain_attention,
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "VAE checkpointing": lambda pipe: pipe.vae.enable_gradient_checkpointing(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", MODES)
+def test_engine_is_algorithm_1(mode: str, method: str) -> None:
+    pipe, call = tiny.stable_diffusion(steps=T)
+    MODES[mode](pipe)
+    verdict = judge.compare(pipe, judge.PLANS[method](T), call)
+    assert verdict.images_equal
+    assert verdict.gradient_difference < 1e-5
+    assert verdict.result.replay_error == 0
+
+
+def test_dropout_really_drops() -> None:
+    pipe, call = tiny.stable_diffusion(steps=T)
+    still = judge.plain_images(pipe, call)
+    lora_dropout(pipe)
+    assert not torch.equal(judge.plain_images(pipe, call), still)
+    assert torch.equal(judge.plain_images(pipe, call), judge.plain_images(pipe, call)), "drawn from the seeded generator"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method: str) -> None:
+    """The rollout under autocast as users write it; the oracle without autocast's cache of cast weights.
+
+    With that cache literal autograd adds up the gradients of all calls in bfloat16 before they reach the adapters; the
+    engine adds them in float32. Nested plans add gradients of one latent in bfloat16, each in its own order.
+    """
+    pipe, call = tiny.stable_diffusion(steps=T)
+    plan = judge.PLANS[method](T)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pictures, gradient, result = judge.engine_gradient(pipe, plan, call)
+        plain = judge.plain_images(pipe, call)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        literal_pictures, literal = judge.literal(pipe, plan, call)
+    assert torch.equal(pictures, literal_pictures)
+    assert plan.end is not None or torch.equal(pictures, plain.float())
+    assert result.replay_error == 0
+    assert oracle.difference(gradient, literal) < (1e-5 if plan.input_gradient == 0 else 0.05)
+    assert not torch.equal(pictures, judge.engine_gradient(pipe, plan, call)[0]), "autocast was really on"
+
+
+def half_base(dtype: torch.dtype) -> tuple[Any, tiny.Call, Any]:
+    """Frozen weights in half precision, LoRA in float32; and a float32 pipeline with the same, rounded, weights."""
+    pipe, call = tiny.stable_diffusion(steps=T)
+    same, _ = tiny.stable_diffusion(steps=T)
+    for part in (pipe, same):
+        part.to(dtype)
+    same.to(torch.float32)
+    for parameter in tiny.trainable(pipe).values():
+        parameter.data = parameter.data.float()
+    return pipe, call, same
+
+
+def cosine(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    flat = [torch.cat([g.double().flatten().cpu() for g in gradient.values()]) for gradient in (one, two)]
+    return float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+
+
+@pytest.mark.parametrize("method", ["drtune", "refl", "draft-1", "draft-T, stopped input"])
+def test_bfloat16_base_with_float32_lora(method: str) -> None:
+    """Literal autograd's numbers exactly; the float32 chain of the same weights is another chain, a few percent off."""
+    pipe, call, same = half_base(torch.bfloat16)
+    plan = judge.PLANS[method](T)
+    verdict = judge.compare(pipe, plan, call)
+    assert verdict.images_equal
+    assert verdict.gradient_difference < 1e-5
+    _, gradient, _ = judge.engine_gradient(pipe, plan, call)
+    assert all(g.dtype == torch.float32 for g in gradient.values())
+    assert cosine(gradient, judge.engine_gradient(same, plan, call)[1]) > 0.9
+
+
+@pytest.mark.parametrize("method", ["drtune", "refl", "draft-1", "draft-T, stopped input"])
+def test_float16_base_with_float32_lora(method: str) -> None:
+    """The scale on the cotangents keeps what literal autograd loses below float16's smallest number."""
+    pipe, call, same = half_base(torch.float16)
+    plan = judge.PLANS[method](T)
+    pictures, gradient, _ = judge.engine_gradient(pipe, plan, call)
+    literal_pictures, literal = judge.literal(pipe, plan, call)
+    _, exact, _ = judge.engine_gradient(same, plan, call)
+    assert torch.equal(pictures, literal_pictures)
+    assert cosine(gradient, exact) > 0.999
+    assert cosine(gradient, exact) >= cosine(literal, exact)
+
+
+def test_float16_gradient_survives_a_faint_loss() -> None:
+    """A mean over many pixels and images makes cotangents far below float16's range; the direction must not suffer."""
+    pipe, call, _ = half_base(torch.float16)
+    plan = judge.PLANS["drtune"](T)
+    _, strong, _ = judge.engine_gradient(pipe, plan, call)
+    _, faint, _ = judge.engine_gradient(pipe, plan, call, loss_weight=1e-6)
+    assert oracle.difference({name: g * 1e6 for name, g in faint.items()}, strong) < 1e-2
+
+
+@pytest.mark.parametrize("where", ["while the images are judged", "while sampling"])
+def test_an_exception_leaves_a_working_pipeline(where: str) -> None:
+    pipe, call = tiny.stable_diffusion(steps=T)
+    before = judge.plain_images(pipe, call)
+
+    def stumble(*_: Any) -> dict:
+        if where == "while sampling":
+            raise KeyError("stumbled")
+        return {}
+
+    plan, arguments = judge.PLANS["drtune, whole chain"](T), {**tiny.fresh(call), "callback_on_step_end": stumble}
+    with pytest.raises(KeyError, match="stumbled"), judge.rollout(pipe, plan, seed=0, **arguments) as tape:
+        assert tape.images.requires_grad
+        raise KeyError("stumbled")
+    assert torch.equal(judge.plain_images(pipe, call), before)
+    assert not judge.plain_images(pipe, call).requires_grad
+    assert torch.is_grad_enabled()
