@@ -1,6 +1,5 @@
 """The doors and the sweep beyond the oracle: memory, half precision, sabotage, what is put back, what is refused."""
 
-import weakref
 from random import Random
 
 import oracle
@@ -8,6 +7,7 @@ import pytest
 import tiny
 import torch
 from judge import engine_gradient
+from saved_bytes import SavedBytes
 from torch import nn
 
 from rewardtune import methods
@@ -30,39 +30,6 @@ def sweep(pipe, plan, call, **options):
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
-
-
-class SavedBytes:
-    """Peak of the bytes that autograd keeps alive for backward, inside the denoiser and outside; weights are free."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
-        self.inside, self.live, self.peak = False, {True: 0, False: 0}, {True: 0, False: 0}
-        denoiser.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
-        denoiser.register_forward_hook(lambda *_: setattr(self, "inside", False))
-
-    def pack(self, x):
-        class Box:
-            pass
-
-        is_weight = x.untyped_storage().data_ptr() in self.weights  # saved by reference, costs nothing
-        box, where, size = Box(), self.inside, 0 if is_weight else x.numel() * x.element_size()
-        box.tensor = x
-        self.live[where] += size
-        self.peak[where] = max(self.peak[where], self.live[where])
-        weakref.finalize(box, self.free, where, size)
-        return box
-
-    def free(self, where, size):
-        self.live[where] -= size
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
 
 
 def measure(plan: Plan) -> tuple[int, int, int]:
