@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 unexpected error, 2 bad configuration or usage, 3 prefligh
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code. Expected errors are one clear line each on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     try:
         code: Any = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -69,6 +69,7 @@ class Optim(_Section):
     clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
     batch: int = Field(default=32, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
+    workers: int | Literal["auto"] = Field(default=1, description="processes; only for small models on a Linux CPU")
     max_seconds: float | None = Field(default=None, gt=0)
 
 
@@ -161,7 +162,12 @@ def _dotlist(overrides: Sequence[str]) -> Any:
 def _explain(problem: Any, path: Path, lines: dict[tuple, int], overrides: Sequence[str]) -> str:
     """One line for one pydantic problem: where, what was given, what is legal."""
     where = tuple(problem["loc"])
-    if where[-1] in ("str", "list[str]"):  # pydantic's name for a member of a union, not a key
+    if where[-1] in (
+        "str",
+        "list[str]",
+        "int",
+        "literal['auto']",
+    ):  # pydantic's name for a member of a union, not a key
         where = where[:-1]
     dotted = ".".join(str(part) for part in where)
     line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)

@@ -1,10 +1,10 @@
-"""`rewardtune demo`: DRTune on the playground, on a CPU, in minutes.
+"""`rewardtune demo`: the shipped recipe `playground` (DRTune, symmetry + CLIPScore) on a CPU, in minutes.
 
-Reward: symmetry (its standard deviation detached, so that whitening the background earns nothing) + CLIPScore. Judged
-on held-out prompts with fixed seeds, the full number of sampling steps, and by a reader of objects that no reward uses.
-The settings below are the best of those tried; all of them stand in docs/results/demo.md.
+Judged on held-out prompts with fixed seeds and the full number of sampling steps, and by a reader of objects that no
+reward uses. The recipe's settings are the best of those tried; all of them stand in docs/results/demo.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,29 +12,11 @@ import torch
 from torch import Tensor
 
 from . import playground
+from .config import load_config
 from .errors import ConfigError
-from .methods import drtune
-from .rewards import CLIPScore, Symmetry
-from .trainer import Result, RewardTuner
-
-HELD_OUT = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Every number of the demo."""
-
-    T: int = 20
-    guidance: float = 4.0
-    batch: int = 8
-    K: int = 2
-    m: int = 8
-    rank: int = 16
-    targets: str = "attention+conv"
-    clip_weight: float = 1.0
-    clip: float = 0.1
-    lr: float = 2e-4
-    threads: int | None = None
+from .launch import train
+from .prompts import load_prompts
+from .trainer import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,40 +35,25 @@ def run(
     output: str | Path = "runs/demo",
     seed: int = 0,
     overwrite: bool = False,
-    settings: Settings | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[Figures, Figures]:
-    """Tune for `seconds` (or `steps` updates), print the table, save the grid; gives the figures before and after."""
+    """Tune for `seconds` (or `steps` updates), print the table, save the grid; gives the figures before and after.
+
+    overrides: other settings of the recipe, as `key=value`.
+    """
     if seconds <= 0 or (steps is not None and steps < 1):
         raise ConfigError(f"seconds={seconds}, steps={steps}: both must be greater than 0")
-    chosen = settings or Settings()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
-    reward = Symmetry(detach_std=True) + chosen.clip_weight * CLIPScore(model=str(playground.clip_path()))
-    held_out = playground.prompts(HELD_OUT, split="eval", layout="free")
-    tuner = RewardTuner(
-        playground.pipeline(),
-        reward=reward,
-        method=drtune(K=chosen.K, m=chosen.m),
-        prompts=playground.prompts(2000, split="train", layout="free"),
-        output_dir=output,
-        num_inference_steps=chosen.T,
-        guidance_scale=chosen.guidance,
-        batch=chosen.batch,
-        rank=chosen.rank,
-        targets=chosen.targets,
-        seed=seed,
-        eval_prompts=held_out,
-        eval_count=HELD_OUT,
-        overwrite=overwrite,
-    )
-    result = tuner.train(steps or 100_000, lr=chosen.lr, clip=chosen.clip, max_seconds=seconds)
-    before = figures(result.before, result.before_images, held_out)
-    after = figures(result.after, result.after_images, held_out)
+    asked = [f"optim.max_seconds={seconds}", f"optim.steps={steps or 100_000}", f"output_dir={output}", f"seed={seed}"]
+    config = load_config("playground", [*asked, *overrides])
+    result = train(config, overwrite=overwrite)
+    prompts = load_prompts(config.eval.prompts or config.prompts)[: config.eval.count]
+    before = figures(result.before, result.before_images, prompts)
+    after = figures(result.after, result.after_images, prompts)
     print(table(before, after, result))
     return before, after
 
 
-def figures(scores: dict[str, tuple[float, float]], images: Tensor, prompts: list[str]) -> Figures:
+def figures(scores: dict[str, tuple[float, float]], images: Tensor, prompts: Sequence[str]) -> Figures:
     counts = playground.count_objects(images)
     asked = torch.tensor([len(playground.parse(prompt).mentions) for prompt in prompts])
     counted = (counts.cpu() == asked).float().mean().item()
@@ -100,16 +67,16 @@ def table(before: Figures, after: Figures, result: Result) -> str:
         ("CLIPScore", before.clipscore, after.clipscore),
         ("right number of objects", before.counted, after.counted),
     ]
-    lines = [f"{'':28}{'before':>8}{'after':>8}{'change':>9}"]
-    lines += [f"{name:28}{old:8.3f}{new:8.3f}{new / old - 1:+9.0%}" for name, old, new in rows]
+    count = len(result.after_images)
     return "\n".join(
         [
             "",
-            f"DRTune, {result.steps} updates in {result.seconds:.0f} s, {HELD_OUT} held-out prompts, fixed seeds:",
-            *lines,
+            f"DRTune, {result.steps} updates in {result.seconds:.0f} s, {count} held-out prompts, fixed seeds:",
+            f"{'':28}{'before':>8}{'after':>8}{'change':>9}",
+            *(f"{name:28}{old:8.3f}{new:8.3f}{new / max(old, 1e-9) - 1:+9.0%}" for name, old, new in rows),
             "",
             f"pictures: {result.folder / 'before_after.png'}",
-            f'try next: rewardtune sample {result.folder} --model playground --prompt "a large red heart"',
+            f'try next: rewardtune sample {result.folder} --prompt "a red heart and a blue star, night background"',
             "          rewardtune train playground method.options.m=null output_dir=runs/full-chain",
             "          rewardtune plan drtune --steps 20 -o K=2 -o m=8",
         ]

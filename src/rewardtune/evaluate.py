@@ -59,12 +59,12 @@ def sample(pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], call: dic
 def score(
     reward: "Reward", images: Tensor, prompts: Sequence[str], *, batch: int = 8, device: Any = "cpu"
 ) -> dict[str, Tensor]:
-    """`{"reward": (N,), name of a part: (N,) in its own units}`."""
+    """`{name of a part: (N,) in its own units, "reward": (N,)}`."""
     rows: list[dict[str, Tensor]] = []
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
         total, parts = reward.parts(images[part].to(device), list(prompts[part]))
-        rows.append({name: value.float().cpu() for name, value in ({"reward": total} | parts).items()})
+        rows.append({name: value.float().cpu() for name, value in (parts | {"reward": total}).items()})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 

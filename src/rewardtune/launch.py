@@ -2,6 +2,9 @@
 
 import difflib
 import inspect
+import os
+import sys
+import warnings
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -45,6 +48,7 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
         targets=config.lora.targets,
         batch=config.optim.batch,
         micro_batch=config.optim.micro_batch,
+        workers=_workers(config.optim.workers, pipe.device.type),
         seed=config.seed,
         eval_prompts=held_out,
         eval_count=config.eval.count,
@@ -68,6 +72,17 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Any:
         max_seconds=optim.max_seconds,
         eval_every=config.eval.every,
     )
+
+
+def _workers(asked: int | str, device: str) -> int:
+    """`auto`: one a core, at most 4, each on one BLAS thread; 1 where helpers cannot be forked."""
+    import torch
+
+    possible = sys.platform == "linux" and device == "cpu"
+    count = (min(4, len(os.sched_getaffinity(0))) if possible else 1) if isinstance(asked, str) else asked
+    if count > 1:
+        torch.set_num_threads(1)  # networks small enough for helpers gain little from threads
+    return count
 
 
 def make_method(choice: MethodChoice) -> Method:
@@ -112,13 +127,13 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
     if model.path == "playground":
         from . import playground
 
-        pipe = playground.pipeline()
+        pipe = playground.pipeline(dtype)
     else:
         pipe = _from_pretrained(model.path, dtype)
     if scheduler is not None:
         pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
     try:
-        return pipe.to(device=device, dtype=dtype)
+        return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"model.device={device!r}: {str(error).splitlines()[0]}; legal are auto, cpu, cuda"
@@ -142,7 +157,9 @@ def _from_pretrained(path: str, dtype: Any) -> Any:
             f"model {path}: the folder has no model_index.json; give a folder saved by pipe.save_pretrained"
         )
     try:
-        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+        with warnings.catch_warnings():  # newer diffusers call it dtype, older ones do not know that name
+            warnings.simplefilter("ignore", FutureWarning)
+            return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -1,18 +1,15 @@
-"""RewardTuner: prompts -> plan -> rollout -> reward -> reverse sweep -> clip -> AdamW -> log.
+"""RewardTuner: check, then gradient (`gradient.py`) -> clip -> AdamW -> log, then save and compare before with after.
 
-Thin on purpose: no base class, no callbacks. A plan is drawn from (seed, step) alone and every sample has its own
-generator from (seed, step, index in the batch), so micro-batches do not change the noise of a sample.
+Thin on purpose: no base class, no callbacks.
 Left out so far: several processes, resume, learning-rate schedules, regularisers.
 """
 
-import hashlib
 import inspect
 import math
 import random
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,14 +20,16 @@ import torch
 from torch import Tensor
 
 from . import adapters, evaluate
-from .engine import Sweep, Tape, count_steps, find_denoiser, preflight, rollout
-from .errors import ConfigError, RewardError, TrainingStopped
+from .engine import count_steps, find_denoiser, preflight
+from .errors import ConfigError, TrainingStopped
+from .gradient import Gradient, derive_seed
 from .methods import Method
 from .progress import Progress
-from .prompts import batch_prompts, load_prompts
+from .prompts import load_prompts
 from .rewards import check_reward
 from .rewards.base import as_reward
 from .runfolder import RunFolder, write_text
+from .workers import Workers, open_workers
 
 Score = dict[str, tuple[float, float]]  # name -> mean and half the width of its 95% interval over prompts
 
@@ -62,6 +61,7 @@ class RewardTuner:
             `pipe(...)`; None leaves the pipeline's default.
         rank, alpha, targets: see `adapters.add_lora`.
         batch: samples an update; micro_batch: how many of them at a time (None = all).
+        workers: processes that share an update's micro-batches; only for small models on a CPU (see `workers.py`).
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
         allow_no_guidance: permit guidance_scale <= 1 on a pipeline made for guidance.
 
@@ -86,6 +86,7 @@ class RewardTuner:
         targets: str | list[str] | None = None,
         batch: int = 32,
         micro_batch: int | None = None,
+        workers: int = 1,
         seed: int = 0,
         eval_prompts: str | Path | Sequence[str] | None = None,
         eval_count: int = 16,
@@ -103,9 +104,10 @@ class RewardTuner:
         self.call = {"num_inference_steps": num_inference_steps} | (call or {})
         self.call |= {name: value for name, value in sampling.items() if value is not None}
         check_sampling(pipe, self.call, allow_no_guidance=allow_no_guidance)
-        if batch < 1 or (micro_batch is not None and micro_batch < 1):
-            raise ConfigError(f"batch={batch}, micro_batch={micro_batch}: both must be at least 1")
-        self.batch, self.micro_batch = batch, min(micro_batch or batch, batch)
+        if min(batch, micro_batch or 1, workers) < 1:
+            raise ConfigError(f"batch={batch}, micro_batch={micro_batch}, workers={workers}: each must be at least 1")
+        self.batch, self.workers = batch, workers
+        self.micro_batch = min(micro_batch or batch, math.ceil(batch / workers))
         self.lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
         self.denoiser = getattr(pipe, find_denoiser(pipe))
         self.device = self.denoiser.device
@@ -193,7 +195,7 @@ class RewardTuner:
         name = getattr(self.pipe.config, "_name_or_path", None) if hasattr(self.pipe, "config") else None
         return {
             "pipeline": type(self.pipe).__name__,
-            "model": name,
+            "model": None if name is None else str(name),
             "scheduler": type(self.pipe.scheduler).__name__,
             "reward": str(getattr(self.reward, "name", self.reward)),
             "method": str(self.method),
@@ -206,9 +208,22 @@ class RewardTuner:
 
     def _loop(self, optimizer, steps, clip, max_seconds, eval_every, signals) -> str:
         started = time.perf_counter()
-        with Progress(steps, max_seconds=max_seconds, enabled=self.show_progress) as progress:
+        gradient = Gradient(
+            pipe=self.pipe,
+            reward=self.reward,
+            method=self.method,
+            prompts=self.prompts,
+            parameters=self.parameters,
+            T=self.T,
+            seed=self.seed,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            call=self.call,
+        )
+        bar = Progress(steps, max_seconds=max_seconds, enabled=self.show_progress)
+        with open_workers(gradient, self.workers) as team, bar as progress:
             for done in range(1, steps + 1):
-                record = self._update(optimizer, clip)
+                record = self._update(team, optimizer, clip)
                 self.step += 1
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
@@ -223,26 +238,11 @@ class RewardTuner:
                     progress.message(f"step {self.step}: {_line(scores)}")
         return "done"
 
-    def _update(self, optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Any]:
+    def _update(self, gradient: Workers, optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Any]:
         """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan."""
         started, step = time.perf_counter(), self.step
-        plan = self.method(self.T, random.Random(f"plan {self.seed} {step}"))
-        prompts = batch_prompts(self.prompts, seed=self.seed, step=step, size=self.batch)
         optimizer.zero_grad(set_to_none=True)
-        chunks: list[tuple[int, Any]] = []
-        scores: dict[str, list[Tensor]] = defaultdict(list)
-        for first in range(0, self.batch, self.micro_batch):
-            part = prompts[first : first + self.micro_batch]
-            seeds = [derive_seed(self.seed, step, index) for index in range(first, first + len(part))]
-            noise = evaluate.generators(seeds)
-            with rollout(self.pipe, plan, seed=seeds[0], prompt=part, generator=noise, **self.call) as tape:
-                _check_images(tape.images, step)
-                total, natives = self.reward.parts(tape.images, tape.prompts)
-                _check_scores({"the reward": total} | natives, step)
-                result = _backward(tape, -total.sum() / (self.batch * plan.draws), step)
-            chunks.append((len(part), result))
-            for name, value in ({"": total} | natives).items():
-                scores[name].append(value.detach().float().cpu())
+        parts = gradient.compute(step)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
         if not math.isfinite(norm) or norm == 0:
             what = "is zero: the reward does not reach the trained parameters" if norm == 0 else f"is {norm}"
@@ -250,25 +250,25 @@ class RewardTuner:
                 f"step {step}: the gradient {what}; try a lower lr or another dtype, or check the reward"
             )
         optimizer.step()
-        means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
-        total_mean = means.pop("")
+        plan = gradient.gradient.plan(step)
+        means = {name: float(torch.cat([part.scores[name] for part in parts]).mean()) for name in parts[0].scores}
         return {
             "step": step,
-            "reward": total_mean,
-            "parts": means,
-            "loss": -total_mean,
+            "reward": means["reward"],
+            "parts": {name: means[name] for name in parts[0].natives},
+            "loss": -means["reward"],
             "grad_norm": norm,
             "clipped": norm > clip,
             # with micro-batches: the sum of their norms, an upper bound of the norm of the sum
-            "step_grad_norms": {i: sum(r.grad_norms.get(i, 0.0) for _, r in chunks) for i in plan.executed},
+            "step_grad_norms": {i: sum(part.sweep.grad_norms.get(i, 0.0) for part in parts) for i in plan.executed},
             "trained": list(plan.executed),
             "end": plan.end,
             "steps_run": plan.steps_run,
             "seconds": time.perf_counter() - started,
             "images": (step + 1) * self.batch,
             "lr": optimizer.param_groups[0]["lr"],
-            "replay_error": max(result.replay_error for _, result in chunks),
-            "clamped": sum(n * result.clamped for n, result in chunks) / self.batch,
+            "replay_error": max(part.sweep.replay_error for part in parts),
+            "clamped": sum(part.size * part.sweep.clamped for part in parts) / self.batch,
         }
 
     def _evaluate(self, *, final: bool = False) -> tuple[Score, Tensor]:
@@ -347,12 +347,6 @@ class _Signals:
             raise SystemExit(128 + signal.SIGTERM)
 
 
-def derive_seed(*keys: object) -> int:
-    """A 63-bit seed from (seed, step, index ...): equal keys, equal seed, on every machine."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def check_sampling(pipe: Any, call: dict[str, Any], *, allow_no_guidance: bool) -> None:
     """ConfigError for guidance off on a pipeline made for it: users would sample the tuned model with guidance."""
     parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
@@ -364,29 +358,6 @@ def check_sampling(pipe: Any, call: dict[str, Any], *, allow_no_guidance: bool) 
             "by default: the tuned model would be used with guidance it never saw. Set guidance_scale above 1, "
             "or sampling.allow_no_guidance=true if the model is made for it (turbo, lightning)"
         )
-
-
-def _backward(tape: Tape, loss: Tensor, step: int) -> Sweep:
-    """The reward passed its check at start-up, so a missing gradient now is a training that went wrong."""
-    try:
-        return tape.backward(loss)
-    except (RewardError, TrainingStopped) as error:
-        raise TrainingStopped(f"step {step}: {error}") from error
-
-
-def _check_images(images: Tensor, step: int) -> None:
-    if not torch.isfinite(images).all():
-        raise TrainingStopped(
-            f"step {step}: the pictures hold NaN; lower the lr, or run the VAE in float32 or bfloat16"
-        )
-    if float(images.detach().amax()) < 1 / 255:
-        raise TrainingStopped(f"step {step}: all pictures are black; an fp16 VAE does that: use float32 or bfloat16")
-
-
-def _check_scores(scores: dict[str, Tensor], step: int) -> None:
-    for name, value in scores.items():
-        if not torch.isfinite(value).all():
-            raise TrainingStopped(f"step {step}: {name} is {value.detach().tolist()}: not finite; no update was made")
 
 
 def _line(scores: Score) -> str:

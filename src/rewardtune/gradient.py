@@ -1,0 +1,104 @@
+"""The gradient of one update: plan -> rollout -> reward -> reverse sweep, a micro-batch at a time.
+
+Everything random is a pure function of (seed, step, index in the batch), so a micro-batch can be computed anywhere: in
+this process, or in a helper of `workers.py`, with the same pictures.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine import Sweep, Tape, rollout
+from .errors import RewardError, TrainingStopped
+from .evaluate import generators
+from .methods import Method
+from .plan import Plan
+from .prompts import batch_prompts
+
+if TYPE_CHECKING:
+    from .rewards import Reward
+
+
+def derive_seed(*keys: object) -> int:
+    """A 63-bit seed from (seed, step, index ...): equal keys, equal seed, on every machine."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one micro-batch gave: scores by name ("reward" the total, then native parts), and its sweep."""
+
+    size: int
+    scores: dict[str, Tensor]
+    natives: list[str]
+    sweep: Sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time."""
+
+    pipe: Any
+    reward: "Reward"
+    method: Method
+    prompts: Sequence[str]
+    parameters: Sequence[nn.Parameter]
+    T: int
+    seed: int
+    batch: int
+    micro_batch: int
+    call: dict[str, Any]
+
+    def plan(self, step: int) -> Plan:
+        """Drawn from (seed, step) alone: all micro-batches and all processes share it."""
+        return self.method(self.T, random.Random(f"plan {self.seed} {step}"))
+
+    def chunks(self) -> list[int]:
+        """The index of the first sample of every micro-batch."""
+        return list(range(0, self.batch, self.micro_batch))
+
+    def add(self, step: int, first: int) -> Part:
+        """Micro-batch `first` of update `step`: its share of the gradient is added to `.grad`.
+
+        Raises TrainingStopped for NaN or black pictures, NaN scores, and a gradient that vanishes or is not finite.
+        """
+        plan = self.plan(step)
+        prompts = batch_prompts(self.prompts, seed=self.seed, step=step, size=self.batch)
+        part = prompts[first : first + self.micro_batch]
+        seeds = [derive_seed(self.seed, step, index) for index in range(first, first + len(part))]
+        with rollout(self.pipe, plan, seed=seeds[0], prompt=part, generator=generators(seeds), **self.call) as tape:
+            check_images(tape.images, step)
+            total, natives = self.reward.parts(tape.images, tape.prompts)
+            check_scores({"the reward": total} | natives, step)
+            sweep = _backward(tape, -total.sum() / (self.batch * plan.draws), step)
+        scores = {name: value.detach().float().cpu() for name, value in (natives | {"reward": total}).items()}
+        return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep)
+
+
+def _backward(tape: Tape, loss: Tensor, step: int) -> Sweep:
+    """The reward passed its check at start-up, so a missing gradient now is a training that went wrong."""
+    try:
+        return tape.backward(loss)
+    except (RewardError, TrainingStopped) as error:
+        raise TrainingStopped(f"step {step}: {error}") from error
+
+
+def check_images(images: Tensor, step: int) -> None:
+    if not torch.isfinite(images).all():
+        raise TrainingStopped(
+            f"step {step}: the pictures hold NaN; lower the lr, or run the VAE in float32 or bfloat16"
+        )
+    if float(images.detach().amax()) < 1 / 255:
+        raise TrainingStopped(f"step {step}: all pictures are black; an fp16 VAE does that: use float32 or bfloat16")
+
+
+def check_scores(scores: dict[str, Tensor], step: int) -> None:
+    for name, value in scores.items():
+        if not torch.isfinite(value).all():
+            raise TrainingStopped(f"step {step}: {name} is {value.detach().tolist()}: not finite; no update was made")
