@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .captions import KINDS, negative, with_places
-from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, coverage, draw_scenes, render
+from .captions import KINDS, negative, place_of, with_places
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZE,
+    SIZES,
+    Description,
+    Mention,
+    Object,
+    Scene,
+    coverage,
+    draw_description,
+    draw_scenes,
+    render,
+)
 from .training import Draw, Schedule, fit
 
-TEXT_SCHEDULE = Schedule(steps=300, batch=96, lr=1e-3, warmup=60, weight_decay=0.02)  # both towers
-SCHEDULE = Schedule(steps=2500, batch=96, lr=1e-3, warmup=60, weight_decay=0.02)  # then the vision tower alone
+TEXT_SCHEDULE = Schedule(steps=1500, batch=96, lr=2e-3, warmup=60)  # the text tower alone
+SCHEDULE = Schedule(steps=2000, batch=96, lr=1e-3, warmup=60, weight_decay=0.02)  # then the vision tower
 NEGATIVES = 3  # hard negatives per picture
 LENGTH = 24  # tokens, begin and end included; the longest caption of the world has 20
 PATCH = 8
@@ -83,6 +98,11 @@ def tokens(tokenizer: Any, captions: list[str]) -> Tensor:
     """Token numbers (n, 24) of captions, padded and cut as the pipeline does it."""
     how: Any = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
     return tokenizer(captions, **how).input_ids
+
+
+def cut(ids: Tensor, tokenizer: Any) -> Tensor:
+    """Token numbers without the padding that no row needs; the towers are causal, so it changes nothing."""
+    return ids[:, : int((ids != tokenizer.eos_token_id).sum(1).max()) + 1]
 
 
 def small_clip(tokenizer: Any) -> Any:
@@ -160,37 +180,71 @@ def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 class Heads(nn.Module):
-    """The CLIP and the heads of its auxiliary losses: what each patch lies on, from inner layers to the last."""
+    """The CLIP and the heads of its auxiliary losses, which are thrown away."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
+        colours, shapes, places = len(COLOURS), len(SHAPES), len(PLACES)
         self.clip = clip
+        self.present = nn.Linear(WIDTH, colours * shapes)  # both towers: which objects
+        self.named = nn.Linear(WIDTH, (colours + shapes) * (places + len(SIZES)) + len(BACKGROUNDS))  # text
+        self.where = nn.Linear(WIDTH, (colours + shapes) * places)  # vision
         self.mask = nn.Linear(WIDTH, PATCH * PATCH)
         self.geometry = nn.Linear(WIDTH, 3)
-        self.shape = nn.Linear(WIDTH, len(SHAPES))
-        self.colour = nn.Linear(WIDTH, len(COLOURS))
-        self.present = nn.Linear(WIDTH, len(SHAPES) * len(COLOURS))
+        self.shape = nn.Linear(WIDTH, shapes)
+        self.colour = nn.Linear(WIDTH, colours)
 
-    def auxiliary(self, scenes: Sequence[Scene], vision: Any, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """The auxiliary loss of the vision model's output and the pooled true captions (n, WIDTH), and the share of
-        object patches that know their shape. One head reads from both towers which objects are there."""
+    def of_texts(self, pooled: Tensor, descriptions: Sequence[Description]) -> Tensor:
+        """The loss of reading captions: which objects, and which places, sizes and background are named for them."""
+        attributes = [*PLACES, *SIZES]
+        named = [
+            {(word, given) for m in d.mentions for word in (m.colour, m.shape) for given in (m.place, m.size) if given}
+            for d in descriptions
+        ]
+        pairs = [(word, attribute) for word in (*COLOURS, *SHAPES) for attribute in attributes]
+        target = [[pair in row for pair in pairs] for row in named]
+        grounds = [[d.background == name for name in BACKGROUNDS] for d in descriptions]
+        wanted = torch.cat([torch.tensor(target), torch.tensor(grounds)], 1).float()
+        objects = presence([d.mentions for d in descriptions])
+        return 10 * (_bce(self.present(pooled), objects) + _bce(self.named(pooled), wanted))
+
+    def of_pictures(self, scenes: Sequence[Scene], vision: Any) -> tuple[Tensor, Tensor]:
+        """The loss of looking, from inner layers to the last and the pooled picture; and the share of object
+        patches that know their shape."""
         masks, shapes, colours, geometry = patch_targets(scenes)
         _, first, second, *_ = vision.hidden_states
         patches, on = vision.last_hidden_state[:, 1:], shapes >= 0
-        present = torch.zeros(len(scenes), len(SHAPES) * len(COLOURS))
-        for row, scene in zip(present, scenes, strict=True):
-            for o in scene.objects:
-                row[SHAPES.index(o.shape) * len(COLOURS) + list(COLOURS).index(o.colour)] = 1
+        places = [[place_of(o.x, o.y) for o in scene.objects] for scene in scenes]
+        where = [
+            [
+                any(place in there and word in (o.colour, o.shape) for o, there in zip(s.objects, row, strict=True))
+                for word in (*COLOURS, *SHAPES)
+                for place in PLACES
+            ]
+            for s, row in zip(scenes, places, strict=True)
+        ]
         guess = self.shape(patches)[on]
         loss = (
-            2 * F.binary_cross_entropy_with_logits(self.mask(first[:, 1:]), masks)
+            2 * _bce(self.mask(first[:, 1:]), masks)
             + F.smooth_l1_loss(self.geometry(second[:, 1:])[on], geometry[on])
             + F.cross_entropy(guess, shapes[on])
             + 0.3 * F.cross_entropy(self.colour(patches)[on], colours[on])
-            + 10 * F.binary_cross_entropy_with_logits(self.present(vision.pooler_output), present)
-            + 10 * F.binary_cross_entropy_with_logits(self.present(texts), present)
+            + 10 * _bce(self.present(vision.pooler_output), presence([s.objects for s in scenes]))
+            + 3 * _bce(self.where(vision.pooler_output), torch.tensor(where).float())
         )
         return loss, (guess.argmax(-1) == shapes[on]).float().mean()
+
+
+_bce = F.binary_cross_entropy_with_logits
+
+
+def presence(rows: Sequence[Sequence[Mention | Object]]) -> Tensor:
+    """Which of the 42 colour-shape pairs are there (n, 42)."""
+    target = torch.zeros(len(rows), len(SHAPES) * len(COLOURS))
+    for row, objects in zip(target, rows, strict=True):
+        for o in objects:
+            row[SHAPES.index(o.shape) * len(COLOURS) + list(COLOURS).index(o.colour)] = 1
+    return target
 
 
 def draw_captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
@@ -226,13 +280,18 @@ def contrast(image: Tensor, true: Tensor, false: Tensor, scale: Tensor) -> tuple
 def train_text(
     folder: Path, checkpoint: Path, *, schedule: Schedule = TEXT_SCHEDULE, seed: int = 0, stop_after: int | None = None
 ) -> Heads:
-    """Train both towers together until the text tower is good enough to condition the UNet, which then waits for
-    the vision tower no longer. The tokenizer is written to `folder`."""
+    """Train the text tower alone to say what a caption names; it conditions the UNet, which then need not wait for
+    the vision tower. The tokenizer is written to `folder`."""
     torch.manual_seed(seed)
     tokenizer = write_tokenizer(folder)
     heads = Heads(small_clip(tokenizer))
-    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
-    fit("text", heads, loss=_loss(heads, tokenizer, schedule.batch), **settings)
+
+    def loss(draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        descriptions = [draw_description(draw.rng) for _ in range(schedule.batch)]
+        ids = cut(tokens(tokenizer, list(map(str, descriptions))), tokenizer)
+        return heads.of_texts(heads.clip.text_model(input_ids=ids).pooler_output, descriptions), {}
+
+    fit("text", heads, loss=loss, schedule=schedule, checkpoint=checkpoint, seed=seed, stop_after=stop_after)
     return heads
 
 
@@ -245,30 +304,23 @@ def train_vision(
     seed: int = 0,
     stop_after: int | None = None,
 ) -> Any:
-    """Train the vision tower and the projections on, with the text tower as it is; returns the `CLIPModel`."""
-    heads.requires_grad_(True).clip.text_model.requires_grad_(False)
-    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
-    fit("clip", heads.train(), loss=_loss(heads, tokenizer, schedule.batch), **settings)
-    return heads.clip
-
-
-def _loss(heads: Heads, tokenizer: Any, batch: int) -> Callable[[Draw], tuple[Tensor, dict[str, float]]]:
-    clip = heads.clip
+    """Train the vision tower and both projections contrastively against the text tower, which stays as it is;
+    returns the `CLIPModel`."""
+    clip, batch = heads.requires_grad_(True).clip, schedule.batch
+    clip.text_model.requires_grad_(False)
 
     def loss(draw: Draw) -> tuple[Tensor, dict[str, float]]:
         scenes = draw_scenes(batch, draw.rng)
         true, false = draw_captions(scenes, draw.rng)
-        ids = tokens(tokenizer, true + false)
-        ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(1).max()) + 1]  # causal: padding changes nothing
+        text = embed_texts(clip, cut(tokens(tokenizer, true + false), tokenizer))
         images = normalise(soften(render(scenes), draw))
         vision = clip.vision_model(pixel_values=images, output_hidden_states=True)
         image = F.normalize(clip.visual_projection(vision.pooler_output), dim=-1)
-        pooled = clip.text_model(input_ids=ids).pooler_output
-        text = F.normalize(clip.text_projection(pooled), dim=-1)
         scale = clip.logit_scale.exp().clamp(max=50)
         value, beaten = contrast(image, text[:batch], text[batch:].view(batch, NEGATIVES, -1), scale)
-        auxiliary, shape = heads.auxiliary(scenes, vision, pooled[:batch])
-        numbers = {"contrast": value, "auxiliary": auxiliary, "shape": shape, "beaten": beaten}
-        return value + 0.7 * auxiliary, {name: number.item() for name, number in numbers.items()}
+        looking, shape = heads.of_pictures(scenes, vision)
+        numbers = {"contrast": value, "looking": looking, "shape": shape, "beaten": beaten}
+        return value + 0.7 * looking, {name: number.item() for name, number in numbers.items()}
 
-    return loss
+    fit("clip", heads.train(), loss=loss, schedule=schedule, checkpoint=checkpoint, seed=seed, stop_after=stop_after)
+    return clip
