@@ -21,7 +21,9 @@ from typing import Any
 from rewardtune.errors import ConfigError
 
 from . import autoencoder, clip, denoiser
+from .heads import Heads
 from .training import Schedule
+from .words import write_tokenizer
 
 STAGES = ("clip", "vae", "unet", "assemble")
 QUICK = {"steps": 2, "batch": 4, "warmup": 1}
@@ -45,12 +47,12 @@ class _Build:
         return self.output / "checkpoints" / f"{name}.ckpt"
 
     @cached_property
-    def heads(self) -> clip.Heads:
+    def heads(self) -> Heads:
         return clip.train_text(self.output / "clip", self._checkpoint("text"), **self._settings("text"))
 
     @cached_property
     def clip(self) -> Any:
-        tokenizer = clip.write_tokenizer(self.output / "clip")
+        tokenizer = write_tokenizer(self.output / "clip")
         return clip.train_vision(self.heads, tokenizer, self._checkpoint("clip"), **self._settings("clip"))
 
     @cached_property
@@ -59,7 +61,7 @@ class _Build:
 
     @cached_property
     def unet(self) -> Any:
-        tokenizer = clip.write_tokenizer(self.output / "clip")
+        tokenizer = write_tokenizer(self.output / "clip")
         settings = self._settings("unet") | {"scenes": self.scenes, "workers": self.workers}
         return denoiser.train_unet(self.vae, self.heads.clip, tokenizer, self._checkpoint("unet"), **settings)
 
@@ -75,7 +77,7 @@ def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None
 
     for folder in (output / "clip", output / "pipeline"):
         shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = clip.write_tokenizer(output / "clip")
+    tokenizer = write_tokenizer(output / "clip")
     clip.write_processor(output / "clip")
     clip_model.to(torch.float16).save_pretrained(output / "clip")
     pipeline: Any = StableDiffusionPipeline(
@@ -89,7 +91,7 @@ def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(output / "pipeline")
-    clip.write_tokenizer(output / "pipeline" / "tokenizer")
+    write_tokenizer(output / "pipeline" / "tokenizer")
     for config in (output / "clip" / "config.json", output / "pipeline" / "text_encoder" / "config.json"):
         settings = json.loads(config.read_text()) | {"dtype": "float32"}  # opened in float32 unless asked otherwise
         config.write_text(json.dumps(settings, indent=2) + "\n")

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autoencoder import encode
-from .clip import WIDTH, tokens
+from .heads import WIDTH
 from .scenes import draw_scenes, render
 from .training import Draw, Schedule, draw_for, fit
+from .words import tokens
 
 SCHEDULE = Schedule(steps=12000, batch=32, lr=1e-3, ema=0.999, shards=2)
 SCENES = 24_000  # cached latents

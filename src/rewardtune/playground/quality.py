@@ -99,7 +99,8 @@ def reader_share(name: str, scenes: Sequence[Any], pictures: Tensor) -> Share:
 
 def clip_shares(clip: Any, tokenizer: Any, *, n: int, seed: int) -> list[Share]:
     """How often the small CLIP prefers a fresh scene's caption to one that is wrong in one attribute."""
-    from .clip import embed_images, embed_texts, tokens
+    from .clip import embed_images, embed_texts
+    from .words import tokens
 
     rng = random.Random(f"{seed}/clip quality")
     scenes = draw_scenes(n, rng, split="eval")
