@@ -24,9 +24,11 @@ class Progress:
         if enabled and sys.stdout.isatty():
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
-            self.bar = Bar(TextColumn("step {task.fields[step]}"), BarColumn(24), TextColumn("{task.description}"))
-            self.task = self.bar.add_task("starting", total=1.0, step="0")
+            whole = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # narrow terminals lose the end of the line
+            self.bar = Bar(BarColumn(12), TextColumn("{task.description}", table_column=whole), expand=True)
+            self.task = self.bar.add_task("starting", total=1.0)
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -43,16 +45,16 @@ class Progress:
         self.smooth = record["seconds"] if self.done == 1 else 0.9 * self.smooth + 0.1 * record["seconds"]
         several = record["parts"].items() if len(record["parts"]) > 1 else ()
         parts = "".join(f", {name} {value:.3f}" for name, value in several)
-        text = f"reward {record['reward']:.3f}{parts} | grad {record['grad_norm']:.3g} | {self.smooth:.2f} s/step"
-        text += f" | {_clock(self.left())} left"
         elapsed = time.monotonic() - self.started
         step = str(self.done) if self.max_seconds else f"{self.done}/{self.total}"
+        text = f"step {step}, {_clock(self.left())} left, {self.smooth:.2f} s/step"
+        text += f" | reward {record['reward']:.3f}{parts} | grad {record['grad_norm']:.3g}"
         if self.bar:
             share = max(self.done / self.total, elapsed / self.max_seconds if self.max_seconds else 0.0)
-            self.bar.update(self.task, completed=min(share, 1.0), description=text, step=step)
+            self.bar.update(self.task, completed=min(share, 1.0), description=text)
         elif self.enabled and (elapsed - self.shown >= self.every or self.done == self.total):
             self.shown = elapsed
-            print(f"step {step} | {text}", flush=True)
+            print(text, flush=True)
 
     def left(self) -> float:
         """Seconds to the end: the remaining updates at the present pace, or the rest of the budget if that is less."""
