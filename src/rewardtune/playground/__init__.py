@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +64,31 @@ def clip_path() -> Path:
 
 def pipeline(dtype: Any = None) -> Any:
     """The playground's `StableDiffusionPipeline` on the CPU, without progress bar, in `dtype` (default float32)."""
-    import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(path(), torch_dtype=dtype or torch.float32)
+    with _quiet():
+        pipe = StableDiffusionPipeline.from_pretrained(path())
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe if dtype is None else pipe.to(dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, and their remark that the autoencoder is not `AutoencoderKL`."""
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    level = diffusers_log.get_verbosity()
+    bars = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    diffusers_log.set_verbosity_error()
+    for log in bars:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_log.set_verbosity(level)
+        for log in bars:
+            log.enable_progress_bar()
 
 
 def prompts(n: int, *, split: str = "train", seed: int = 0, layout: str = "any") -> list[str]:

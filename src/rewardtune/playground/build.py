@@ -93,8 +93,17 @@ def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None
     pipeline.save_pretrained(output / "pipeline")
     write_tokenizer(output / "pipeline" / "tokenizer")
     for config in (output / "clip" / "config.json", output / "pipeline" / "text_encoder" / "config.json"):
-        settings = json.loads(config.read_text()) | {"dtype": "float32"}  # opened in float32 unless asked otherwise
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+        _edit(config, dtype="float32")  # opened in float32 unless asked otherwise
+    _edit(output / "pipeline" / "vae" / "config.json", block_out_channels=None)  # derived; warned about when stored
+    for file in output.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def _edit(config: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes them."""
+    settings = json.loads(config.read_text()) | changes
+    kept = {key: value for key, value in settings.items() if value is not None or key not in changes}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def build(

@@ -148,11 +148,10 @@ def _nearest_colour(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _parts(pixels: Tensor, far: Tensor) -> list[Tensor]:
     """Masks (H, W) of the objects: connected parts, split where two palette colours each fill a core of one."""
-    number, distance = _nearest_colour(pixels)
     parts = []
     for part in components(far > MIN_DISTANCE):
-        core = _eroded(part) & (distance < 0.2)
-        sizes = torch.bincount(number[core], minlength=len(COLOURS))
+        number, distance = _nearest_colour(pixels[_eroded(part)])
+        sizes = torch.bincount(number[distance < 0.2], minlength=len(COLOURS))
         colours = [i for i, size in enumerate(sizes.tolist()) if size >= 25 and size >= 0.15 * int(sizes.sum())]
         if len(colours) < 2:
             parts.append(part)
