@@ -15,7 +15,7 @@ from tiny import set_scheduler, stable_diffusion
 
 from rewardtune import evaluate, methods
 from rewardtune.adapters import ADAPTER
-from rewardtune.errors import ConfigError, PreflightError, TrainingStopped
+from rewardtune.errors import ConfigError, PreflightError, RewardTuneError, TrainingStopped
 from rewardtune.gradient import derive_seed
 from rewardtune.trainer import RewardTuner
 
@@ -268,6 +268,23 @@ def test_a_gradient_that_vanishes_stops_the_run(tmp_path):
     on[0] = 0.0
     with pytest.raises(TrainingStopped, match="zero"):
         each.train(2)
+
+
+def test_a_lora_that_does_not_load_back_is_an_error_and_not_left_as_if_whole(tmp_path, monkeypatch):
+    """A writer that loses the scale of alpha, as `save_lora_weights` without metadata does when it is not folded."""
+    pipe = plain()
+    folded = type(pipe).save_lora_weights
+
+    def unfolded(save_directory, unet_lora_layers, **settings):
+        layers = {key: value / 2 if "lora_B" in key else value for key, value in unet_lora_layers.items()}
+        folded(save_directory, unet_lora_layers=layers, **settings)
+
+    monkeypatch.setattr(pipe, "save_lora_weights", unfolded, raising=False)
+    with pytest.raises(RewardTuneError, match="differs from the trained one after loading"):
+        tuner(tmp_path / "run", pipe, alpha=8).train(1, lr=1e-3)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert (tmp_path / "run" / "pytorch_lora_weights.unverified").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_prompts_and_plans_come_from_seed_and_step(tmp_path):

@@ -134,8 +134,7 @@ def save_lora(pipe: Any, folder: str | Path) -> Path:
 def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float:
     """Load the saved file back under another name and compare with the live adapter; return the images' difference.
 
-    Compared are every tensor, the scale, and the pictures of `pipe(**call)` (few steps are enough; give a prompt and a
-    `generator` factory is not needed: the global generator is seeded the same for both).
+    Compared are every tensor, the scale, and the pictures of `pipe(**call)` with the same noise; two steps are enough.
     Raises RewardTuneError when a key did not load or the pictures differ by more than round-off of the dtype.
     """
     from peft.utils import get_peft_model_state_dict
@@ -144,6 +143,7 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
     copy = ADAPTER + "_verify"
     expected = lora_state(denoiser)
     live = _images(pipe, call)
+    noise = float((_images(pipe, call) - live).abs().max())  # 0 unless the machine itself does not repeat
     try:
         try:
             with _silent():
@@ -167,7 +167,7 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
         denoiser.set_adapter(ADAPTER)
         if copy in denoiser.peft_config:
             denoiser.delete_adapters(copy)
-    allowed = 1e-4 if denoiser.dtype == torch.float32 else 5e-2
+    allowed = (1e-4 if denoiser.dtype == torch.float32 else 5e-2) + 10 * noise
     if not difference <= allowed:
         raise RewardTuneError(
             f"the saved LoRA in {folder} gives other pictures after loading (difference {difference:.2e}, "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import adapters, evaluate
 from .engine import count_steps, find_denoiser, preflight
-from .errors import ConfigError, TrainingStopped
+from .errors import ConfigError, RewardTuneError, TrainingStopped
 from .gradient import Gradient, derive_seed
 from .methods import Method
 from .progress import Progress
@@ -112,7 +112,7 @@ class RewardTuner:
         self.denoiser = getattr(pipe, find_denoiser(pipe))
         self.device = self.denoiser.device
         self.parameters: list[torch.nn.Parameter] = []
-        self.step, self.T = 0, 0
+        self.step, self.saved, self.T = 0, 0, 0
         self.config_text: str | None = None  # the run file, resolved; saved as config.yaml
 
     def train(
@@ -137,8 +137,8 @@ class RewardTuner:
                 raise ConfigError(f"{name}={value}: must be greater than 0")
         with evaluate.quiet(self.pipe) as set_aside:
             self._prepare(set_aside)
-            settings = {"steps": steps, "lr": lr, "clip": clip, "batch": self.batch, "max_seconds": max_seconds}
-            self.folder.set_status("running", train=settings)
+            settings = {"steps": steps, "lr": lr, "betas": betas, "weight_decay": weight_decay, "clip": clip}
+            self.folder.set_status("running", train=settings | {"batch": self.batch, "max_seconds": max_seconds})
             optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
             with _Signals() as signals:
                 try:
@@ -206,7 +206,16 @@ class RewardTuner:
             "seed": self.seed,
         }
 
-    def _loop(self, optimizer, steps, clip, max_seconds, eval_every, signals) -> str:
+    def _loop(
+        self,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        clip: float,
+        max_seconds: float | None,
+        eval_every: int | None,
+        signals: "_Signals",
+    ) -> str:
+        """The updates; gives why they ended: done, out of time, interrupted."""
         started = time.perf_counter()
         gradient = Gradient(
             pipe=self.pipe,
@@ -293,10 +302,15 @@ class RewardTuner:
         self._say(f"pictures before and after: {path}")
 
     def _save(self, status: str, **facts: Any) -> None:
-        """The LoRA file, loaded back and compared."""
+        """The LoRA file, loaded back and compared; one that fails is kept under a name that no loader reads."""
+        self.saved = self.step
         path = adapters.save_lora(self.pipe, self.folder.path)
         call = self.call | {"prompt": self.eval_prompts[:1], "num_inference_steps": min(2, self.T)}
-        difference = adapters.verify_lora(self.pipe, self.folder.path, call=call)
+        try:
+            difference = adapters.verify_lora(self.pipe, self.folder.path, call=call)
+        except RewardTuneError:
+            path.replace(path.with_suffix(".unverified"))
+            raise
         self._say(f"saved {path}, verified (loaded back: pictures differ by {difference:.1e})")
         self.folder.set_status(status, steps=self.step, lora_verified=True, **facts)
 
@@ -304,7 +318,7 @@ class RewardTuner:
         """An error ends the run: the parameters are those of the last good update, save them and say why."""
         status = {TrainingStopped: "stopped", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
         with suppress(Exception):  # the first error is the one to report
-            if self.step and status != "interrupted":  # a second Ctrl-C means at once
+            if self.step > self.saved and status != "interrupted":  # a second Ctrl-C means at once
                 adapters.save_lora(self.pipe, self.folder.path)
                 self._say(f"the LoRA after {self.step} good updates is in {self.folder.path}")
         with suppress(Exception):
