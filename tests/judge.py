@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -12,8 +13,8 @@ import tiny
 import torch
 
 from rewardtune import methods
-from rewardtune.plan import Plan
 from rewardtune.engine import rollout
+from rewardtune.plan import Plan
 
 Draw = Callable[[int], Plan]
 
@@ -24,20 +25,24 @@ def drawn(method: methods.Method, *, seed: int = 0) -> Draw:
 
 # Every published method, the paper's ablations, and each field of a plan at an unusual value. For T >= 4.
 PLANS: dict[str, Draw] = {
-    "refl": drawn(methods.refl(m=3), seed=1),
+    "refl": drawn(methods.refl(m=3), seed=5),
     "draft-1": drawn(methods.draft(K=1)),
     "draft-3": drawn(methods.draft(K=3)),
     "draft-T": drawn(methods.draft(K=None)),
     "draft-T, stopped input": drawn(methods.draft(K=None, input_gradient=0.0)),
-    "alignprop per step": drawn(methods.alignprop(law="per_step")),
-    "alignprop per chain": drawn(methods.alignprop(law="per_chain")),
-    "alignprop, stopped input, early stop": drawn(methods.alignprop(input_gradient=0.0, m=3), seed=2),
+    "alignprop per step": drawn(methods.alignprop(law="per_step"), seed=1),
+    "alignprop per chain": drawn(methods.alignprop(law="per_chain"), seed=1),
+    "alignprop, stopped input, early stop": drawn(methods.alignprop(input_gradient=0.0, m=3), seed=3),
     "draft-LV": drawn(methods.draft_lv(n=2)),
+    "draft-LV, early stop": drawn(methods.draft_lv(n=2, m=3), seed=0),
+    "restarted, two nested steps": lambda T: Plan(
+        T=T, train=frozenset({T - 2, T - 1}), start=T - 2, draws=2, input_gradient=1.0
+    ),
     "drtune": drawn(methods.drtune(K=2, m=3)),
-    "drtune executed": drawn(methods.drtune(K=2, m=3, spacing="executed"), seed=1),
-    "drtune random": drawn(methods.drtune(K=2, m=3, spacing="random"), seed=1),
+    "drtune executed": drawn(methods.drtune(K=2, m=3, spacing="executed"), seed=7),
+    "drtune random": drawn(methods.drtune(K=2, m=3, spacing="random"), seed=7),
     "drtune, whole chain": drawn(methods.drtune(K=2, m=None)),
-    "drtune, 0.3 of the input gradient": drawn(methods.drtune(K=4, m=2, input_gradient=0.3), seed=1),
+    "drtune, 0.3 of the input gradient": drawn(methods.drtune(K=4, m=2, input_gradient=0.3), seed=0),
     "nested, early stop": lambda T: Plan(T=T, train=frozenset(range(T)), input_gradient=1.0, end=T - 2),
     "end not trained": lambda T: Plan(T=T, train=frozenset({0, 1}), input_gradient=1.0, end=T - 2),
 }
@@ -57,13 +62,18 @@ def plain_images(pipe: Any, call: tiny.Call, *, seed: int = 0) -> torch.Tensor:
 
 
 def engine_gradient(
-    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0, loss_weight: float = 1.0
+    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0, loss_weight: float = 1.0, sampling: Any = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
-    """Images, gradient per trained parameter (zero where none arrived) and the sweep's report."""
+    """Images, gradient per trained parameter (zero where none arrived) and the sweep's report.
+
+    `sampling` is a context for the sampling alone, autocast for example; loss and sweep run outside it.
+    """
     parameters = tiny.trainable(pipe)
     for parameter in parameters.values():
         parameter.grad = None
-    with rollout(pipe, plan, seed=seed, **tiny.fresh(call)) as tape:
+    with ExitStack() as stack:
+        with sampling or nullcontext():
+            tape = stack.enter_context(rollout(pipe, plan, seed=seed, **tiny.fresh(call)))
         pictures = tape.images
         result = tape.backward(loss_weight * oracle.generic_loss(pictures))
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
@@ -72,15 +82,14 @@ def engine_gradient(
     return pictures.detach(), found, result
 
 
-def literal(
-    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def literal(pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Images and gradient of the oracle."""
-    if plan.start is not None:
-        pictures = oracle.draft_lv_images(pipe, T=plan.T, draws=plan.draws, seed=seed, call=lambda: tiny.fresh(call))
+    fields: dict[str, Any] = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient, "seed": seed}
+    if plan.start is None:
+        pictures = oracle.images(pipe, **fields, call=tiny.fresh(call))
     else:
-        fields = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient}
-        pictures = oracle.images(pipe, **fields, seed=seed, call=tiny.fresh(call))
+        chain = {"T": plan.T, "start": plan.start, "draws": plan.draws}
+        pictures = oracle.draft_lv_images(pipe, **chain, **fields, call=lambda: tiny.fresh(call))
     return pictures.detach(), oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(pictures))
 
 

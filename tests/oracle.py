@@ -125,13 +125,13 @@ def x0_formula(scheduler: Any, i: int, timestep: Tensor, x: Tensor, F: Tensor) -
     """
     kind = scheduler.config.get("prediction_type", "flow_prediction")
     if hasattr(scheduler, "sigmas"):
-        sigma = scheduler.sigmas[i].to(x)
+        sigma = scheduler.sigmas[i].to(x.device)  # in the precision of the scheduler's own tables
         if kind == "flow_prediction":
             return x - sigma * F
         alpha = 1 / (1 + sigma**2) ** 0.5
         sigma = sigma * alpha
     else:
-        alpha = scheduler.alphas_cumprod[int(timestep)].to(x) ** 0.5
+        alpha = scheduler.alphas_cumprod[int(timestep)].to(x.device) ** 0.5
         sigma = (1 - alpha**2) ** 0.5
     return {
         "epsilon": lambda: (x - sigma * F) / alpha,
@@ -157,40 +157,58 @@ def decode(pipe: Any, x0: Tensor, call: dict) -> Tensor:
 # DRaFT-LV -------------------------------------------------------------------------------------------------------------
 
 
-def draft_lv_images(pipe: Any, *, T: int, draws: int, seed: int, call: Callable[[], dict]) -> Tensor:
-    """DRaFT-LV (Clark et al. 2023): the last step again, from the finished x_0 noised afresh, once per draw.
+def draft_lv_images(
+    pipe: Any,
+    *,
+    T: int,
+    start: int,
+    draws: int,
+    train: Collection[int],
+    end: int | None,
+    input_gradient: float,
+    seed: int,
+    call: Callable[[], dict],
+) -> Tensor:
+    """DRaFT-LV (Clark et al. 2023): the chain again from `start`, from the finished x_0 noised afresh, `draws` times.
 
-    Images `(draws * B, 3, H, W)`, draw by draw, the last step's network call with gradient. `call` makes the call's
-    arguments anew. The fresh noise comes from the call's own generators, one per sample, where the finished chain left
-    them; every repetition of the chain begins with the same generators as the first.
+    Images `(draws * B, 3, H, W)`, draw by draw. `call` makes the call's arguments anew. The fresh noise comes from the
+    call's own generators, one per sample, where the finished chain left them; every repetition of the chain begins with
+    the same generators as the first and repeats its earlier steps, so that a multistep scheduler has its true memory.
     """
     torch.manual_seed(seed)
     first = call()
-    with last_step(pipe, T, start_from=None) as finished, torch.no_grad():
+    with restarted(pipe, T, at=start, latent=None) as finished, torch.no_grad():
         pipe(**first, output_type="latent")
     x0 = finished[0]
     pictures = []
     for _ in range(draws):
-        noise = torch.cat([torch.randn((1, *x0.shape[1:]), generator=g, dtype=x0.dtype) for g in first["generator"]])
-        with last_step(pipe, T, start_from=add_noise(pipe.scheduler, T - 1, x0, noise)):
-            pictures.append(images(pipe, train={T - 1}, seed=seed, call=call()))
+        noise = torch.cat([fresh_noise(x0, generator) for generator in first["generator"]])
+        with restarted(pipe, T, at=start, latent=add_noise(pipe.scheduler, start, x0, noise)):
+            chain = images(pipe, train=train, end=end, input_gradient=input_gradient, seed=seed, call=call())
+        pictures.append(chain)
     return torch.cat(pictures)
 
 
+def fresh_noise(x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise for one sample of the batch, drawn where its generator lives."""
+    return torch.randn((1, *x0.shape[1:]), generator=generator, device=generator.device, dtype=x0.dtype).to(x0)
+
+
 @contextlib.contextmanager
-def last_step(pipe: Any, T: int, *, start_from: Tensor | None) -> Iterator[list[Tensor]]:
-    """The last step begins from this latent, if one is given; what it returns is kept in the list."""
+def restarted(pipe: Any, T: int, *, at: int, latent: Tensor | None) -> Iterator[list[Tensor]]:
+    """Step `at` begins from this latent, if one is given; the list receives what the last step returns."""
     scheduler, results = pipe.scheduler, []
     step = scheduler.step
 
     @functools.wraps(step)
     def watched_step(*args: Any, **kwargs: Any) -> Any:
-        results.append(step(*args, **kwargs)[0])
-        if len(results) == T - 1 and start_from is not None:
-            return (start_from,)
+        result = step(*args, **kwargs)
+        results.append(result[0])
         if len(results) == T:
             finished.append(results[-1].detach())
-        return (results[-1],)
+        if len(results) == at and latent is not None:
+            return (latent,)
+        return result
 
     finished: list[Tensor] = []
     scheduler.step = watched_step

@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 
-from rewardtune.plan import Plan
 from rewardtune.engine import count_steps
+from rewardtune.plan import Plan
 
 T = 4
 FLOAT32, FLOAT64 = 1e-5, 1e-9
@@ -45,7 +45,7 @@ def test_engine_is_algorithm_1(case: Case, method: str) -> None:
     check(case, judge.PLANS[method](T), bound=FLOAT32)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, 5])
 def test_other_seeds_draw_other_plans(case: Case, seed: int) -> None:
     """DRTune's start and early stop move with the draw; the bound does not."""
     plan = judge.drawn(judge.methods.drtune(K=2, m=3), seed=seed)(T)

@@ -39,13 +39,21 @@ def plain_attention(pipe: Any) -> None:
     pipe.unet.set_attn_processor(AttnProcessor())
 
 
+def nothing_frozen(pipe: Any) -> None:
+    """As `from_pretrained` leaves it: the decoder and the text encoder would take gradients."""
+    pipe.vae.requires_grad_(True)
+    pipe.text_encoder.requires_grad_(True)
+
+
 MODES: dict[str, Callable[[Any], Any]] = {
     "LoRA dropout": lora_dropout,
     "gradient checkpointing": checkpointing,
     "attention in plain torch": plain_attention,
     "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
     "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "nothing frozen": nothing_frozen,
     "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "model offloading": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
     "VAE checkpointing": lambda pipe: pipe.vae.enable_gradient_checkpointing(),
 }
 
@@ -58,7 +66,20 @@ def test_engine_is_algorithm_1(mode: str, method: str) -> None:
     verdict = judge.compare(pipe, judge.PLANS[method](T), call)
     assert verdict.images_equal
     assert verdict.gradient_difference < 1e-5
-    assert verdict.result.replay_error == 0
+    assert verdict.result.replay_error < 1e-6  # torch takes another kernel for a weight that requires grad
+    others = [*pipe.vae.parameters(), *pipe.text_encoder.parameters()]
+    assert all(parameter.grad is None for parameter in others), "only the denoiser's parameters receive a gradient"
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_decoding_one_picture_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large pictures go through the decoder's backward pass in chunks of the batch."""
+    from rewardtune.engine import doors
+
+    pipe, call = tiny.BUILDERS[family](steps=T)
+    monkeypatch.setattr(doors, "DECODE_PIXELS", 16 * 16)
+    for method in METHODS:
+        assert judge.compare(pipe, judge.PLANS[method](T), call).gradient_difference < 1e-5
 
 
 def test_dropout_really_drops() -> None:
@@ -66,21 +87,29 @@ def test_dropout_really_drops() -> None:
     still = judge.plain_images(pipe, call)
     lora_dropout(pipe)
     assert not torch.equal(judge.plain_images(pipe, call), still)
-    assert torch.equal(judge.plain_images(pipe, call), judge.plain_images(pipe, call)), "drawn from the seeded generator"
+    assert torch.equal(judge.plain_images(pipe, call), judge.plain_images(pipe, call)), (
+        "drawn from the seeded generator"
+    )
 
 
+@pytest.mark.parametrize("sweep", ["outside", "inside"])
 @pytest.mark.parametrize("method", METHODS)
-def test_autocast(method: str) -> None:
-    """The rollout under autocast as users write it; the oracle without autocast's cache of cast weights.
+def test_autocast(method: str, sweep: str) -> None:
+    """Sampling under autocast, the sweep outside it as torch asks for, or inside as some do.
 
-    With that cache literal autograd adds up the gradients of all calls in bfloat16 before they reach the adapters; the
-    engine adds them in float32. Nested plans add gradients of one latent in bfloat16, each in its own order.
+    The oracle does without autocast's cache of cast weights: with it, literal autograd adds up the gradients of all
+    calls in bfloat16 before they reach the adapters; the engine adds them in float32. Nested plans add gradients of one
+    latent in bfloat16, each in its own order.
     """
     pipe, call = tiny.stable_diffusion(steps=T)
     plan = judge.PLANS[method](T)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        pictures, gradient, result = judge.engine_gradient(pipe, plan, call)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with autocast:
         plain = judge.plain_images(pipe, call)
+        if sweep == "inside":
+            pictures, gradient, result = judge.engine_gradient(pipe, plan, call)
+    if sweep == "outside":
+        pictures, gradient, result = judge.engine_gradient(pipe, plan, call, sampling=autocast)
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         literal_pictures, literal = judge.literal(pipe, plan, call)
     assert torch.equal(pictures, literal_pictures)
@@ -152,10 +181,14 @@ def test_an_exception_leaves_a_working_pipeline(where: str) -> None:
             raise KeyError("stumbled")
         return {}
 
-    plan, arguments = judge.PLANS["drtune, whole chain"](T), {**tiny.fresh(call), "callback_on_step_end": stumble}
-    with pytest.raises(KeyError, match="stumbled"), judge.rollout(pipe, plan, seed=0, **arguments) as tape:
-        assert tape.images.requires_grad
-        raise KeyError("stumbled")
+    def roll_out() -> None:
+        plan, arguments = judge.PLANS["drtune, whole chain"](T), {**tiny.fresh(call), "callback_on_step_end": stumble}
+        with judge.rollout(pipe, plan, seed=0, **arguments) as tape:
+            assert tape.images.requires_grad
+            raise KeyError("stumbled")
+
+    with pytest.raises(KeyError, match="stumbled"):
+        roll_out()
     assert torch.equal(judge.plain_images(pipe, call), before)
     assert not judge.plain_images(pipe, call).requires_grad
     assert torch.is_grad_enabled()

@@ -7,7 +7,6 @@ a prediction that is clipped. All of it must pass through the engine unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 import judge
@@ -17,10 +16,10 @@ import tiny
 import torch
 
 from rewardtune import methods
+from rewardtune.engine import count_steps, rollout
 from rewardtune.errors import PreflightError
 from rewardtune.plan import Plan
 from rewardtune.prediction import x0_hat
-from rewardtune.engine import count_steps, rollout
 
 N = 4  # inference steps; second-order schedulers make more scheduler steps of them
 BETAS = {**tiny.BETAS, "clip_sample": False}
@@ -69,7 +68,9 @@ SETTINGS: dict[str, Setting] = {
     "LCM": Setting("LCMScheduler"),
     "TCD": Setting("TCDScheduler", call={"eta": 0.3}),
     "SD3 flow Euler": Setting("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, family="sd3"),
-    "SD3 flow Euler, stochastic": Setting("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, family="sd3"),
+    "SD3 flow Euler, stochastic": Setting(
+        "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, family="sd3"
+    ),
     "SD3 flow Heun": Setting("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, family="sd3"),
     "SD3 flow LCM": Setting("FlowMatchLCMScheduler", {"shift": 3.0}, family="sd3"),
     "SD3 flow DPM++": Setting("DPMSolverMultistepScheduler", FLOW, family="sd3"),
@@ -101,7 +102,7 @@ PIPES: dict[str, tuple[Any, tiny.Call]] = {}
 def test_engine_is_algorithm_1(name: str, method: str) -> None:
     pipe, call = build(name)
     T = count_steps(pipe, **tiny.fresh(call))
-    assert T == oracle.count_steps(pipe, tiny.fresh(call))
+    assert oracle.count_steps(pipe, tiny.fresh(call)) == T
     plan = PLANS[method](T)
     verdict = judge.compare(pipe, plan, call)
     if plan.end is None or oracle.own_prediction(pipe.scheduler):
@@ -116,13 +117,14 @@ RESTARTED = ["DDPM", "DDIM, eta 1", "DPM++ 2M", "DPM++ SDE", "UniPC", "Heun", "L
 
 
 @pytest.mark.parametrize("name", RESTARTED)
-def test_draft_lv_restarts_the_schedulers_own_last_step(name: str) -> None:
+def test_draft_lv_restarts_the_schedulers_own_chain(name: str) -> None:
     """With the memory of a multistep scheduler as the finished chain left it before that step."""
     pipe, call = build(name)
     T = oracle.count_steps(pipe, tiny.fresh(call))
-    verdict = judge.compare(pipe, methods.draft_lv(n=2)(T, Random(0)), call)
-    assert verdict.image_difference < 1e-6
-    assert verdict.gradient_difference < 1e-5
+    for method in ("draft-LV", "draft-LV, early stop", "restarted, two nested steps"):
+        verdict = judge.compare(pipe, judge.PLANS[method](T), call)
+        assert verdict.image_difference < 2e-6, method
+        assert verdict.gradient_difference < 1e-5, method
 
 
 @pytest.mark.parametrize("scheduler", ["IPNDMScheduler", "CMStochasticIterativeScheduler"])
@@ -130,14 +132,14 @@ def test_schedulers_without_x0_hat_are_refused_for_an_early_stop_only(scheduler:
     pipe, call = tiny.stable_diffusion(steps=N)
     tiny.set_scheduler(pipe, scheduler)
     T = oracle.count_steps(pipe, tiny.fresh(call))
-    with pytest.raises(PreflightError, match="x0-hat"):
-        with rollout(pipe, Plan(T=T, train=frozenset({1}), end=T - 2), seed=0, **tiny.fresh(call)) as tape:
-            tape.images.sum()
+    early = Plan(T=T, train=frozenset({1}), end=T - 2)
+    with pytest.raises(PreflightError, match="x0-hat"), rollout(pipe, early, seed=0, **tiny.fresh(call)):
+        pass
     whole = Plan(T=T, train=frozenset({1}))
     assert judge.compare(pipe, whole, call).gradient_difference < 1e-5
 
 
-# x0-hat against the scheduler's own prediction -------------------------------------------------------------------------
+# x0-hat against the scheduler's own prediction ------------------------------------------------------------------------
 
 
 def scheduler_of(name: str, **config: Any) -> Any:
@@ -178,7 +180,7 @@ def test_x0_hat_is_the_schedulers_own_prediction(name: str) -> None:
         x = result.prev_sample
 
 
-# x0-hat against a perfect denoiser --------------------------------------------------------------------------------------
+# x0-hat against a perfect denoiser ------------------------------------------------------------------------------------
 
 
 def perfect_denoiser(scheduler: Any, x_in: torch.Tensor, t: torch.Tensor, clean: torch.Tensor, kind: str) -> Any:
@@ -261,4 +263,4 @@ def test_x0_hat_is_differentiable_in_sample_and_output() -> None:
     x, F = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 4, 8, 8, requires_grad=True)
     dx, dF = torch.autograd.grad(x0_hat(scheduler, x, F, timestep=t).sum(), [x, F])
     torch.testing.assert_close(dx, torch.full_like(dx, float(abar**-0.5)))
-    torch.testing.assert_close(dF, torch.full_like(dF, float(-((1 - abar) / abar) ** 0.5)))
+    torch.testing.assert_close(dF, torch.full_like(dF, float(-(((1 - abar) / abar) ** 0.5))))
