@@ -43,8 +43,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """The random sources of one training step: `rng` for scenes, `noise` for tensors."""
+    """A training step and its random sources: `rng` for scenes, `noise` for tensors."""
 
+    step: int
     rng: random.Random
     noise: torch.Generator
 
@@ -52,7 +53,7 @@ class Draw:
 def draw_for(seed: int, name: str, step: int, shard: int = 0) -> Draw:
     """The random sources that (seed, name, step, shard) name."""
     rng = random.Random(f"{seed}/{name}/{step}/{shard}" if shard else f"{seed}/{name}/{step}")
-    return Draw(rng=rng, noise=torch.Generator().manual_seed(rng.getrandbits(62)))
+    return Draw(step=step, rng=rng, noise=torch.Generator().manual_seed(rng.getrandbits(62)))
 
 
 def _gradients(
