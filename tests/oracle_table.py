@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import tiny
 import torch
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "results" / "oracle.md"
-Column = tuple[str, judge.Draw]
 T = 4
 
 HEADER = """# The engine against literal Algorithm 1
@@ -46,44 +45,68 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet()
     parts = [HEADER.format(versions=versions(), steps=T, size="two 16x16")]
-    parts += ["## Pipelines\n", table("pipeline", tiny.BUILDERS, pipelines, list(judge.PLANS.items()))]
-    parts += ["## Schedulers\n", table("scheduler", test_schedulers.SETTINGS, schedulers, scheduler_plans())]
+    by_pipeline = {name: measured(name, tiny.BUILDERS[name](steps=T), judge.PLANS) for name in tiny.BUILDERS}
+    parts += ["## Pipelines\n", methods_down(by_pipeline)]
+    by_scheduler = {
+        name: measured(name, test_schedulers.build(name), test_schedulers.PLANS) for name in test_schedulers.SETTINGS
+    }
+    parts += ["## Schedulers\n", schedulers_down(by_scheduler)]
     parts += ["## Finite differences\n", finite_differences()]
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text("\n".join(parts))
-    print(f"wrote {OUTPUT.relative_to(Path.cwd()) if OUTPUT.is_relative_to(Path.cwd()) else OUTPUT}")
+    print(f"wrote {OUTPUT}")
 
 
-def scheduler_plans() -> list[Column]:
-    return list(test_schedulers.PLANS.items())
+@dataclass
+class Row:
+    """One pipeline or scheduler: T, the largest difference of a pixel, and a cell and a picture per plan."""
+
+    T: int
+    image_difference: float = 0.0
+    cells: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> str:
+        return "equal" if self.image_difference == 0 else number(self.image_difference)
 
 
-def pipelines(name: str) -> tuple[Any, tiny.Call]:
-    return tiny.BUILDERS[name](steps=T)
+def measured(name: str, case: tuple[Any, tiny.Call], plans: dict[str, judge.Draw]) -> Row:
+    print(name, file=sys.stderr)
+    pipe, call = case
+    row = Row(T=oracle.count_steps(pipe, tiny.fresh(call)))
+    for method, draw in plans.items():
+        plan = draw(row.T)
+        single = judge.compare(pipe, plan, call)
+        with tiny.double(pipe, call):
+            double = judge.compare(pipe, plan, call)
+        row.image_difference = max(row.image_difference, single.image_difference)
+        row.cells[method] = f"{number(single.gradient_difference)} / {number(double.gradient_difference)}"
+        row.pictures[method] = plan.draw().strip("|").replace("|", "")
+    return row
 
 
-def schedulers(name: str) -> tuple[Any, tiny.Call]:
-    return test_schedulers.build(name)
-
-
-def table(what: str, rows: Any, build: Callable[[str], tuple[Any, tiny.Call]], columns: list[Column]) -> str:
+def methods_down(rows: dict[str, Row]) -> str:
+    first = next(iter(rows.values()))
     lines = [
-        f"| {what} | T | images | " + " | ".join(name for name, _ in columns) + " |",
-        "|---|---|---|" + "---|" * len(columns),
+        "`#` trained, `.` sampled, `>` jump to x0-hat, `-` never runs, `~` before the restart.\n",
+        "| method | plan | " + " | ".join(rows) + " |",
+        "|---|---|" + "---|" * len(rows),
+        "| *images* | | " + " | ".join(row.images for row in rows.values()) + " |",
     ]
-    for name in rows:
-        print(name, file=sys.stderr)
-        pipe, call = build(name)
-        steps = oracle.count_steps(pipe, tiny.fresh(call))
-        images, cells = 0.0, []
-        for _, draw in columns:
-            plan = draw(steps)
-            single = judge.compare(pipe, plan, call)
-            images = max(images, single.image_difference)
-            with tiny.double(pipe, call):
-                double = judge.compare(pipe, plan, call)
-            cells.append(f"{number(single.gradient_difference)} / {number(double.gradient_difference)}")
-        lines.append(f"| {name} | {steps} | {'equal' if images == 0 else number(images)} | " + " | ".join(cells) + " |")
+    for method in first.cells:
+        cells = " | ".join(row.cells[method] for row in rows.values())
+        lines.append(f"| {method} | `{first.pictures[method]}` | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def schedulers_down(rows: dict[str, Row]) -> str:
+    lines = [
+        "| scheduler | T | images | " + " | ".join(test_schedulers.PLANS) + " |",
+        "|---|---|---|" + "---|" * len(test_schedulers.PLANS),
+    ]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row.T} | {row.images} | " + " | ".join(row.cells.values()) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,13 @@ from rewardtune.errors import PreflightError
 from rewardtune.plan import Plan
 from rewardtune.prediction import x0_hat
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Should have ta>=t0"),  # torchsde rounds the ends of its interval
+    pytest.mark.filterwarnings(
+        "ignore:The `scale_model_input` function should be called"
+    ),  # x0-hat alone needs no network
+]
+
 N = 4  # inference steps; second-order schedulers make more scheduler steps of them
 BETAS = {**tiny.BETAS, "clip_sample": False}
 
