@@ -32,7 +32,7 @@ The oracle is `tests/oracle.py`: the pipeline's own `__call__` without its `no_g
 detached where Algorithm 1 of the paper says so, one autograd graph through the whole chain. Each cell is
 |gradient of the engine - gradient of the oracle| / |gradient of the oracle| over all trained parameters, in float32
 and, behind the stroke, in float64. The schedulers that cast to float32 by name run their own code with that name
-meaning float64; FLUX rotates its queries in float32, so its float64 column is float32 there.
+meaning float64; FLUX rotates its queries in float32 whatever its dtype, on both sides alike.
 
 *images*: equal bit for bit to plain `pipe(...)` for whole chains and to the oracle for early stops, in float32; a
 number is the largest difference of a pixel where x0-hat is written by two formulas that round differently.

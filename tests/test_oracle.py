@@ -72,9 +72,8 @@ def test_steps_are_counted_as_the_pipeline_takes_them(case: Case) -> None:
     assert count_steps(pipe, **tiny.fresh(call)) == oracle.count_steps(pipe, tiny.fresh(call)) == T
 
 
-# FLUX rotates its queries in float32 by name, whatever the pipeline's dtype: its float64 gradient is not one.
 @pytest.mark.parametrize("method", ["refl", "draft-T", "draft-LV", "drtune", "drtune, 0.3 of the input gradient"])
-@pytest.mark.parametrize("family", [family for family in tiny.BUILDERS if family != "flux"])
+@pytest.mark.parametrize("family", tiny.BUILDERS)
 def test_engine_is_algorithm_1_in_float64(family: str, method: str) -> None:
     with tiny.double(*tiny.BUILDERS[family](steps=T)) as case:
         check(case, judge.PLANS[method](T), bound=FLOAT64)
