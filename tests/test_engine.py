@@ -1,5 +1,6 @@
 """The doors and the sweep beyond the oracle: memory, half precision, sabotage, what is put back, what is refused."""
 
+import functools
 from random import Random
 
 import oracle
@@ -459,3 +460,125 @@ def test_a_scheduler_without_x0_hat_is_refused_for_early_stop_only(sd):
     facts = preflight(pipe, early_stop=False, **call)
     assert not facts.early_stop
     assert "no early stop" in facts.notes[-1]
+
+
+# Each of these was silently wrong once -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
+def test_restarted_chains_see_the_first_chains_noise_without_a_generator(scheduler: str):
+    """Without `generator` latents come from the global one: a restarted chain must start from the same ones."""
+    pipe, call = tiny.stable_diffusion(steps=6)
+    tiny.set_scheduler(pipe, scheduler)
+    call.pop("generator")
+    plan = Plan(T=6, train=frozenset({4, 5}), start=4)
+    step, histories = pipe.scheduler.step, []
+    pipe.scheduler.step = functools.wraps(step)(
+        lambda *args, **kwargs: histories.append(args[2].clone()) or step(*args, **kwargs)
+    )
+    with rollout(pipe, plan, seed=0, **call):
+        pass
+    first, again = histories[:6], histories[6:]
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4], strict=True))
+    assert not torch.equal(first[4], again[4])  # here the finished picture, re-noised, takes over
+
+
+@pytest.mark.parametrize("end", [None, 2])
+def test_a_plan_for_another_T_is_refused_with_an_early_stop_too(sd, end):
+    pipe, call = sd
+    with pytest.raises(PreflightError, match=r"plan is for T=7 steps but .* took 4"):
+        sweep(pipe, Plan(T=7, train=frozenset({1}), end=end), call)
+
+
+def test_the_loss_may_come_in_chunks(sd):
+    pipe, call = sd
+    _, whole, _ = engine_gradient(pipe, LAST, call)
+    with rollout(pipe, LAST, seed=0, **tiny.fresh(call)) as tape:
+        half = tape.images.detach().clone().requires_grad_()
+        oracle.generic_loss(half).backward()
+        for i, gradient in enumerate(half.grad):
+            (tape.images[i] * gradient).sum().backward()
+        tape.backward()
+    found = {n: p.grad for n, p in tiny.trainable(pipe).items()}
+    assert oracle.difference(found, whole) < 1e-6
+
+
+def test_a_loss_leaves_other_parameters_alone(sd):
+    pipe, call = sd
+    judge = nn.Conv2d(3, 1, 3)
+    with rollout(pipe, LAST, **call) as tape:
+        tape.backward(judge(tape.images).mean())
+    assert all(p.grad is None for p in judge.parameters())
+
+
+def test_counting_and_preflight_leave_the_generator_where_it_was(sd):
+    pipe, call = sd
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    single = {**call, "prompt": call["prompt"][0], "generator": generator}
+    count_steps(pipe, **single)
+    preflight(pipe, **single)
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_norms_of_several_draws_are_those_of_their_sum(sd):
+    pipe, call = sd
+    plan = Plan(T=4, train=frozenset({2, 3}), start=2, draws=3)
+    _, gradient, result = engine_gradient(pipe, plan, call)
+    alone = []
+    for step in (2, 3):
+        _, part, report = engine_gradient(pipe, Plan(T=4, train=frozenset({step}), start=2, draws=3), call)
+        assert result.grad_norms[step] == pytest.approx(report.grad_norms[step], rel=1e-5)
+        alone.append(part)
+    assert oracle.difference({n: a + alone[1][n] for n, a in alone[0].items()}, gradient) < 1e-6
+
+
+def test_a_satisfied_hinge_can_be_allowed(sd):
+    pipe, call = sd
+    with rollout(pipe, LAST, **call) as tape:
+        result = tape.backward((tape.images * 0).sum(), allow_zero=True)
+    assert result.grad_norms == {3: 0.0}
+    assert all(p.grad is None for p in tiny.trainable(pipe).values())
+
+
+def test_a_rollout_under_no_grad_still_records(sd):
+    pipe, call = sd
+    with torch.no_grad(), rollout(pipe, LAST, seed=0, **tiny.fresh(call)) as tape, torch.enable_grad():
+        tape.backward(oracle.generic_loss(tape.images))
+    assert all(p.grad is not None for p in tiny.trainable(pipe).values())
+
+
+def test_large_pictures_are_decoded_with_checkpointing(sd, monkeypatch: pytest.MonkeyPatch):
+    pipe, call = sd
+    _, expected, _ = engine_gradient(pipe, LAST, call)
+    monkeypatch.setattr("rewardtune.engine.doors.DECODE_PIXELS", 16)
+    switched = []
+    monkeypatch.setattr(pipe.vae, "enable_gradient_checkpointing", lambda: switched.append("on"))
+    monkeypatch.setattr(pipe.vae, "disable_gradient_checkpointing", lambda: switched.append("off"))
+    _, found, _ = engine_gradient(pipe, LAST, call)
+    assert switched == ["on", "off"]
+    monkeypatch.undo()
+    monkeypatch.setattr("rewardtune.engine.doors.DECODE_PIXELS", 16)
+    _, really, _ = engine_gradient(pipe, LAST, call)
+    assert oracle.difference(found, expected) < 1e-5
+    assert oracle.difference(really, expected) < 1e-5
+    assert not pipe.vae.is_gradient_checkpointing
+
+
+def test_preflight_takes_the_name_of_the_denoiser(sd):
+    pipe, call = sd
+    assert preflight(pipe, denoiser="unet", **call).denoiser == "unet"
+    with pytest.raises(PreflightError, match="no denoiser named transformer"):
+        preflight(pipe, denoiser="transformer", **call)
+
+
+def test_a_decoder_in_float32_beside_a_bfloat16_denoiser(sd):
+    pipe, call = sd
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    for p in tiny.trainable(pipe).values():
+        p.data = p.data.float()
+    facts = preflight(pipe, **call)
+    assert facts.T == 4
+    assert pipe.vae.dtype == torch.float32
+    assert "decode" not in pipe.vae.__dict__

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rewardtune import methods, playground, rewards
     from rewardtune.adapters import add_lora, save_lora
-    from rewardtune.plan import Plan
     from rewardtune.engine import Sweep, Tape, count_steps, preflight, rollout
+    from rewardtune.plan import Plan
     from rewardtune.trainer import RewardTuner
 
 __version__ = "0.1.0"

@@ -1,41 +1,18 @@
 """Fixed prompts and seeds in, pictures and scores out; the before | after grid as a PNG."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .engine import quiet
 from .runfolder import atomic
 
 if TYPE_CHECKING:
     from .rewards import Reward
-
-
-@contextmanager
-def quiet(pipe: Any) -> Iterator[list[str]]:
-    """Set the safety checker and the watermark aside and silence the pipeline's own bar; give the names set aside.
-
-    A safety checker leaves torch (no gradient) and blacks pictures out; both come back at the end, whatever happens.
-    """
-    names = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
-    kept = {name: getattr(pipe, name) for name in names}
-    bar = getattr(pipe, "_progress_bar_config", None)
-    try:
-        for name in names:
-            setattr(pipe, name, None)
-        pipe.set_progress_bar_config(**((bar or {}) | {"disable": True}))
-        yield names
-    finally:
-        for name, value in kept.items():
-            setattr(pipe, name, value)
-        if bar is None:
-            vars(pipe).pop("_progress_bar_config", None)
-        else:
-            pipe._progress_bar_config = bar
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -43,10 +20,21 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def sample(pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], call: dict[str, Any], batch: int = 8) -> Tensor:
-    """Pictures (N, 3, H, W), float32 in [0, 1], on the CPU; `call`: the other arguments of `pipe(...)`."""
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    call: dict[str, Any],
+    batch: int = 8,
+    checkers: bool = False,
+) -> Tensor:
+    """Pictures (N, 3, H, W), float32 in [0, 1], on the CPU; `call`: the other arguments of `pipe(...)`.
+
+    checkers: keep the pipeline's safety checker and watermark, as pictures for people should.
+    """
     images = []
-    with quiet(pipe), torch.random.fork_rng():
+    with quiet(pipe, checkers=checkers), torch.random.fork_rng():
         for first in range(0, len(prompts), batch):
             part = slice(first, first + batch)
             torch.manual_seed(seeds[first])  # some pipelines draw from the global generator

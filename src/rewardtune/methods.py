@@ -62,6 +62,8 @@ class Method:
         Raises:
             ConfigError: if K or m does not fit into T.
         """
+        if T < 1:
+            raise ConfigError(f"T={T}: a chain has at least 1 step")
         _fits(self.name, "m", self.m, T if self.renoise is None else T - 1, T)
         t_min = rng.randint(1, self.m) if self.m is not None else 1
         trained = {t for t in self.times(T, rng, t_min) if t >= t_min} or {t_min}  # erratum 3
@@ -181,8 +183,8 @@ def _choose(what: str, given: str, legal: Mapping[str, TrainedTimes]) -> Trained
 
 
 def _at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{name}={value} is too small: legal is {name} >= 1")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ConfigError(f"{name}={value!r}: legal are whole numbers {name} >= 1")
 
 
 def _fits(method: str, name: str, value: int | None, limit: int, T: int) -> None:

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from rewardtune.errors import PreflightError
 
+
+class NoPredictionError(PreflightError):
+    """This scheduler defines no x0-hat, which an early stop needs."""
+
+
 #: Discrete variance-preserving chains: x = sqrt(abar) x0 + sqrt(1 - abar) eps, indexed by the timestep.
 VP = (
     "DDIMScheduler",
@@ -61,7 +66,7 @@ def x0_hat(scheduler: Any, sample: Tensor, output: Tensor, *, timestep: Tensor |
         x0-hat in the shape of ``sample``, differentiable in ``sample`` and ``output``.
 
     Raises:
-        PreflightError: if this scheduler (or its prediction type) defines no x0-hat.
+        NoPredictionError: if this scheduler (or its prediction type) defines no x0-hat.
     """
     kind = _family(scheduler)
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")
@@ -86,7 +91,7 @@ def x0_hat(scheduler: Any, sample: Tensor, output: Tensor, *, timestep: Tensor |
     if prediction == "v_prediction":
         return _threshold(scheduler, alpha * x - sigma * F)
     if prediction != "epsilon":
-        raise PreflightError(
+        raise NoPredictionError(
             f"{type(scheduler).__name__} with prediction_type={prediction!r} has no known x0-hat; legal are epsilon, "
             "v_prediction, sample, flow_prediction. Use a method without early stop (m=None)."
         )
@@ -108,7 +113,7 @@ def _family(scheduler: Any) -> str:
         for kind, names in families.items():
             if cls.__name__ in names:
                 return kind
-    raise PreflightError(
+    raise NoPredictionError(
         f"{type(scheduler).__name__} has no known x0-hat, which an early stop needs. Switch the early stop off "
         "(m=None) or use another scheduler, for example DDIM, Euler or DPM++."
     )
@@ -134,7 +139,7 @@ def _alpha_sigma(scheduler: Any, timestep: Tensor | float | int, kind: str) -> t
         return scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[step_index(scheduler, timestep)])
     abar = scheduler.alphas_cumprod[int(timestep)]
     if float(abar) == 0.0 and getattr(scheduler.config, "prediction_type", "epsilon") == "epsilon":
-        raise PreflightError(
+        raise NoPredictionError(
             f"epsilon prediction with zero terminal SNR has no x0-hat at t={int(timestep)}: lower m or use v_prediction"
         )
     return abar.sqrt(), (1 - abar).sqrt()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import adapters, evaluate
-from .engine import count_steps, find_denoiser, preflight
+from .engine import count_steps, find_denoiser, preflight, quiet
 from .errors import ConfigError, RewardTuneError, TrainingStopped
 from .gradient import Gradient, derive_seed
 from .methods import Method
@@ -135,7 +135,7 @@ class RewardTuner:
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
             if not value > 0:
                 raise ConfigError(f"{name}={value}: must be greater than 0")
-        with evaluate.quiet(self.pipe) as set_aside:
+        with quiet(self.pipe) as set_aside:
             self._prepare(set_aside)
             settings = {"steps": steps, "lr": lr, "betas": betas, "weight_decay": weight_decay, "clip": clip}
             self.folder.set_status("running", train=settings | {"batch": self.batch, "max_seconds": max_seconds})

@@ -9,8 +9,8 @@ the number of trained steps, because each trained call is replayed, back-propaga
 """
 
 from rewardtune.engine.chain import count_steps, rollout
-from rewardtune.engine.doors import find_denoiser
+from rewardtune.engine.doors import find_denoiser, quiet
 from rewardtune.engine.preflight import Facts, preflight
 from rewardtune.engine.tape import Sweep, Tape
 
-__all__ = ["Facts", "Sweep", "Tape", "count_steps", "find_denoiser", "preflight", "rollout"]
+__all__ = ["Facts", "Sweep", "Tape", "count_steps", "find_denoiser", "preflight", "quiet", "rollout"]

@@ -8,7 +8,7 @@ recorded, and back-propagates the cotangent that has arrived at the leaf.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -35,9 +35,10 @@ class Surroundings:
     processors: dict[str, Any] | None
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Surroundings":
+    def of(cls, module: nn.Module, inputs: list[Any]) -> "Surroundings":
         parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-        device = parameter.device if parameter is not None else torch.device("cpu")
+        # The inputs tell where the call runs: an offloaded module is still on the CPU at this moment.
+        device = next((x.device for x in inputs if _floating(x)), torch.device("cpu"))
         kind = device.type
         return cls(
             device=device,
@@ -79,6 +80,7 @@ class Call:
         trained: whether its parameters receive the gradient.
         input_gradient: factor on the gradient that is sent on to its inputs; 0 sends none.
         chunk: pictures replayed at once (decoder only); 0 means all.
+        checkpoint: replay with the module's gradient checkpointing (large pictures, decoder only).
     """
 
     step: int
@@ -88,6 +90,7 @@ class Call:
     trained: bool
     input_gradient: float
     chunk: int = 0
+    checkpoint: bool = False
     inputs: list[Any] = field(default_factory=list)
     spec: Any = None
     leaves: list[Tensor | None] = field(default_factory=list)
@@ -96,8 +99,8 @@ class Call:
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the call under no_grad; hand out its output with every floating tensor as (a copy of) a new leaf."""
-        self.surroundings = Surroundings.of(self.module)
         self.inputs, self.spec = pytree.tree_flatten((args, kwargs))
+        self.surroundings = Surroundings.of(self.module, self.inputs)
         for value in self.inputs:
             _refuse_hidden_tensors(self.name, value)
         self.versions = [x._version if isinstance(x, Tensor) else None for x in self.inputs]
@@ -136,7 +139,8 @@ class Call:
         self._refuse_changed_arguments()
         assert self.surroundings is not None
         error = 0.0
-        with self.surroundings.restored(self.module), _no_gradient_for(frozen), torch.enable_grad():
+        checkpointed = _checkpointed(self.module) if self.checkpoint else nullcontext()
+        with self.surroundings.restored(self.module), _no_gradient_for(frozen), checkpointed, torch.enable_grad():
             live = [
                 i for i, x in enumerate(self.inputs) if self.input_gradient > 0 and _floating(x) and x.requires_grad
             ]
@@ -203,10 +207,12 @@ class Call:
                 )
             scale = recorded.abs().max().double().clamp_min(1e-30)
             error = float((out.detach() - recorded).abs().max().double() / scale)
-            if not error <= TOLERANCE.get(recorded.dtype, 1e-5):
+            # Other batch sizes may take other kernels: pictures replayed one at a time get the widest bound.
+            legal = max(TOLERANCE.values()) if self.chunk else TOLERANCE.get(recorded.dtype, 1e-5)
+            if not error <= legal:
                 raise ReplayError(
                     f"{self.name} at step {self.step}: the replayed call differs from the recorded one by {error:.1e} "
-                    f"(relative; legal is {TOLERANCE.get(recorded.dtype, 1e-5):.0e} in {recorded.dtype}). The network "
+                    f"(relative; legal is {legal:.0e} in {recorded.dtype}). The network "
                     "is not a function of its arguments: remove caches, guiders, hooks or callbacks that change it "
                     "during the call."
                 )
@@ -254,6 +260,19 @@ def _no_gradient_for(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in switched:
             p.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(module: Any) -> Iterator[None]:
+    """Gradient checkpointing for one replay: a decoder at 1024 px otherwise saves some 24 GB a picture in float32."""
+    if not getattr(module, "_supports_gradient_checkpointing", False) or module.is_gradient_checkpointing:
+        yield
+        return
+    module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        module.disable_gradient_checkpointing()
 
 
 def _refuse_hidden_tensors(name: str, value: Any) -> None:

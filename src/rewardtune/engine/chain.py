@@ -1,11 +1,11 @@
 """Sampling chains: the user's own ``pipe(...)`` under a plan, with the doors held open."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardtune.engine.call import Call
 from rewardtune.engine.doors import Doors, find_denoiser
@@ -35,14 +35,15 @@ def rollout(
     network = pipe.components[name]
     if not any(p.requires_grad for p in network.parameters()):
         raise ConfigError(f"nothing to train: no parameter of pipe.{name} requires grad; add a LoRA first (add_lora)")
-    with seeded(seed, network):
+    with seeded(seed, pipe):
         graphs: list[Tensor] = []
         calls: list[Call] = []
         if plan.start is None:
             _chain(pipe, plan, name, call, graphs, calls)
         else:
             graphs, calls = _renoised_chains(pipe, plan, name, call)
-    graph = _as_unit_range(torch.cat(graphs))
+        with torch.enable_grad():
+            graph = _as_unit_range(torch.cat(graphs))
     tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws)
     try:
         yield tape
@@ -57,14 +58,17 @@ def count_steps(pipe: Any, *, denoiser: str | None = None, **call: Any) -> int:
         ConfigError: if the scheduler cannot do this number of steps.
     """
     doors = Doors(pipe, None, denoiser=find_denoiser(pipe, denoiser), blank=True)
-    with seeded(0, doors.denoiser), doors.open():
-        try:
+    restore = snapshot(pipe, call)
+    try:
+        with doors.open():
             pipe(**{**one_sample(call), "output_type": "latent"})
-        except (ValueError, IndexError) as error:
-            raise ConfigError(
-                f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} refuses this call "
-                f"(num_inference_steps={call.get('num_inference_steps')}): {error}"
-            ) from error
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} refuses this call "
+            f"(num_inference_steps={call.get('num_inference_steps')}): {error}"
+        ) from error
+    finally:
+        restore()
     return doors.step
 
 
@@ -74,12 +78,7 @@ def _chain(
     opened = Doors(pipe, plan, denoiser=denoiser, **doors)
     with opened.open():
         result = pipe(**{**call, "output_type": "pt", "return_dict": False})
-    ran = opened.step
-    if ran != plan.last + 1:
-        raise PreflightError(
-            f"the plan is for T={plan.T} steps but {type(pipe).__name__} took {ran} with these arguments: draw it for "
-            "T = count_steps(pipe, ...) of the same call"
-        )
+    _check_steps(pipe, plan, opened)
     graphs.append(result[0])
     calls.extend(opened.calls)
     return opened
@@ -92,28 +91,54 @@ def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any])
     multistep schedulers keep their true history. Noise comes from the call's generators, in the state in which the
     first chain left them (or from the global one), so it belongs to each sample as the rest of its randomness does.
     """
-    generators = generators_of(call)
-    initial = [g.get_state() for g in generators]
+    begin = snapshot(pipe, call)
     first = Doors(pipe, None, denoiser=denoiser, keep_outputs=True)
     with first.open():
         pipe(**{**call, "output_type": "latent", "return_dict": False})
-    if first.step != plan.T or first.final is None or plan.start is None:
-        raise PreflightError(f"the plan is for T={plan.T} steps but {type(pipe).__name__} took {first.step}")
+    _check_steps(pipe, plan, first)
+    assert first.final is not None
+    assert plan.start is not None
     x0, timestep = first.final.detach(), first.timesteps[plan.start]
-    after = [g.get_state() for g in generators]
+    after = snapshot(pipe, call)
     graphs: list[Tensor] = []
     calls: list[Call] = []
     for _ in range(plan.draws):
-        for g, state in zip(generators, after, strict=True):
-            g.set_state(state)
+        after()
         noise = _noise_like(x0, call.get("generator"))
-        after = [g.get_state() for g in generators]
-        for g, state in zip(generators, initial, strict=True):
-            g.set_state(state)
-        _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=_renoise(x0, timestep, noise))
-    for g, state in zip(generators, after, strict=True):
-        g.set_state(state)
+        after = snapshot(pipe, call)
+        begin()
+        restart = _renoise(x0, timestep, noise)
+        _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=restart)
+    after()
     return graphs, calls
+
+
+def _check_steps(pipe: Any, plan: Plan, opened: Doors) -> None:
+    if opened.asked != plan.T:
+        raise PreflightError(
+            f"the plan is for T={plan.T} steps but {type(pipe).__name__} took {opened.asked} with these arguments: "
+            "draw it for T = count_steps(pipe, ...) of the same call"
+        )
+
+
+def snapshot(pipe: Any, call: dict[str, Any]) -> Callable[[], None]:
+    """Remember every generator that ``pipe(**call)`` may draw from; the result puts them back."""
+    states: list[tuple[Callable[[Tensor], Any], Tensor]] = [(g.set_state, g.get_state()) for g in generators_of(call)]
+    states.append((torch.set_rng_state, torch.get_rng_state()))
+    device = execution_device(pipe)
+    if device.type == "cuda":
+        states.append((lambda state: torch.cuda.set_rng_state(state, device), torch.cuda.get_rng_state(device)))
+
+    def restore() -> None:
+        for put_back, state in states:
+            put_back(state)
+
+    return restore
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline computes; with CPU offload that is not where its weights are."""
+    return torch.device(getattr(pipe, "_execution_device", "cpu"))
 
 
 def _renoise(x0: Tensor, timestep: Any, noise: Tensor) -> Any:
@@ -166,10 +191,14 @@ def _as_unit_range(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def seeded(seed: int | None, network: nn.Module) -> Iterator[None]:
-    device = next(network.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices) if seed is not None else nullcontext():
-        if seed is not None:
-            torch.manual_seed(seed)
+def seeded(seed: int | None, pipe: Any) -> Iterator[None]:
+    """Global generators seeded for the block and restored after it; untouched without a seed."""
+    if seed is None:
         yield
+        return
+    restore = snapshot(pipe, {})
+    try:
+        torch.manual_seed(seed)
+        yield
+    finally:
+        restore()

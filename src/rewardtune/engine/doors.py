@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from rewardtune.engine.call import Call
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
-from rewardtune.prediction import x0_hat
+from rewardtune.prediction import NoPredictionError, x0_hat
 
 log = logging.getLogger("rewardtune")
 
@@ -41,7 +41,7 @@ class Doors:
     Attributes:
         plan: the chain's plan; None computes everything and records nothing (or, with ``blank``, computes each
             distinct network call once and answers the others with it: enough to count steps).
-        step: number of ``scheduler.step`` calls so far.
+        step: scheduler steps carried out so far; ``asked``: those asked for, the ones after the stop included.
         calls: the tape, in order.
         calls_per_step: denoiser calls before each scheduler step.
         outputs: with ``keep_outputs``, all network outputs in order (constants). A restarted chain (DRaFT-LV) gets
@@ -69,14 +69,13 @@ class Doors:
             if isinstance(module, nn.Module) and any(id(p) in trained for p in module.parameters())
         }
         self.keep_outputs, self.given, self.restart = keep_outputs, list(given), restart
-        self.step = 0
+        self.step, self.asked = 0, 0
         self.timestep_sets = 0
         self.calls: list[Call] = []
         self.calls_per_step: dict[int, int] = {}
         self.outputs: list[Any] = []
         self.timesteps: list[Any] = []
         self.final: Tensor | None = None
-        self.own_x0_error: float | None = None
         self._answers: dict[Any, Any] = {}
         self._end: Any = None
 
@@ -91,7 +90,10 @@ class Doors:
         scheduler = self.pipe.scheduler
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # door 1: restore the mode
-            quiet(self.pipe, stack)
+            aside = stack.enter_context(quiet(self.pipe))
+            if aside and self.pipe not in _told:
+                _told.add(self.pipe)
+                log.warning("%s is set aside while rollouts run: it carries no gradient", " and ".join(aside))
             for name, module in self.pipe.components.items():
                 if isinstance(module, nn.Module):
                     _refuse_hooks(name, module)
@@ -135,7 +137,7 @@ class Doors:
             output = self._constant(inner, args, kwargs)
         self._answers[signature] = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
         if self.keep_outputs:
-            self.outputs.append(self._answers[signature])
+            self.outputs.append(_copied(self._answers[signature]))  # the pipeline may write into what it got
         return output
 
     @property
@@ -158,14 +160,14 @@ class Doors:
             return inner(*args, **kwargs)
 
     def _decode(self, name: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(functools.partial(_cast, module), (args, kwargs))
         inputs = pytree.tree_leaves((args, kwargs))
         if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return self._constant(inner, args, kwargs)
         call = Call(step=self.step, name=name, module=module, run=inner, trained=False, input_gradient=1.0)
         output = call.record(args, kwargs)
         picture = next(leaf for leaf in call.leaves if leaf is not None)
-        call.chunk = max(1, DECODE_PIXELS // max(1, picture[0, 0].numel()))
+        pixels = picture[0, 0].numel()
+        call.chunk, call.checkpoint = max(1, DECODE_PIXELS // max(1, pixels)), pixels >= DECODE_PIXELS
         self.calls.append(call)
         return output
 
@@ -179,6 +181,7 @@ class Doors:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             as_dict = bound.arguments["return_dict"]
+            self.asked += 1
             if self.stopped:
                 return self._end if as_dict else self._end.to_tuple()
             if self.calls:
@@ -204,17 +207,15 @@ class Doors:
         formula, refusal = None, None
         try:
             formula = x0_hat(scheduler, sample, output, timestep=arguments["timestep"])
-        except PreflightError as error:
+        except NoPredictionError as error:
             refusal = error
         arguments["return_dict"] = True
         answer = real_step(*bound.args, **bound.kwargs)
         own = getattr(answer, "pred_original_sample", None)
         own = own if own is not None else getattr(answer, "denoised", None)
-        if own is not None and formula is not None:
-            self.own_x0_error = float((own - formula).detach().abs().max() / own.detach().abs().max().clamp_min(1e-30))
         x0 = own if own is not None else formula
         if x0 is None:
-            raise refusal or PreflightError(f"{type(scheduler).__name__} has no x0-hat")
+            raise refusal or NoPredictionError(f"{type(scheduler).__name__} has no x0-hat")
         x0 = x0.to(answer.prev_sample.dtype)
         for key, value in answer.items():
             if isinstance(value, Tensor) and value.shape == x0.shape:
@@ -283,15 +284,38 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     present[name] = value
 
 
-def quiet(pipe: Any, stack: ExitStack) -> None:
-    """Set aside what leaves torch (safety checker, watermark) and the pipeline's own progress bar."""
-    aside = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
-    for name in aside:
-        _set(stack, pipe, name, None)
-    if aside and pipe not in _told:
-        _told.add(pipe)
-        log.warning("%s is set aside while rollouts run: it carries no gradient", " and ".join(aside))
-    _set(stack, pipe, "_progress_bar_config", {**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+@contextmanager
+def quiet(pipe: Any, *, checkers: bool = False) -> Iterator[list[str]]:
+    """The pipeline without its progress bar, and without what leaves torch: safety checker and watermark.
+
+    A decoder kept in float32 beside a half-precision denoiser gets its latents in its own dtype, which diffusers leaves
+    to some pipelines and forgets in others. Everything comes back at the end.
+
+    Args:
+        checkers: keep the safety checker and the watermark (pictures for people rather than for a reward).
+
+    Yields:
+        Names of what was set aside.
+    """
+    with ExitStack() as stack:
+        names = () if checkers else ("safety_checker", "watermark")
+        aside = [name for name in names if getattr(pipe, name, None) is not None]
+        for name in aside:
+            _set(stack, pipe, name, None)
+        _set(stack, pipe, "_progress_bar_config", {**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+        for module in pipe.components.values():
+            decode: Any = getattr(module, "decode", None)
+            if isinstance(module, nn.Module) and callable(decode):
+                _set(stack, module, "decode", functools.partial(_decode_in_own_dtype, module, decode))
+        yield aside
+
+
+def _decode_in_own_dtype(module: Any, decode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def cast(x: Any) -> Any:
+        return x.to(module.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    args, kwargs = pytree.tree_map(cast, (args, kwargs))
+    return decode(*args, **kwargs)
 
 
 def _refuse_hooks(name: str, module: nn.Module) -> None:
@@ -324,12 +348,6 @@ def _refuse_inference_mode() -> None:
 def _shapes(tree: Any) -> tuple[Any, ...]:
     leaves, spec = pytree.tree_flatten(tree)
     return (tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), str(spec))
-
-
-def _cast(module: Any, x: Any) -> Any:
-    """A decoder kept in float32 beside a half-precision denoiser gets its latents in its own dtype."""
-    same = not isinstance(x, Tensor) or not x.is_floating_point() or getattr(module, "dtype", x.dtype) == x.dtype
-    return x if same else x.to(module.dtype)
 
 
 def _copied(tree: Any) -> Any:

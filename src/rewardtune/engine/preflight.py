@@ -1,21 +1,21 @@
 """Preflight: does this pipeline open exactly? A few small calls that find out before any training.
 
 Checked: the pipeline repeats itself, the doors change no picture, one chain of steps with the denoiser between them,
-network calls are functions of their arguments, gradients flow and are finite (plain and with early stop), x0-hat agrees
-with the scheduler's own, and the pipeline is as before afterwards.
+network calls are functions of their arguments, gradients flow and are finite (plain and with early stop), and the
+pipeline is as before afterwards.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rewardtune.engine.chain import count_steps, generators_of, one_sample, rollout, seeded
+from rewardtune.engine.chain import count_steps, one_sample, rollout, seeded, snapshot
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.errors import PreflightError
 from rewardtune.plan import Plan
+from rewardtune.prediction import NoPredictionError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
         stop = max(0, small_T - 2)
         _check_gradient(pipe, name, Plan(T=small_T, train=frozenset({stop}), end=stop), small)
         can_stop = True
-    except PreflightError as error:
+    except NoPredictionError as error:
         if early_stop:
             raise
         can_stop = False
@@ -96,24 +96,13 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
 
 
 def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_type: str = "pt") -> Any:
-    states = [(g, g.get_state()) for g in generators_of(call)]
-    opened = (doors or Doors(pipe, None, denoiser=find_denoiser(pipe))).open()
-    with seeded(0, next(m for m in pipe.components.values() if isinstance(m, nn.Module))), torch.no_grad():
-        if doors is None:
-            images = _quietly(pipe, {**call, "output_type": output_type, "return_dict": False})
-        else:
-            with opened:
-                images = pipe(**{**call, "output_type": output_type, "return_dict": False})[0]
-    for g, state in states:
-        g.set_state(state)
-    return images
-
-
-def _quietly(pipe: Any, call: dict[str, Any]) -> Any:
-    """The plain pipeline, without its progress bar and with the same parts set aside as in a rollout."""
-    with ExitStack() as stack:
-        quiet(pipe, stack)
-        return pipe(**call)[0]
+    """Images of the plain pipeline (as in a rollout: quiet), or with the given doors open and nothing trained."""
+    restore = snapshot(pipe, call)
+    try:
+        with seeded(0, pipe), torch.no_grad(), doors.open() if doors else quiet(pipe):
+            return pipe(**{**call, "output_type": output_type, "return_dict": False})[0]
+    finally:
+        restore()
 
 
 def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
@@ -130,7 +119,7 @@ def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
 def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) -> list[Tensor | None]:
     parameters = [p for p in pipe.components[denoiser].parameters() if p.requires_grad]
     before = [p.grad for p in parameters]
-    states = [(g, g.get_state()) for g in generators_of(call)]
+    restore = snapshot(pipe, call)
     try:
         for p in parameters:
             p.grad = None
@@ -141,5 +130,4 @@ def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) 
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
-        for g, state in states:
-            g.set_state(state)
+        restore()

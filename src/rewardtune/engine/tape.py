@@ -63,14 +63,16 @@ class Tape:
         }
         return sum(storages.values())
 
-    def backward(self, loss: Tensor) -> Sweep:
+    def backward(self, loss: Tensor | None = None, *, allow_zero: bool = False) -> Sweep:
         """Reverse sweep: adds the gradient of ``loss`` to ``.grad`` of the denoiser's trained parameters.
 
         The loss's gradient stops at :attr:`images`; from there each recorded call is replayed, last to first. A tape
         can be swept once. If anything fails, the parameters' ``.grad`` is as before.
 
         Args:
-            loss: scalar, a function of :attr:`images`; it is descended, so negate a reward.
+            loss: scalar, a function of :attr:`images`; it is descended, so negate a reward. None sweeps what the
+                caller's own ``chunk_loss.backward()`` calls have gathered in ``images.grad``.
+            allow_zero: accept a gradient that is zero at the images (a hinge that is satisfied); nothing is replayed.
 
         Raises:
             RewardError: if the loss is not a finite scalar or has no gradient at the images.
@@ -81,20 +83,23 @@ class Tape:
             raise ConfigError(
                 "this tape has been swept, or its with-block has ended: sum the losses, or roll out again"
             )
-        cotangent = self._image_gradient(loss)
+        cotangent = self._image_gradient(loss, allow_zero)
         graph, self._graph = self._graph, None
-        calls, self._calls = self._calls, []
+        # By step, over all chains of a DRaFT-LV plan: chains share no leaf, so only the order within each matters.
+        calls, self._calls = sorted(self._calls, key=lambda call: call.step), []
         leaves = [leaf for c in calls for leaf in c.leaves if leaf is not None]
         scale = (
             _power_of_two(cotangent) if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in leaves) else 1.0
         )
         before = [p.grad for p in self._parameters]
-        try:
-            total, norms, error = self._sweep(graph, calls, cotangent, scale)
-        finally:
-            for p, grad in zip(self._parameters, before, strict=True):
-                p.grad = grad
-        self._commit(total, norms)
+        norms, error = dict.fromkeys(self.plan.executed, 0.0), 0.0
+        if cotangent.any():
+            try:
+                total, norms, error = self._sweep(graph, calls, cotangent, scale)
+            finally:
+                for p, grad in zip(self._parameters, before, strict=True):
+                    p.grad = grad
+            self._commit(total, norms)
         return Sweep(
             grad_norms=norms,
             trained=self.plan.executed,
@@ -104,20 +109,20 @@ class Tape:
             scale=scale,
         )
 
-    def _image_gradient(self, loss: Tensor) -> Tensor:
-        if loss.numel() != 1 or not loss.requires_grad:
-            raise RewardError(
-                f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}: a scalar that depends "
-                "on tape.images through differentiable operations is needed (no .detach(), no torch.no_grad())"
-            )
-        self.images.grad = None
-        loss.backward()
+    def _image_gradient(self, loss: Tensor | None, allow_zero: bool) -> Tensor:
+        if loss is not None:
+            if loss.numel() != 1 or not loss.requires_grad:
+                raise RewardError(
+                    f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}: a scalar that "
+                    "depends on tape.images through differentiable operations is needed (no detach, no torch.no_grad)"
+                )
+            loss.backward(inputs=[self.images])  # the images alone: a reward's own parameters are left in peace
         grad = self.images.grad
         if grad is None:
             raise RewardError("the loss does not depend on tape.images: compute the reward from this tape's images")
         if not torch.isfinite(grad).all():
             raise RewardError("the gradient of the loss at the images is not finite: check the reward for NaN or inf")
-        if not grad.any():
+        if not grad.any() and not allow_zero:
             raise RewardError(
                 "the gradient of the loss at the images is zero: the reward is saturated, detached or constant there"
             )
