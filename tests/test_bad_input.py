@@ -56,7 +56,7 @@ def test_prompt_files(case, train, tmp_path):
     [
         ({"K": 5, "m": 2}, "K=5 does not fit into the T=4 steps of this sampler: legal is 1 .. 4"),
         ({"K": 2, "m": 5}, "m=5 does not fit into the T=4 steps"),
-        ({"K": 0, "m": 2}, "K=0 is too small: legal is K >= 1"),
+        ({"K": 0, "m": 2}, "K=0: legal are whole numbers K >= 1"),
         ({"K": 2, "m": 0}, "m=0 is too small"),
         ({"k": 2}, "has no option 'k'"),
         ({"K": 2, "m": 2, "spacing": "even"}, "spacing='even' is unknown: legal are chain, executed, random"),

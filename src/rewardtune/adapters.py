@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import find_denoiser
+from .engine import find_denoiser, quiet
 from .errors import ConfigError, RewardTuneError
 from .runfolder import LORA_FILE, atomic
 
@@ -162,12 +162,14 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
                 f"({len(wrong)} of {len(expected)} tensors, first: {wrong[:1]}; scale {scale})"
             )
         denoiser.set_adapter(copy)
-        difference = float((_images(pipe, call) - live).abs().max())
+        apart = (_images(pipe, call) - live).abs()
+        # Half precision rounds single pixels far apart: there the mean counts (the tensors are compared exactly).
+        difference = float(apart.max() if denoiser.dtype == torch.float32 else apart.mean())
     finally:
         denoiser.set_adapter(ADAPTER)
         if copy in denoiser.peft_config:
             denoiser.delete_adapters(copy)
-    allowed = (1e-4 if denoiser.dtype == torch.float32 else 5e-2) + 10 * noise
+    allowed = (1e-4 if denoiser.dtype == torch.float32 else 1e-2) + 10 * noise
     if not difference <= allowed:
         raise RewardTuneError(
             f"the saved LoRA in {folder} gives other pictures after loading (difference {difference:.2e}, "
@@ -192,7 +194,7 @@ def _silent() -> Iterator[None]:
 
 
 def _images(pipe: Any, call: dict[str, Any]) -> Tensor:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet(pipe):
         torch.manual_seed(0)
         return torch.as_tensor(pipe(**call, output_type="pt", return_dict=False)[0]).float().cpu()
 

@@ -20,6 +20,16 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
+def for_prompts(prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
+    """`call` with these prompts; a negative prompt given once is repeated for each, as the pipelines want it."""
+    repeated = {
+        name: [value] * len(prompts)
+        for name, value in call.items()
+        if name.startswith("negative_prompt") and isinstance(value, str)
+    }
+    return {"prompt": list(prompts)} | call | repeated
+
+
 def sample(
     pipe: Any,
     prompts: Sequence[str],
@@ -38,7 +48,8 @@ def sample(
         for first in range(0, len(prompts), batch):
             part = slice(first, first + batch)
             torch.manual_seed(seeds[first])  # some pipelines draw from the global generator
-            arrays = pipe(prompt=list(prompts[part]), generator=generators(seeds[part]), output_type="np", **call)[0]
+            given = for_prompts(prompts[part], call)
+            arrays = pipe(**given, generator=generators(seeds[part]), output_type="np")[0]
             images.append(torch.as_tensor(arrays).float().permute(0, 3, 1, 2)[:, :3])
     return torch.cat(images)
 

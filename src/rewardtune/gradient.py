@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .engine import Sweep, Tape, rollout
 from .errors import RewardError, TrainingStopped
-from .evaluate import generators
+from .evaluate import for_prompts, generators
 from .methods import Method
 from .plan import Plan
 from .prompts import batch_prompts
@@ -72,7 +72,8 @@ class Gradient:
         prompts = batch_prompts(self.prompts, seed=self.seed, step=step, size=self.batch)
         part = prompts[first : first + self.micro_batch]
         seeds = [derive_seed(self.seed, step, index) for index in range(first, first + len(part))]
-        with rollout(self.pipe, plan, seed=seeds[0], prompt=part, generator=generators(seeds), **self.call) as tape:
+        given = for_prompts(part, self.call)
+        with rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given) as tape:
             check_images(tape.images, step)
             total, natives = self.reward.parts(tape.images, tape.prompts)
             check_scores({"the reward": total} | natives, step)
@@ -82,9 +83,12 @@ class Gradient:
 
 
 def _backward(tape: Tape, loss: Tensor, step: int) -> Sweep:
-    """The reward passed its check at start-up, so a missing gradient now is a training that went wrong."""
+    """The reward passed its check at start-up, so a missing gradient now is a training that went wrong.
+
+    One micro-batch may be flat (a hinge that is satisfied); the trainer refuses a batch that is flat altogether.
+    """
     try:
-        return tape.backward(loss)
+        return tape.backward(loss, allow_zero=True)
     except (RewardError, TrainingStopped) as error:
         raise TrainingStopped(f"step {step}: {error}") from error
 

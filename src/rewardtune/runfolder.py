@@ -16,7 +16,8 @@ from typing import Any
 from .errors import ConfigError, RewardTuneError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load_lora_weights` looks for
-KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png", LORA_FILE)
+UNVERIFIED = "pytorch_lora_weights.unverified"
+KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png", LORA_FILE, UNVERIFIED)
 
 
 @contextmanager
@@ -54,7 +55,10 @@ class RunFolder:
         self.status: dict[str, Any] = {}
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output folder {self.path} is a file; choose another output_dir")
-        if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
+        used = self.path.is_dir() and any(self.path.iterdir())
+        if overwrite and used and not (self.path / "run.json").is_file():
+            raise ConfigError(f"output folder {self.path} holds no run to overwrite; choose another output_dir")
+        if not overwrite and used:
             raise ConfigError(
                 f"output folder {self.path} exists and is not empty; "
                 "choose another output_dir, or pass --overwrite (overwrite=True) to replace its run"

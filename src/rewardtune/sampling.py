@@ -41,9 +41,11 @@ def sample_lora(
         "guidance_scale": guidance if guidance is not None else sampling.guidance,
         "height": sampling.height,
         "width": sampling.width,
+        "negative_prompt": sampling.negative_prompt,
     }
     call = {name: value for name, value in call.items() if value is not None}
-    images = evaluate.sample(pipe, prompts, seeds=[seed + index for index in range(len(prompts))], call=call)
+    seeds = [seed + index for index in range(len(prompts))]
+    images = evaluate.sample(pipe, prompts, seeds=seeds, call=call, checkers=True)
     return evaluate.save_images(images, output)
 
 

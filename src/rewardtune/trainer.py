@@ -103,6 +103,11 @@ class RewardTuner:
         sampling = {"guidance_scale": guidance_scale, "height": height, "width": width}
         self.call = {"num_inference_steps": num_inference_steps} | (call or {})
         self.call |= {name: value for name, value in sampling.items() if value is not None}
+        ours = sorted(self.call.keys() & {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict"})
+        if ours:
+            raise ConfigError(f"call holds {', '.join(ours)}, which the trainer sets itself: leave it out")
+        if eval_count < 1:
+            raise ConfigError(f"eval_count={eval_count}: at least 1 picture is compared before and after")
         check_sampling(pipe, self.call, allow_no_guidance=allow_no_guidance)
         if min(batch, micro_batch or 1, workers) < 1:
             raise ConfigError(f"batch={batch}, micro_batch={micro_batch}, workers={workers}: each must be at least 1")
@@ -135,6 +140,8 @@ class RewardTuner:
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
             if not value > 0:
                 raise ConfigError(f"{name}={value}: must be greater than 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or weight_decay < 0:
+            raise ConfigError(f"betas={betas}, weight_decay={weight_decay}: two betas in 0 .. 1 (below 1), decay >= 0")
         with quiet(self.pipe) as set_aside:
             self._prepare(set_aside)
             settings = {"steps": steps, "lr": lr, "betas": betas, "weight_decay": weight_decay, "clip": clip}
@@ -172,22 +179,23 @@ class RewardTuner:
             return
         try:
             self.parameters = adapters.add_lora(self.denoiser, seed=self.seed, **self.lora)
-            self.T = count_steps(self.pipe, prompt=self.prompts[:1], **self.call)
+            call = evaluate.for_prompts(self.prompts[:1], self.call)
+            self.T = count_steps(self.pipe, **call)
             plans = [self.method(self.T, random.Random(draw)) for draw in range(8)]  # refuses K > T and m > T
             stops = any(plan.end is not None for plan in plans)
-            facts = preflight(self.pipe, early_stop=stops, prompt=self.prompts[:1], **self.call)
+            facts = preflight(self.pipe, early_stop=stops, **call)
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
             self.folder.open()
+            if self.config_text is not None:
+                write_text(self.folder.path / "config.yaml", self.config_text)
+            self.folder.set_status("running", **self._describe(), notes=facts.notes)
         except BaseException:
             if self.parameters:
                 self.denoiser.unload_lora()  # hand the pipeline back as it came
                 self.parameters = []
             raise
-        if self.config_text is not None:
-            write_text(self.folder.path / "config.yaml", self.config_text)
-        self.folder.set_status("running", **self._describe(), notes=facts.notes)
         for line in [*facts.notes, *(f"{name} set aside while training" for name in set_aside)]:
             self._say(line)
 
@@ -305,7 +313,8 @@ class RewardTuner:
         """The LoRA file, loaded back and compared; one that fails is kept under a name that no loader reads."""
         self.saved = self.step
         path = adapters.save_lora(self.pipe, self.folder.path)
-        call = self.call | {"prompt": self.eval_prompts[:1], "num_inference_steps": min(2, self.T)}
+        short = self.call | {"num_inference_steps": min(2, self.call["num_inference_steps"])}
+        call = evaluate.for_prompts(self.eval_prompts[:1], short)
         try:
             difference = adapters.verify_lora(self.pipe, self.folder.path, call=call)
         except RewardTuneError:
