@@ -75,14 +75,10 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Any:
 
 
 def _workers(asked: int | str, device: str) -> int:
-    """`auto`: one a core, at most 4, each on one BLAS thread; 1 where helpers cannot be forked."""
-    import torch
-
-    possible = sys.platform == "linux" and device == "cpu"
-    count = (min(4, len(os.sched_getaffinity(0))) if possible else 1) if isinstance(asked, str) else asked
-    if count > 1:
-        torch.set_num_threads(1)  # networks small enough for helpers gain little from threads
-    return count
+    """`auto`: one a core, at most 4; 1 where helpers cannot be forked."""
+    if not isinstance(asked, str):
+        return asked
+    return min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" and device == "cpu" else 1
 
 
 def make_method(choice: MethodChoice) -> Method:

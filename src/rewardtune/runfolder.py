@@ -17,7 +17,8 @@ from .errors import ConfigError, RewardTuneError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load_lora_weights` looks for
 UNVERIFIED = "pytorch_lora_weights.unverified"
-KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png", LORA_FILE, UNVERIFIED)
+KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
+REPLACED = (*KNOWN, LORA_FILE, UNVERIFIED)  # by --overwrite
 
 
 @contextmanager
@@ -70,7 +71,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in KNOWN:
+            for name in REPLACED:
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "samples", ignore_errors=True)
         except OSError as error:

@@ -29,7 +29,7 @@ from .prompts import load_prompts
 from .rewards import check_reward
 from .rewards.base import as_reward
 from .runfolder import RunFolder, write_text
-from .workers import Workers, open_workers
+from .workers import Workers, open_workers, refuse_workers
 
 Score = dict[str, tuple[float, float]]  # name -> mean and half the width of its 95% interval over prompts
 
@@ -116,6 +116,7 @@ class RewardTuner:
         self.lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
         self.denoiser = getattr(pipe, find_denoiser(pipe))
         self.device = self.denoiser.device
+        refuse_workers(workers, self.device.type)
         self.parameters: list[torch.nn.Parameter] = []
         self.step, self.saved, self.T = 0, 0, 0
         self.config_text: str | None = None  # the run file, resolved; saved as config.yaml

@@ -31,16 +31,21 @@ class Workers:
         """All micro-batches of update `step`: the gradient stands in `.grad`, the parts in the order of the batch."""
         chunks, count = self.gradient.chunks(), 1 + len(self.helpers)
         for number, (connection, _) in enumerate(self.helpers, start=1):
-            connection.send((step, chunks[number::count]))
+            try:
+                connection.send((step, chunks[number::count]))
+            except OSError as error:
+                raise _ended(number) from error
         own = [self.gradient.add(step, first) for first in chunks[::count]]
         parts = dict(zip(chunks[::count], own, strict=True))
         for number, (connection, grads) in enumerate(self.helpers, start=1):
             try:
                 answer = connection.recv()
             except EOFError as error:
-                raise RewardTuneError(f"helper process {number} ended unexpectedly (out of memory?)") from error
-            if isinstance(answer, Exception):
+                raise _ended(number) from error
+            if isinstance(answer, RewardTuneError):
                 raise answer
+            if isinstance(answer, str):
+                raise RuntimeError(f"helper process {number}: {answer}")
             parts |= zip(chunks[number::count], answer, strict=True)
             for parameter, grad in zip(self.gradient.parameters, grads, strict=True):
                 parameter.grad = grad.clone() if parameter.grad is None else parameter.grad + grad
@@ -49,9 +54,10 @@ class Workers:
 
 @contextmanager
 def open_workers(gradient: Gradient, count: int) -> Iterator[Workers]:
-    """Fork count - 1 helpers for the time of the block. Call torch.set_num_threads(1) first: forks inherit no pool."""
-    if count > 1 and (sys.platform != "linux" or any(p.device.type != "cpu" for p in gradient.parameters)):
-        raise ConfigError(f"workers={count}: helper processes are for the CPU on Linux; use workers=1")
+    """Fork count - 1 helpers for the time of the block, in which every process computes on one BLAS thread."""
+    threads = torch.get_num_threads()
+    if count > 1:
+        torch.set_num_threads(1)  # before the fork: forks inherit no thread pool
     context, processes = multiprocessing.get_context("fork"), []
     helpers: list[tuple[Connection, list[Tensor]]] = []
     if count > 1:
@@ -73,6 +79,17 @@ def open_workers(gradient: Gradient, count: int) -> Iterator[Workers]:
             connection.close()  # a helper ends when its pipe does
         for process in processes:
             process.join(timeout=10)
+        torch.set_num_threads(threads)
+
+
+def refuse_workers(count: int, device: str) -> None:
+    """ConfigError where helpers cannot be forked."""
+    if count > 1 and (sys.platform != "linux" or device != "cpu"):
+        raise ConfigError(f"workers={count}: helper processes are for the CPU on Linux; use workers=1")
+
+
+def _ended(number: int) -> RewardTuneError:
+    return RewardTuneError(f"helper process {number} ended unexpectedly (out of memory?)")
 
 
 def _serve(gradient: Gradient, connection: Connection, grads: list[Tensor], inherited: list[Connection]) -> None:
@@ -94,6 +111,11 @@ def _serve(gradient: Gradient, connection: Connection, grads: list[Tensor], inhe
             answer = [gradient.add(step, first) for first in chunks]
             for parameter, grad in zip(gradient.parameters, grads, strict=True):
                 grad.zero_() if parameter.grad is None else grad.copy_(parameter.grad)
-        except Exception as error:
+        except RewardTuneError as error:
             answer = error
-        connection.send(answer)
+        except Exception as error:  # an exception of another library may not survive the pipe: its text does
+            answer = f"{type(error).__name__}: {error}"
+        try:
+            connection.send(answer)
+        except OSError:
+            os._exit(0)  # the parent is gone, and has said why
