@@ -1,6 +1,7 @@
 """The demo end to end on the playground's own weights, small; its promise in full is the slow test."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -44,9 +45,12 @@ def test_the_count_of_objects_is_read_from_the_pictures():
     prompts = playground.prompts(12, split="eval", layout="free")
     asked = [len(playground.parse(prompt).mentions) for prompt in prompts]
     assert set(asked) == {1, 2}
-    grey = torch.full((12, 3, 64, 64), 0.5)
+    drawn = playground.draw_scenes(40, random.Random(3))
+    grey = torch.full((40, 3, 64, 64), 0.5)
     scores = {"symmetry": (0.5, 0.0), "clipscore": (0.9, 0.0)}
-    assert demo.figures(scores, grey, prompts).counted == 0
+    captions = [scene.caption for scene in drawn]
+    assert demo.figures(scores, playground.render(drawn), captions).counted == 1
+    assert demo.figures(scores, grey, captions).counted == 0
 
 
 def test_held_out_means_held_out():

@@ -78,6 +78,6 @@ def table(before: Figures, after: Figures, result: Result) -> str:
             f"pictures: {result.folder / 'before_after.png'}",
             f'try next: rewardtune sample {result.folder} --prompt "a red heart and a blue star, night background"',
             "          rewardtune train playground method.options.m=null output_dir=runs/full-chain",
-            "          rewardtune plan drtune --steps 20 -o K=2 -o m=8",
+            "          rewardtune plan drtune --steps 10 -o K=2 -o m=4",
         ]
     )
