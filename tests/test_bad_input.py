@@ -57,7 +57,7 @@ def test_prompt_files(case, train, tmp_path):
         ({"K": 5, "m": 2}, "K=5 does not fit into the T=4 steps of this sampler: legal is 1 .. 4"),
         ({"K": 2, "m": 5}, "m=5 does not fit into the T=4 steps"),
         ({"K": 0, "m": 2}, "K=0: legal are whole numbers K >= 1"),
-        ({"K": 2, "m": 0}, "m=0 is too small"),
+        ({"K": 2, "m": 0}, "m=0: legal are whole numbers m >= 1"),
         ({"k": 2}, "has no option 'k'"),
         ({"K": 2, "m": 2, "spacing": "even"}, "spacing='even' is unknown: legal are chain, executed, random"),
     ],
@@ -131,9 +131,21 @@ def test_output_folder_that_exists(train, tmp_path):
     assert code == 2
     assert "exists and is not empty" in one_line(error)
     assert [entry.name for entry in out.iterdir()] == ["notes.txt"]
+    code, error = train("--overwrite")  # nothing there says that it is a run: not ours to overwrite
+    assert code == 2
+    assert "holds no run to overwrite" in one_line(error)
+    assert [entry.name for entry in out.iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_replaces_a_run_and_nothing_beside_it(train, tmp_path):
+    out = tmp_path / "out"
+    assert train()[0] == 0
+    (out / "notes.txt").write_text("mine")
+    (out / "samples" / "old.png").write_text("old")
     code, error = train("--overwrite")
     assert code == 0, error
     assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "samples" / "old.png").exists()
     assert json.loads((out / "run.json").read_text())["status"] == "done"
 
 
