@@ -25,11 +25,11 @@ RESULTS = Path("docs/results")
 NAMES = {"symmetry": "symmetry (lower is better)", "clipscore": "CLIPScore", "counted": "right number of objects"}
 
 
-def tune(seed: int, seconds: float, picture: Path | None) -> dict:
+def tune(seed: int, picture: Path | None) -> dict:
     """One demo run; its figures before and after on the held-out prompts."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        before, after = run(seconds=seconds, output=Path(folder) / "run", seed=seed)
+        before, after = run(output=Path(folder) / "run", seed=seed)
         updates = sum(1 for _ in (Path(folder) / "run" / "metrics.jsonl").open())
         if picture is not None:
             shutil.copy(Path(folder) / "run" / "before_after.png", picture)
@@ -37,9 +37,9 @@ def tune(seed: int, seconds: float, picture: Path | None) -> dict:
     return {"seed": seed, "updates": updates, "wall": wall, "before": asdict(before), "after": asdict(after)}
 
 
-def tuned_table(rows: list[dict], seconds: float) -> list[str]:
+def tuned_table(rows: list[dict]) -> list[str]:
     lines = [
-        f"`python benchmarks/demo.py`: `rewardtune demo --seconds {seconds:g}` with {len(rows)} seeds; 64 held-out",
+        f"`python benchmarks/demo.py`: `rewardtune demo` with {len(rows)} seeds; 64 held-out",
         "prompts each, fixed noise, the full number of sampling steps.",
         "",
         "| seed | updates | " + " | ".join(NAMES.values()) + " |",
@@ -86,7 +86,6 @@ def loopholes() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=180)
     asked = parser.parse_args()
     stored = RESULTS / "demo.json"
     rows = {row["seed"]: row for row in json.loads(stored.read_text())} if stored.exists() else {}
@@ -99,7 +98,7 @@ def main() -> None:
     parts = [
         "# The demo, measured",
         "",
-        *tuned_table([rows[seed] for seed in asked.seeds], asked.seconds),
+        *tuned_table([rows[seed] for seed in asked.seeds]),
         "",
         "![before and after](demo_before_after.png)",
         "",

@@ -33,8 +33,8 @@ app.add_typer(playground_app, name="playground")
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(help="Time for tuning; evaluation comes on top.")] = 240,
-    steps: Annotated[int | None, typer.Option(help="At most this many updates.")] = None,
+    seconds: Annotated[float, typer.Option(help="Most time for tuning; evaluation comes on top.")] = 240,
+    steps: Annotated[int | None, typer.Option(help="Updates; default: the recipe's.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option()] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,

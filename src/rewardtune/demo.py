@@ -37,13 +37,16 @@ def run(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
 ) -> tuple[Figures, Figures]:
-    """Tune for `seconds` (or `steps` updates), print the table, save the grid; gives the figures before and after.
+    """Tune for the recipe's updates (or `steps`; `seconds` at most), print the table, save the grid.
+
+    Gives the figures before and after.
 
     overrides: other settings of the recipe, as `key=value`.
     """
     if seconds <= 0 or (steps is not None and steps < 1):
         raise ConfigError(f"seconds={seconds}, steps={steps}: both must be greater than 0")
-    asked = [f"optim.max_seconds={seconds}", f"optim.steps={steps or 100_000}", f"output_dir={output}", f"seed={seed}"]
+    asked = [f"optim.max_seconds={seconds}", f"output_dir={output}", f"seed={seed}"]
+    asked += [] if steps is None else [f"optim.steps={steps}"]
     config = load_config("playground", [*asked, *overrides])
     result = train(config, overwrite=overwrite)
     prompts = load_prompts(config.eval.prompts or config.prompts)[: config.eval.count]
@@ -78,6 +81,6 @@ def table(before: Figures, after: Figures, result: Result) -> str:
             f"pictures: {result.folder / 'before_after.png'}",
             f'try next: rewardtune sample {result.folder} --prompt "a red heart and a blue star, night background"',
             "          rewardtune train playground method.options.m=null output_dir=runs/full-chain",
-            "          rewardtune plan drtune --steps 10 -o K=2 -o m=4",
+            "          rewardtune plan drtune --steps 20 -o K=2 -o m=8",
         ]
     )
