@@ -91,9 +91,7 @@ def main() -> None:
     rows = {row["seed"]: row for row in json.loads(stored.read_text())} if stored.exists() else {}
     for seed in asked.seeds:
         if seed not in rows:
-            rows[seed] = tune(
-                seed, asked.seconds, RESULTS / "demo_before_after.png" if seed == asked.seeds[0] else None
-            )
+            rows[seed] = tune(seed, RESULTS / "demo_before_after.png" if seed == asked.seeds[0] else None)
             stored.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
     parts = [
         "# The demo, measured",
