@@ -104,13 +104,11 @@ def build(name: str) -> tuple[Any, tiny.Call]:
 PIPES: dict[str, tuple[Any, tiny.Call]] = {}
 
 
-@pytest.mark.parametrize("method", PLANS)
-@pytest.mark.parametrize("name", SETTINGS)
-def test_engine_is_algorithm_1(name: str, method: str) -> None:
+def check(name: str, draw: judge.Draw) -> None:
     pipe, call = build(name)
     T = count_steps(pipe, **tiny.fresh(call))
     assert oracle.count_steps(pipe, tiny.fresh(call)) == T
-    plan = PLANS[method](T)
+    plan = draw(T)
     verdict = judge.compare(pipe, plan, call)
     if plan.end is None or oracle.own_prediction(pipe.scheduler):
         assert verdict.images_equal, f"images differ by up to {verdict.image_difference:.1e}"
@@ -118,6 +116,21 @@ def test_engine_is_algorithm_1(name: str, method: str) -> None:
     assert verdict.gradient_difference < 1e-5
     assert verdict.result.trained == plan.executed
     assert verdict.result.replay_error == 0
+
+
+@pytest.mark.parametrize("method", PLANS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_engine_is_algorithm_1(name: str, method: str) -> None:
+    check(name, PLANS[method])
+
+
+@pytest.mark.slow  # the full grid, a few minutes: every method on every scheduler (DRaFT-LV has its own test below)
+@pytest.mark.parametrize(
+    "method", [name for name in judge.PLANS if not name.lower().startswith(("draft-lv", "restart"))]
+)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_method_on_every_scheduler(name: str, method: str) -> None:
+    check(name, judge.PLANS[method])
 
 
 RESTARTED = ["DDPM", "DDIM, eta 1", "DPM++ 2M", "DPM++ SDE", "UniPC", "Heun", "LCM", "TCD", "PNDM", "SD3 flow Euler"]
