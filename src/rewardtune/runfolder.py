@@ -35,11 +35,18 @@ def atomic(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     try:
         yield folder / path.name
+        os.chmod(folder / path.name, 0o666 & ~_umask())  # some writers (safetensors) keep theirs to the owner
         os.replace(folder / path.name, path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:
