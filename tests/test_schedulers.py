@@ -17,7 +17,7 @@ import torch
 
 from rewardtune import methods
 from rewardtune.engine import count_steps, rollout
-from rewardtune.errors import PreflightError
+from rewardtune.errors import PreflightError, TrainingStopped
 from rewardtune.plan import Plan
 from rewardtune.prediction import x0_hat
 
@@ -130,7 +130,25 @@ def test_engine_is_algorithm_1(name: str, method: str) -> None:
 )
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_method_on_every_scheduler(name: str, method: str) -> None:
-    check(name, judge.PLANS[method])
+    if method == "draft-1" and name in LAST_OUTPUT_DISCARDED:
+        refused_because_zero(name, judge.PLANS[method])
+    else:
+        check(name, judge.PLANS[method])
+
+
+# Found by the grid: the last step of these multiplies the network's output by zero, so DRaFT-1 cannot train them.
+LAST_OUTPUT_DISCARDED = ["PNDM, Runge-Kutta start", "SD3 flow DEIS"]
+
+
+def refused_because_zero(name: str, draw: judge.Draw) -> None:
+    pipe, call = build(name)
+    plan = draw(count_steps(pipe, **tiny.fresh(call)))
+    fields = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient}
+    pictures = oracle.images(pipe, **fields, seed=0, call=tiny.fresh(call))
+    exact = oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(pictures))
+    assert not any(gradient.any() for gradient in exact.values())
+    with pytest.raises(TrainingStopped, match="zero everywhere"):
+        judge.engine_gradient(pipe, plan, call)
 
 
 RESTARTED = ["DDPM", "DDIM, eta 1", "DPM++ 2M", "DPM++ SDE", "UniPC", "Heun", "LCM", "TCD", "PNDM", "SD3 flow Euler"]

@@ -168,7 +168,7 @@ class Tape:
         if not any(norms.values()):
             raise TrainingStopped(
                 "the parameter gradient is zero everywhere although the loss has one at the images: it underflows, or "
-                "the trained parameters do not act on the trained calls"
+                "the sampler discards the outputs of the trained calls (a few do with the last one: train more steps)"
             )
         for p, grad in zip(self._parameters, total, strict=True):
             if grad is not None:
