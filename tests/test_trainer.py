@@ -313,3 +313,9 @@ def test_the_adapter_has_its_own_name(tmp_path):
     pipe = plain()
     tuner(tmp_path / "run", pipe).train(1)
     assert list(pipe.unet.peft_config) == [ADAPTER]
+
+
+def test_a_negative_prompt_given_once_serves_every_sample(tmp_path):
+    tuner(tmp_path / "with", plain(), call={"negative_prompt": "blue stars"}).train(1, lr=1e-3)
+    tuner(tmp_path / "without", plain()).train(1, lr=1e-3)
+    assert metrics(tmp_path / "with")[0]["reward"] != metrics(tmp_path / "without")[0]["reward"]
