@@ -27,8 +27,8 @@ class CLIPScore(Reward):
     """cos(image, prompt), -1 to 1, more is better; 0.2-0.4 for the default model (DRTune, table 1).
 
     model: hub id or folder of a transformers `CLIPModel`. processor: the same for the tokenizer and the image settings
-    (size, mean, std), where they live elsewhere. dtype: of the network; "bfloat16" halves the memory on a GPU (score
-    error 2e-4, gradient cosine 0.9999), "float16" does not pay: its gradients underflow. Resizing, normalising and the
+    (size, mean, std), where they live elsewhere. dtype: of the network; "bfloat16" halves the memory on a GPU,
+    "float16" does not pay: its gradients underflow. Resizing, normalising and the
     dot product are float32. revision: a branch or commit of the hub repository, to pin it.
     """
 

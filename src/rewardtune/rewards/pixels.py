@@ -20,7 +20,7 @@ class Symmetry(Reward):
     unchanged by a scale or shift of the pixels.
 
     detach_std: a constant as the denominator's gradient. A large std lowers the quotient too, so with eq. 6 as
-    printed a model can whiten the background instead of mirroring the scene; ours did. True closes that loophole.
+    printed a model can brighten the background instead of mirroring the scene (docs/log.md). True closes that.
     eps: added to the variance, which keeps flat images finite.
     """
 
