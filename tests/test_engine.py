@@ -1,6 +1,7 @@
 """The doors and the sweep beyond the oracle: memory, half precision, sabotage, what is put back, what is refused."""
 
 import functools
+import weakref
 from random import Random
 
 import oracle
@@ -13,6 +14,7 @@ from torch import nn
 
 from rewardtune import methods
 from rewardtune.engine import count_steps, find_denoiser, preflight, rollout
+from rewardtune.engine.call import Call
 from rewardtune.errors import ConfigError, PreflightError, ReplayError, RewardError, TrainingStopped
 from rewardtune.plan import Plan
 
@@ -582,3 +584,28 @@ def test_a_decoder_in_float32_beside_a_bfloat16_denoiser(sd):
     assert facts.T == 4
     assert pipe.vae.dtype == torch.float32
     assert "decode" not in pipe.vae.__dict__
+
+
+def test_a_flat_batch_in_half_precision_is_allowed_too(sd):
+    pipe, call = sd
+    pipe.unet.to(torch.float16)
+    pipe.text_encoder.to(torch.float16)
+    for p in tiny.trainable(pipe).values():
+        p.data = p.data.float()
+    with rollout(pipe, LAST, **call) as tape:
+        assert tape.backward((tape.images * 0).sum(), allow_zero=True).grad_norms == {3: 0.0}
+
+
+def test_records_are_freed_as_they_are_swept(sd, monkeypatch: pytest.MonkeyPatch):
+    pipe, call = sd
+    alive, replay = [], Call.replay
+    with rollout(pipe, ALL, **call) as tape:
+        records = [weakref.ref(recorded) for recorded in tape._calls]
+
+        def counted(self, frozen):
+            alive.append(sum(record() is not None for record in records))
+            return replay(self, frozen)
+
+        monkeypatch.setattr(Call, "replay", counted)
+        tape.backward(oracle.generic_loss(tape.images))
+    assert alive == [5, 4, 3, 2, 1]  # the decoder and four network calls

@@ -45,6 +45,7 @@ def rollout(
         with torch.enable_grad():
             graph = _as_unit_range(torch.cat(graphs))
     tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws)
+    del graph, graphs, calls  # the tape alone holds the records, so that each is freed as soon as it is swept
     try:
         yield tape
     finally:

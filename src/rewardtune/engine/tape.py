@@ -87,10 +87,9 @@ class Tape:
         graph, self._graph = self._graph, None
         # By step, over all chains of a DRaFT-LV plan: chains share no leaf, so only the order within each matters.
         calls, self._calls = sorted(self._calls, key=lambda call: call.step), []
-        leaves = [leaf for c in calls for leaf in c.leaves if leaf is not None]
-        scale = (
-            _power_of_two(cotangent) if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in leaves) else 1.0
-        )
+        dtypes = {leaf.dtype for c in calls for leaf in c.leaves if leaf is not None}
+        half = not dtypes.isdisjoint((torch.float16, torch.bfloat16))
+        scale = _power_of_two(cotangent) if half and cotangent.any() else 1.0
         before = [p.grad for p in self._parameters]
         norms, error = dict.fromkeys(self.plan.executed, 0.0), 0.0
         if cotangent.any():
