@@ -1,0 +1,261 @@
+"""Checkpoints: where they live, how they are opened, and what is said when that fails.
+
+A file is downloaded on first use, or read from a local folder; HF_HUB_OFFLINE is respected. Pickles are opened with
+`weights_only=True`, which runs no code of theirs, and, where they must be converted, once: the result is kept as
+safetensors in `cache_folder()`.
+"""
+
+import hashlib
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.errors import ConfigError
+
+T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint lives.
+
+    repo: a hub id or a local folder. revision: of the hub. files: what is read there. sha256, md5: by file name, where
+    known. licence, size: for `rewardtune ls rewards`.
+    """
+
+    repo: str
+    revision: str = "main"
+    files: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    md5: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
+    size: str = ""
+
+
+def cache_folder() -> Path:
+    """$HF_HOME/rewardtune: converted checkpoints and what does not come from the hub."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "rewardtune"
+
+
+def hub_file(source: Source, file: str, *, who: str) -> Path:
+    """The path of `file`, downloaded if necessary, its checksum verified where one is known.
+
+    Raises ConfigError: which file, from where, and how to place it by hand.
+    """
+    from huggingface_hub import hf_hub_download
+
+    def find() -> Path:
+        local = Path(source.repo) / file
+        if os.path.isdir(source.repo):
+            if not local.is_file():
+                raise FileNotFoundError(f"no {file}")
+            return local
+        return Path(hf_hub_download(source.repo, file, revision=source.revision))
+
+    path = found(find, source.repo, who=who, needed=file)
+    for algorithm, digests in (("sha256", source.sha256), ("md5", source.md5)):
+        if file in digests:
+            check_digest(path, algorithm, digests[file], who=who)
+    return path
+
+
+def found(load: Callable[[], T], source: str, *, who: str, needed: str, any_of: tuple[str, ...] = ()) -> T:
+    """load(), or the ConfigError that says which files are missing and how to place them by hand.
+
+    any_of: files of which a folder must hold one. Without them transformers loads defaults, and says nothing.
+    """
+    if not os.path.isdir(source) and source.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"{who}: cannot load '{source}': there is no such folder; give an existing one (a full path, ~ is not "
+            "replaced) or a hub id such as 'openai/clip-vit-base-patch32'"
+        )
+    try:
+        if os.path.isdir(source) and any_of and not any(os.path.isfile(os.path.join(source, file)) for file in any_of):
+            raise FileNotFoundError(f"no {' or '.join(any_of)}")
+        return load()
+    except ConfigError:
+        raise
+    except Exception as error:  # hub client, transformers, safetensors and pickle have no common base
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if _is_code(error):
+            raise ConfigError(_refused(f"a checkpoint in '{source}'", who=who, reason=reason)) from error
+        if os.path.isdir(source):
+            cure = f"put {needed} into that folder, complete and of the right kind"
+        else:
+            cure = (
+                f"it needs {needed} from https://huggingface.co/{source}; without network download it elsewhere by "
+                f"`hf download {source} --local-dir FOLDER`, copy the folder here and give its path as the model"
+            )
+        raise ConfigError(f"{who}: cannot load '{source}': {cure} ({reason})") from error
+
+
+def download(url: str, *, sha256: str, who: str, setting: str) -> Path:
+    """The file at `url`, kept in `cache_folder()` and verified. `setting` takes a path where there is no network."""
+    from huggingface_hub import constants
+
+    path = cache_folder() / url.rsplit("/", 1)[-1]
+    if not path.is_file():
+        try:
+            if constants.HF_HUB_OFFLINE:
+                raise OSError("HF_HUB_OFFLINE is set")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
+            raise ConfigError(
+                f"{who}: cannot download {url} ({type(error).__name__}: {error}); download it elsewhere, then copy it "
+                f"to {path} or give its path as {setting}"
+            ) from error
+    return check_digest(path, "sha256", sha256, who=who)
+
+
+def check_digest(path: Path, algorithm: str, expected: str, *, who: str) -> Path:
+    """The path itself; ConfigError where the file is not the published one. A verified file is not read again."""
+    stamp = cache_folder() / "verified" / _identity(path, expected)
+    if stamp.exists():
+        return path
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if digest != expected:
+        raise ConfigError(
+            f"{who}: {path} is not the published file ({algorithm} {digest}, not {expected}): its download was cut or "
+            "it was changed; delete it and download it again"
+        )
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    return path
+
+
+def open_checkpoint(path: Path | str, *, who: str) -> State:
+    """The tensors of a .safetensors file or of a pickle; a `state_dict` in it is unwrapped.
+
+    Raises ConfigError for a missing or truncated file, one of another kind, and a pickle that holds code; that code
+    does not run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{who}: there is no file {path}; give the path of a checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format and each way of being broken has its own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if _is_code(error):
+            raise ConfigError(_refused(str(path), who=who, reason=reason)) from error
+        raise ConfigError(
+            f"{who}: {path} ({path.stat().st_size:,} bytes) is no checkpoint or a truncated one; download it again "
+            f"({reason})"
+        ) from error
+    weights: Any = state.get("state_dict", state) if isinstance(state, dict) else {}
+    odd = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if odd or not weights:
+        raise ConfigError(
+            f"{who}: {path} holds no tensors by name; legal is the state_dict of a network"
+            + (f" ({odd[0]!r} is no tensor)" if odd else "")
+        )
+    return dict(weights)
+
+
+def converted(path: Path | str, convert: Callable[[State], State], *, who: str) -> State:
+    """convert(open_checkpoint(path)), kept as safetensors in `cache_folder()`, so that the pickle is opened once."""
+    from safetensors.torch import load_file, save_file
+
+    path = Path(path)
+    target = cache_folder() / f"{path.stem}-{_identity(path, convert.__qualname__)[:16]}.safetensors"
+    with suppress(Exception):  # not there, or cut by a full disk: convert again
+        return load_file(target)
+    state = {key: value.contiguous() for key, value in convert(open_checkpoint(path, who=who)).items()}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        save_file(state, partial, metadata={"format": "pt"})
+        os.replace(partial, target)
+    except OSError as error:
+        warnings.warn(f"{who}: the converted checkpoint cannot be kept in {target.parent}: {error}", stacklevel=2)
+    return state
+
+
+def load_strictly(make: Callable[[], Module], state: State, *, who: str, what: str) -> Module:
+    """make() with the tensors of `state` as its float32 parameters; memory is taken once.
+
+    Raises ConfigError unless names and shapes fit one to one: nothing is left at random values, nothing is unused.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):  # torch.device("meta") would leave the buffers there
+        module = make()
+    wanted = module.state_dict()
+    if missing := wanted.keys() - state.keys():
+        raise ConfigError(
+            f"{who}: {what} is of another kind or incomplete: {len(missing)} weights are missing, {min(missing)} first"
+        )
+    if foreign := state.keys() - wanted.keys():
+        raise ConfigError(
+            f"{who}: {what} is of another kind: {len(foreign)} of its weights have no place in a "
+            f"{type(module).__name__}, {min(foreign)} first"
+        )
+    for name, value in wanted.items():
+        if value.shape != state[name].shape:
+            raise ConfigError(
+                f"{who}: {what} is of another size: {name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+            )
+    full = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    module.load_state_dict(full, strict=True, assign=True)
+    return module
+
+
+def load_tokenizer(source: str, *, revision: str = "main", vocabulary: int, who: str) -> Any:
+    """The tokenizer of a hub repository or folder; ConfigError where it does not fit a model of `vocabulary` tokens."""
+    from transformers import AutoTokenizer
+
+    def load() -> Any:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+
+    needed = "tokenizer.json (or its vocabulary files) and tokenizer_config.json"
+    any_of = ("tokenizer.json", "vocab.json", "vocab.txt")
+    tokenizer = found(load, source, who=who, needed=needed, any_of=any_of)
+    if not vocabulary / 2 <= len(tokenizer) <= vocabulary:  # without files transformers may make an empty tokenizer
+        raise ConfigError(
+            f"{who}: the tokenizer of {source} has {len(tokenizer)} tokens but the model reads {vocabulary}; "
+            "give the processor that belongs to the model"
+        )
+    return tokenizer
+
+
+def _is_code(error: BaseException | None) -> bool:
+    """Did the pickle ask for a function or class that is not on torch's list of harmless ones?"""
+    while error is not None:
+        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _refused(what: str, *, who: str, reason: str) -> str:
+    return (
+        f"{who}: {what} holds more than weights and was not run; give a checkpoint of tensors, best as .safetensors "
+        f"({reason})"
+    )
+
+
+def _identity(path: Path, *more: str) -> str:
+    """A name for this file as it is now: another path, size or time of change gives another name."""
+    path = path.resolve()
+    stat = path.stat()
+    return hashlib.sha256(repr((str(path), stat.st_size, stat.st_mtime_ns, *more)).encode()).hexdigest()
