@@ -104,13 +104,20 @@ def plan(
 @app.command("ls")
 def ls(
     what: Annotated[str, typer.Argument(help="rewards, methods, recipes, models, or all")] = "all",
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="After rewards: all about this one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The rewards as JSON.")] = False,
 ) -> None:
     """What can be named in a run file."""
-    from .listing import SECTIONS, listing
+    from .listing import SECTIONS, listing, reward_page, rewards_json, rewards_table
 
     if what != "all" and what not in SECTIONS:
         raise ConfigError(f"nothing to list under {what!r}; legal: {', '.join(SECTIONS)}, all")
-    print(listing(list(SECTIONS) if what == "all" else [what]))
+    if what != "rewards" and (as_json or name):
+        raise ConfigError("a NAME and --json go with rewards: rewardtune ls rewards clipscore, ls rewards --json")
+    if what == "rewards":
+        print(reward_page(name) if name else rewards_json() if as_json else rewards_table())
+    else:
+        print(listing(list(SECTIONS) if what == "all" else [what]))
 
 
 @app.command()

@@ -1,19 +1,27 @@
 """What `rewardtune ls` and `rewardtune env` print. Imports nothing heavy for the lists."""
 
+import importlib
 import inspect
+import itertools
+import json
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import metadata
 
 from . import __version__, methods
 from .config import recipes
+from .errors import ConfigError
+from .rewards.catalogue import REWARDS, Entry
+from .spelling import nearest
+
+WIDTH = 120  # columns of the table of rewards
 
 
 def _rewards() -> list[tuple[str, str]]:
-    from .rewards.loading import BUILTIN
-
-    return [(name, path) for name, path in BUILTIN.items()]
+    return [(entry.name, entry.meaning) for entry in REWARDS]
 
 
 def _methods() -> list[tuple[str, str]]:
@@ -50,6 +58,62 @@ def listing(names: Sequence[str]) -> str:
         width = max(len(left) for left, _ in rows)
         blocks.append("\n".join([name, *(f"  {left:<{width}}  {right}" for left, right in rows)]))
     return "\n\n".join(blocks)
+
+
+def rewards_table() -> str:
+    """All rewards, a row each, in at most 120 columns."""
+    headings = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "proved against")
+    rows = [
+        (e.name, e.meaning, e.range, e.better, "yes" if e.differentiable else "no", e.size, e.licence, e.oracle)
+        for e in REWARDS
+    ]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    widths[1] = WIDTH - sum(widths) + widths[1] - 2 * (len(widths) - 1)  # the meaning takes what is left
+    lines = []
+    for row in (headings, *rows):
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = (f"{part:<{width}}" for part, width in zip(parts, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
+    return "\n".join([*lines, "", "All about one: rewardtune ls rewards NAME"])
+
+
+def reward_page(name: str) -> str:
+    """Everything about one reward, and how to place its weights by hand. ConfigError for an unknown name."""
+    entry = next((entry for entry in REWARDS if entry.name == name.lower()), None)
+    if entry is None:
+        names = [entry.name for entry in REWARDS]
+        raise ConfigError(f"unknown reward {name!r}{nearest(name.lower(), names)}; legal: {', '.join(names)}")
+    facts = {
+        "measures": entry.meaning,
+        "range": f"{entry.range}; {entry.better} is better" + (f"; {entry.note}" if entry.note else ""),
+        "reads": "image and prompt" if entry.reads_prompt else "the image alone",
+        "gradient": "yes" if entry.differentiable else "no: log it with weight 0",
+        "proved": entry.proof,
+        "proved against": entry.oracle,
+        "class": entry.path,
+        "settings": _settings(entry),
+    }
+    lines = [entry.name, *(f"  {key:<14}  {value}" for key, value in facts.items())]
+    if not entry.weights:
+        return "\n".join([*lines, "  weights         none"])
+    lines.append("  weights         downloaded on first use; without network, on a machine that has one:")
+    for source in entry.weights:
+        lines.append(f"    {source.repo} @ {source.revision}: {source.size}, licence {source.licence}")
+        lines.append(f"      {source.by_hand()}")
+    return "\n".join(lines)
+
+
+def _settings(entry: Entry) -> str:
+    module, _, attribute = entry.path.partition(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters.values()
+    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters) or "none"
+
+
+def rewards_json() -> str:
+    """The catalogue as JSON, a list of objects."""
+    rows = [{**asdict(entry), "size": entry.size, "licence": entry.licence} for entry in REWARDS]
+    return json.dumps(rows, indent=2, ensure_ascii=False)
 
 
 def environment() -> str:

@@ -3,14 +3,19 @@
     reward = rewards.CLIPScore() + 0.2 * rewards.Symmetry(detach_std=True)
     total, natives = reward.parts(images, prompts)     # natives: {"clipscore": (B,), "symmetry": (B,)}
 
-Networks are loaded, and transformers imported, when a reward is made, not here.
+Names are imported when they are first used, so that `rewardtune ls rewards` needs no torch; networks are loaded, and
+transformers imported, when a reward is made.
 """
 
-from rewardtune.rewards.base import Reward, from_callable
-from rewardtune.rewards.check import check_reward
-from rewardtune.rewards.clip import CLIPScore
-from rewardtune.rewards.loading import BUILTIN, load
-from rewardtune.rewards.pixels import Brightness, Colour, Compressibility, JPEGBytes, Symmetry
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewardtune.rewards.base import Reward, from_callable
+    from rewardtune.rewards.check import check_reward
+    from rewardtune.rewards.clip import CLIPScore
+    from rewardtune.rewards.loading import BUILTIN, load
+    from rewardtune.rewards.pixels import Brightness, Colour, Compressibility, JPEGBytes, Symmetry
 
 __all__ = [
     "BUILTIN",
@@ -25,3 +30,23 @@ __all__ = [
     "from_callable",
     "load",
 ]
+
+_HOME = {
+    "BUILTIN": "loading",
+    "Brightness": "pixels",
+    "CLIPScore": "clip",
+    "Colour": "pixels",
+    "Compressibility": "pixels",
+    "JPEGBytes": "pixels",
+    "Reward": "base",
+    "Symmetry": "pixels",
+    "check_reward": "check",
+    "from_callable": "base",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rewardtune.rewards' has no attribute {name!r}")
+    return getattr(import_module(f"rewardtune.rewards.{_HOME[name]}"), name)

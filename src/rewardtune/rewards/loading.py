@@ -1,6 +1,5 @@
 """From a word in a run file to a reward: a built-in name, or an import path "my_pkg.rewards:MyReward"."""
 
-import difflib
 import importlib
 import inspect
 import os
@@ -8,24 +7,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rewardtune.errors import ConfigError
+from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.rewards.base import Reward, as_reward
+from rewardtune.rewards.catalogue import REWARDS
+from rewardtune.spelling import nearest
 
-BUILTIN = {
-    "brightness": "rewardtune.rewards.pixels:Brightness",
-    "clipscore": "rewardtune.rewards.clip:CLIPScore",
-    "colour": "rewardtune.rewards.pixels:Colour",
-    "compressibility": "rewardtune.rewards.pixels:Compressibility",
-    "jpeg_bytes": "rewardtune.rewards.pixels:JPEGBytes",
-    "symmetry": "rewardtune.rewards.pixels:Symmetry",
-}
+BUILTIN = {entry.name: entry.path for entry in REWARDS}
 
 
 def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
     """The reward that `spec` names, built with `settings`.
 
-    spec: a key of BUILTIN, or "module:object", where the object is a class (called with the settings), a Reward or a
-    function (images, prompts) -> scores. Modules are also looked for in the current folder. Raises ConfigError.
+    spec: a key of BUILTIN, or "module:object", where the object is a class (called with the settings), a Reward, an
+    nn.Module or a function (images, prompts) -> scores. Modules are also looked for in the current folder.
+    Raises ConfigError: also for whatever else the object's own module or `__init__` raises.
     """
     target = _import(BUILTIN.get(spec.lower(), spec))
     if inspect.isclass(target):
@@ -38,17 +33,11 @@ def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
     return as_reward(target, action=f"use '{spec}' as a reward")
 
 
-def nearest(word: str, legal: list[str]) -> str:
-    """' (did you mean x?)', or nothing when no legal word is near."""
-    close = difflib.get_close_matches(word, legal, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
-
 def _import(path: str) -> Any:
     module_name, colon, attribute = path.partition(":")
-    if not colon:
+    if not (colon and module_name and attribute):
         raise ConfigError(
-            f"unknown reward '{path}'{nearest(path.lower(), list(BUILTIN))}; legal: {', '.join(BUILTIN)}, "
+            f"unknown reward '{path}'{nearest(path.lower(), BUILTIN)}; legal: {', '.join(sorted(BUILTIN))}, "
             'or an import path "my_pkg.rewards:MyReward"'
         )
     if os.getcwd() not in sys.path:
@@ -71,17 +60,20 @@ def _build(spec: str, cls: type, settings: dict[str, Any]) -> object:
             f"cannot use '{spec}' as a reward: objects of {cls.__name__} are not callable; "
             "legal is a subclass of Reward, or a class with __call__(images, prompts) -> (B,)"
         )
-    parameters = inspect.signature(cls).parameters
+    parameters = inspect.signature(cls).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in settings:
-        if key not in parameters:
-            legal = ", ".join(parameters) or "none"
-            raise ConfigError(f"reward '{spec}' has no setting '{key}'{nearest(key, list(parameters))}; legal: {legal}")
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    missing = [
-        name
-        for name, p in parameters.items()
-        if p.default is p.empty and p.kind not in optional and name not in settings
-    ]
+        if key not in named and not takes_any:
+            legal = ", ".join(named) or "none"
+            raise ConfigError(f"reward '{spec}' has no setting '{key}'{nearest(key, named)}; legal: {legal}")
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in settings]
     if missing:
         raise ConfigError(f"reward '{spec}' needs the setting {', '.join(missing)}; give it beside the name")
-    return cls(**settings)
+    try:
+        return cls(**settings)
+    except RewardTuneError:
+        raise
+    except Exception as error:  # whatever a class raises that was given the wrong kind of value
+        given = ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "no settings"
+        raise ConfigError(f"reward '{spec}' cannot be made with {given} ({type(error).__name__}: {error})") from error
