@@ -2,7 +2,8 @@
 
 A reward maps images (B, 3, H, W), float in [0, 1], and B prompts to scores (B,), higher is better, differentiable in
 the images. Subclasses write `native`, the quantity in the scale that papers print; `minimise = True` says that less
-of it is better. A sum keeps its parts, so that one evaluation serves both the loss and the log.
+of it is better. Sums, and the compositions of `compose.py`, keep what they are made of: in one `Call` every reward is
+evaluated once, for the loss and for the log.
 """
 
 import math
@@ -17,6 +18,31 @@ from rewardtune.errors import ConfigError
 from rewardtune.rewards.contract import check_inputs, check_scores, full
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Call:
+    """One evaluation on `images` and `prompts`: each reward is asked once, its native value is kept for the log."""
+
+    def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
+        self.images, self.prompts = images, prompts
+        self.measured: dict[int, tuple[Reward, Tensor]] = {}
+        self._scores: dict[tuple[int, bool], Tensor] = {}
+
+    def score(self, reward: "Reward") -> Tensor:
+        """Scores (B,) of `reward` or of a reward inside it, float32 or wider."""
+        key = id(reward), torch.is_grad_enabled()  # what was only logged has no graph to lend
+        if key not in self._scores:
+            self._scores[key] = full(reward._measure(self))
+        return self._scores[key]
+
+    def keep(self, reward: "Reward", native: Tensor) -> None:
+        """Native values (B,) for the log, in the order in which they are kept."""
+        self.measured.setdefault(id(reward), (reward, full(native.detach())))
+
+    def natives(self) -> dict[str, Tensor]:
+        """What was kept, by name."""
+        names = unique_names([reward for reward, _ in self.measured.values()])
+        return dict(zip(names, (native for _, native in self.measured.values()), strict=True))
 
 
 class Reward:
@@ -53,17 +79,17 @@ class Reward:
         Raises RewardError when the images, the prompts or a part's scores break the contract.
         """
         check_inputs(self.name, images, prompts)
-        total = torch.zeros(len(images), dtype=full(images).dtype, device=images.device)
-        natives = {}
-        for name, (weight, part) in zip(part_names(self), self.terms, strict=True):
-            part.to(images.device)  # a reward follows its images; `to("cpu")` sets it aside in between
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-                score, native = part.evaluate(images, prompts)
-            check_scores(f"reward '{name}'", score, batch=len(images))
-            check_scores(f"reward '{name}'", native, batch=len(images))
-            total = total + weight * full(score) if weight != 0 else total  # not 0 * score: 0 * inf is NaN
-            natives[name] = full(native.detach())
-        return total, natives
+        call = Call(images, prompts)
+        with torch.autocast(images.device.type, enabled=False):  # a trainer's autocast is for its own network
+            return call.score(self), call.natives()
+
+    def _measure(self, call: Call) -> Tensor:
+        self.to(call.images.device)  # a reward follows its images; `to("cpu")` sets it aside in between
+        score, native = self.evaluate(call.images, call.prompts)
+        check_scores(f"reward '{self.name}'", score, batch=len(call.images))
+        check_scores(f"reward '{self.name}'", native, batch=len(call.images))
+        call.keep(self, native)
+        return score
 
     def to(self, device: torch.device | str) -> Self:
         """Move the modules and tensors among the attributes to `device`; returns the reward itself."""
@@ -107,7 +133,22 @@ class Reward:
         return f"<reward {self.name}>"
 
 
-class Sum(Reward):
+class Composition(Reward):
+    """A reward made of others, its `members`. Subclasses write `_measure`, which asks the call for their scores."""
+
+    members: tuple[Reward, ...] = ()
+
+    def evaluate(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        score = Call(images, prompts).score(self)
+        return score, score
+
+    def to(self, device: torch.device | str) -> Self:
+        for member in self.members:
+            member.to(device)
+        return self
+
+
+class Sum(Composition):
     """sum_k w_k r_k, made by arithmetic. Always flat; a reward that occurs twice is one part with both weights."""
 
     def __init__(self, terms: Iterable[tuple[float, Reward]]) -> None:
@@ -115,17 +156,21 @@ class Sum(Reward):
         for weight, part in terms:
             merged[id(part)] = (weight + merged.get(id(part), (0.0, part))[0], part)
         self._terms = tuple(merged.values())
-        pairs = zip(part_names(self), self._terms, strict=True)
+        self.members = tuple(part for _, part in self._terms)
+        pairs = zip(unique_names(self.members), self._terms, strict=True)
         self.name = " + ".join(f"{weight:g}*{name}" for name, (weight, _) in pairs).replace("+ -", "- ")
 
     @property
     def terms(self) -> tuple[tuple[float, Reward], ...]:
         return self._terms
 
-    def to(self, device: torch.device | str) -> Self:
-        for _, part in self._terms:
-            part.to(device)
-        return self
+    def _measure(self, call: Call) -> Tensor:
+        total = torch.zeros(len(call.images), dtype=full(call.images).dtype, device=call.images.device)
+        for weight, part in self._terms:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                score = call.score(part)
+            total = total + weight * score if weight != 0 else total  # not 0 * score: 0 * inf is NaN
+        return total
 
 
 class _FromCallable(Reward):
@@ -165,14 +210,26 @@ def as_reward(thing: object, *, action: str = "use as a reward") -> Reward:
     )
 
 
-def part_names(reward: Reward) -> list[str]:
-    """The names of the parts in order, made unique: symmetry, symmetry_2, ..."""
+def leaves(reward: Reward, *, trained: bool = True) -> list[tuple[Reward, bool]]:
+    """The rewards that measure something themselves, each once and in order, and whether a gradient is asked of it."""
+    if not isinstance(reward, Composition):
+        return [(reward, trained)]
+    terms = reward.terms if isinstance(reward, Sum) else [(1.0, member) for member in reward.members]
+    found: dict[int, tuple[Reward, bool]] = {}
+    for weight, part in terms:
+        for leaf, wanted in leaves(part, trained=trained and weight != 0):
+            found[id(leaf)] = leaf, wanted or found.get(id(leaf), (leaf, False))[1]
+    return list(found.values())
+
+
+def unique_names(rewards: Iterable[Reward]) -> list[str]:
+    """Their names in order, made unique: symmetry, symmetry_2, ..."""
     names: list[str] = []
-    for _, part in reward.terms:
-        name, count = part.name, 1
+    for reward in rewards:
+        name, count = reward.name, 1
         while name in names:
             count += 1
-            name = f"{part.name}_{count}"
+            name = f"{reward.name}_{count}"
         names.append(name)
     return names
 

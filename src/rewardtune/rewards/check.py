@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rewardtune.errors import ConfigError, RewardError, RewardTuneError
-from rewardtune.rewards.base import Reward, Scorer, as_reward, part_names
+from rewardtune.rewards.base import Reward, Scorer, as_reward, leaves, unique_names
 from rewardtune.rewards.contract import check_inputs, check_scores
 
 
@@ -15,23 +15,26 @@ def check_reward(
 ) -> None:
     """Try every part of a reward by itself on two random images in [0, 1] of `size` (a side, or height and width).
 
+    Of a hinge, target, ensemble or balance it is the members that are tried: a hinge may well be satisfied by noise.
+
     Raises RewardError, naming the part and its sum, for a wrong shape, a NaN, a missing, zero or NaN gradient, and for
     samples that leak into each other. Parts of weight 0 are only logged and need no gradient.
     """
     reward = as_reward(reward)
     if not prompts or isinstance(prompts, str):
         raise ConfigError(f"check_reward: prompts is {prompts!r}; legal is a list with at least one prompt")
-    if all(weight == 0 for weight, _ in reward.terms):
+    parts = leaves(reward)
+    if not any(trained for _, trained in parts):
         raise RewardError(f"reward '{reward.name}': every weight is 0; give at least one part a weight")
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     pair = [prompts[0], prompts[-1]]
     check_inputs(reward.name, images, pair)
-    for name, (weight, part) in zip(part_names(reward), reward.terms, strict=True):
-        who = f"reward '{name}'" + (f" (a part of '{reward.name}')" if len(reward.terms) > 1 else "")
-        leaf = images.clone().requires_grad_(weight != 0)
+    for name, (part, trained) in zip(unique_names(part for part, _ in parts), parts, strict=True):
+        who = f"reward '{name}'" + (f" (a part of '{reward.name}')" if part is not reward else "")
+        leaf = images.clone().requires_grad_(trained)
         scores = _scores(who, part, leaf, pair)
-        if weight != 0:
+        if trained:
             _check_gradients(who, scores, leaf)
 
 

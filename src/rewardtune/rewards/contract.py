@@ -14,21 +14,56 @@ def full(x: Tensor) -> Tensor:
 
 
 def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
-    """RewardError unless images are (B, 3, H, W) float in [0, 1] and prompts are B strings."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+    """RewardError unless images are (B, 3, H, W), float, finite and in [0, 1], and prompts are B strings.
+
+    A NaN or infinite pixel is refused here, by the index of its image, for every reward: a resize or an attention
+    spreads it over all others, and a clamp hides it.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         shape = tuple(getattr(images, "shape", ()))
         raise RewardError(
             f"reward '{name}': images are a {type(images).__name__} {shape}; legal is a tensor (B, 3, H, W)"
+            + (_cure(shape) if isinstance(images, Tensor) else "")
         )
     if not images.is_floating_point():
         raise RewardError(f"reward '{name}': images are {images.dtype}; legal is float in [0, 1]: images.float() / 255")
     low, high = images.detach().aminmax()
-    if low < -0.01 or high > 1.01:  # slack for finite differences; NaN passes, it is not the range that is wrong then
+    if not (low.isfinite() and high.isfinite()):
+        broken = (~images.detach().isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise RewardError(
+            f"reward '{name}': NaN or infinite pixels in image {', '.join(map(str, broken))} of {len(images)}; "
+            "legal are finite ones in [0, 1]: an fp16 decoder overflows (use float32 or bfloat16), or training diverged"
+        )
+    if low < -0.01 or high > 1.01:  # slack for finite differences
         hint = "(images + 1) / 2" if low >= -1.01 and high <= 1.01 else "images.clamp(0, 1) or a division by 255"
         raise RewardError(f"reward '{name}': images run from {low:.2f} to {high:.2f}; legal is [0, 1]: try {hint}")
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        given = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise RewardError(f"reward '{name}': {given} for {len(images)} images; legal is a list with one for each image")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        given = "one string" if isinstance(prompts, str) else f"prompts are a {type(prompts).__name__}"
+    elif len(prompts) != len(images):
+        given = f"{len(prompts)} prompts"
+    else:
+        strange = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+        if not strange:
+            return
+        given = f"prompt {strange[0]} is a {type(prompts[strange[0]]).__name__}"
+    raise RewardError(
+        f"reward '{name}': {given} for {len(images)} images; legal is a list of strings, one for each image"
+    )
+
+
+def _cure(shape: tuple[int, ...]) -> str:
+    """What to write where images of this shape were meant."""
+    if 0 in shape:
+        return "; this one is empty"
+    if len(shape) == 3 and shape[0] == 3:
+        return ": one image is images[None]"
+    if len(shape) == 4 and shape[1] == 1:
+        return ": grey images are images.expand(-1, 3, -1, -1)"
+    if len(shape) == 4 and shape[1] == 4:
+        return ": leave the transparency out, images[:, :3]"
+    if len(shape) == 4 and shape[3] in (3, 4):
+        return ": channels last are images[..., :3].permute(0, 3, 1, 2)"
+    return ""
 
 
 def check_scores(who: str, scores: Tensor, *, batch: int) -> None:
