@@ -5,7 +5,7 @@ import torch
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError, RewardError
-from rewardtune.rewards.compose import balance, hinge, mean_of, minimum_of, standardise, target
+from rewardtune.rewards import balance, hinge, mean_of, minimum_of, standardise, target
 
 PROMPTS = ["a", "b", "c"]
 BRIGHT, SYMMETRY, TEAL = rewards.Brightness(), rewards.Symmetry(), rewards.Colour("teal")

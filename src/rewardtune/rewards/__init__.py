@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rewardtune.rewards.base import Reward, from_callable
     from rewardtune.rewards.check import check_reward
     from rewardtune.rewards.clip import CLIPScore
+    from rewardtune.rewards.compose import balance, hinge, mean_of, minimum_of, standardise, target
     from rewardtune.rewards.loading import BUILTIN, load
     from rewardtune.rewards.pixels import Brightness, Colour, Compressibility, JPEGBytes, Symmetry
 
@@ -26,9 +27,15 @@ __all__ = [
     "JPEGBytes",
     "Reward",
     "Symmetry",
+    "balance",
     "check_reward",
     "from_callable",
+    "hinge",
     "load",
+    "mean_of",
+    "minimum_of",
+    "standardise",
+    "target",
 ]
 
 _HOME = {
@@ -40,9 +47,15 @@ _HOME = {
     "JPEGBytes": "pixels",
     "Reward": "base",
     "Symmetry": "pixels",
+    "balance": "compose",
     "check_reward": "check",
     "from_callable": "base",
+    "hinge": "compose",
     "load": "loading",
+    "mean_of": "compose",
+    "minimum_of": "compose",
+    "standardise": "compose",
+    "target": "compose",
 }
 
 
