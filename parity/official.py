@@ -233,15 +233,22 @@ def aesthetic() -> None:
     write("aesthetic", score_and_gradient(score), weights=weights, **about)
 
 
+# The file beside ImageReward.pt, which is BLIP's own.
+MED_CONFIG = {
+    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 768,
+    "add_cross_attention": True,
+}  # fmt: skip
+
+
 def imagereward() -> None:
     """image-reward 1.5: `ImageReward.score_gard`, the differentiable entrance that ReFL trains on."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    config = {
-        "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1, "hidden_size": 24, "initializer_range": 0.02, "intermediate_size": 48,
-        "layer_norm_eps": 1e-12, "max_position_embeddings": 40, "model_type": "bert", "num_attention_heads": 3,
-        "num_hidden_layers": 2, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": len(words) + 2,
-        "encoder_width": 24, "add_cross_attention": True,
+    config = MED_CONFIG | {
+        "hidden_size": 24, "intermediate_size": 48, "max_position_embeddings": 40, "num_attention_heads": 3,
+        "num_hidden_layers": 2, "vocab_size": len(words) + 2,
     }  # fmt: skip
 
     def tiny_vit(*_: object) -> tuple[nn.Module, int]:  # the official one knows "base" and "large" only
@@ -255,6 +262,7 @@ def imagereward() -> None:
         (med_config := Path(folder) / "med_config.json").write_text(json.dumps(config))
         bert = transformers.BertTokenizer(vocabulary)  # bert-base-uncased there; the next line finds this one
         blip.BertTokenizer.from_pretrained = lambda _: bert
+        blip_pretrain.init_tokenizer = blip.init_tokenizer
         blip_pretrain.create_vit = tiny_vit
         official = blip_pretrain.BLIP_Pretrain
         ImageReward.ImageReward.BLIP_Pretrain = lambda image_size, **settings: official(
@@ -349,7 +357,33 @@ def jpeg() -> None:
     write("jpeg", tensors, official=f"Pillow {PIL.__version__}")
 
 
-ALL = [clipscore, pickscore, hpsv2, aesthetic, imagereward, objectness, preprocessing, jpeg]
+# -- the checkpoints at full size -------------------------------------------------------------------------------------
+
+
+def keys() -> None:
+    """Name and shape of every tensor in the official checkpoints, from the official classes."""
+    configs = Path(hps_model.__file__).parent / "model_configs"
+    vit_h = {
+        "clipscore": (open_clip.model.CLIP, open_clip.get_model_config("ViT-H-14")),
+        "hpsv2": (hps_model.CLIP, json.loads((configs / "ViT-H-14.json").read_text())),
+    }
+    with torch.device("meta"):
+        models = {name: make(**config) for name, (make, config) in vit_h.items()}
+        models["aesthetic"] = clip.model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)  # ViT-L/14
+    with tempfile.TemporaryDirectory() as folder:
+        (med_config := Path(folder) / "med_config.json").write_text(json.dumps(MED_CONFIG))
+        blip_pretrain.init_tokenizer = lambda: None  # a download
+        # Its constructor reads numbers, which the meta device does not have: 1.8 GB for some seconds.
+        models["imagereward"] = ImageReward.ImageReward.ImageReward(med_config=str(med_config))
+    shapes = {
+        name: {key: "x".join(map(str, value.shape)) for key, value in model.state_dict().items()}
+        for name, model in models.items()
+    }
+    (GOLDEN / "keys.json").write_text(json.dumps(shapes | {"med_config": MED_CONFIG}, indent=0) + "\n")
+    print("keys.json:", {name: len(found) for name, found in shapes.items()})
+
+
+ALL = [keys, clipscore, pickscore, hpsv2, aesthetic, imagereward, objectness, preprocessing, jpeg]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
