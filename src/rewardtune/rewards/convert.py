@@ -81,3 +81,46 @@ OPEN_CLIP = [
 def clip_from_open_clip(state: State) -> State:
     """OpenAI's or open_clip's CLIP with a vision transformer (also hpsv2's) -> transformers' `CLIPModel`."""
     return rename(state, OPEN_CLIP, what="open_clip's CLIP")
+
+
+_VIT, _BLIP = r"blip\.visual_encoder\.", "vision."
+_BLOCK, _LAYER = rf"{_VIT}blocks\.(\d+)\.", rf"{_BLIP}encoder.layers.\1."
+IMAGE_REWARD = [
+    Row(_VIT + r"cls_token", (_BLIP + "embeddings.class_embedding",)),
+    Row(_VIT + r"pos_embed", (_BLIP + "embeddings.position_embedding",)),
+    Row(_VIT + r"patch_embed\.proj\.(weight|bias)", (_BLIP + r"embeddings.patch_embedding.\1",)),
+    Row(_BLOCK + r"norm([12])\.(weight|bias)", (_LAYER + r"layer_norm\2.\3",)),
+    Row(_BLOCK + r"attn\.qkv\.(weight|bias)", (_LAYER + r"self_attn.qkv.\2",)),
+    Row(_BLOCK + r"attn\.proj\.(weight|bias)", (_LAYER + r"self_attn.projection.\2",)),
+    Row(_BLOCK + r"mlp\.fc([12])\.(weight|bias)", (_LAYER + r"mlp.fc\2.\3",)),
+    Row(_VIT + r"norm\.(weight|bias)", (_BLIP + r"post_layernorm.\1",)),
+    Row(r"blip\.text_encoder\.(embeddings\.(?!position_ids).+|encoder\..+)", (r"text.\1",)),
+    Row(r"mlp\.layers\.([02467])\.(weight|bias)", (r"mlp.\1.\2",)),
+    # Not weights, or BLIP's projections for contrastive training, which a score does not pass.
+    Row(r"blip\.text_encoder\.embeddings\.position_ids|blip\.(vision|text)_proj\.(weight|bias)", ()),
+]
+IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = 0.16717362830052426, 1.0333394966054072
+
+
+def imagereward_from_official(state: State) -> State:
+    """`ImageReward.pt` -> "vision.*" of a `BlipVisionModel`, "text.*" of a `BlipTextModel`, and the head.
+
+    head.weight (D,), head.bias (): the five linear layers, between which there are no activations, and the
+    standardisation after them as one affine map, multiplied out in float64.
+    """
+    result = rename(state, IMAGE_REWARD, what="ImageReward.pt")
+    layers = [[result.pop(f"mlp.{i}.{part}", None) for part in ("weight", "bias")] for i in (0, 2, 4, 6, 7)]
+    if any(part is None for layer in layers for part in layer):
+        raise ConfigError("the checkpoint lacks layers of the head, mlp.layers.{0,2,4,6,7}; it is cut or another kind")
+    weight, bias = collapse([(weight, bias) for weight, bias in layers if weight is not None and bias is not None])
+    result["head.weight"] = (weight[0] / IMAGE_REWARD_STD).float()
+    result["head.bias"] = ((bias[0] - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD).float()
+    return result
+
+
+def collapse(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Linear layers without activations between them as one: weight (out, in) and bias (out,), in float64."""
+    (weight, bias), *rest = [(weight.double(), bias.double()) for weight, bias in layers]
+    for later, shift in rest:
+        weight, bias = later @ weight, later @ bias + shift
+    return weight, bias
