@@ -1,9 +1,12 @@
 """The run file: strict, every problem at once with its line, numbers and overrides as people write them."""
 
 import pytest
+import torch
 
-from rewardtune.config import dump_config, load_config, parse_options, recipes
+from rewardtune import rewards
+from rewardtune.config import Part, dump_config, load_config, parse_options, recipes
 from rewardtune.errors import ConfigError
+from rewardtune.launch import make_reward
 
 GOOD = """\
 model: playground
@@ -58,7 +61,7 @@ prompts: 3
 """
     found = problems(tmp_path, text, ["optim.clop=3"])
     for expected in (
-        "line 3: unknown key 'reward.0.weigth'; did you mean 'weight'? legal here: name, weight, options",
+        "line 3: unknown key 'reward.0.weigth'; did you mean 'weight'? legal here: name, mean_of",
         "line 5: reward.1.weight = 'heavy': must be a valid number",
         "line 7: unknown key 'optim.lrr'; did you mean 'lr'?",
         "line 8: optim.steps = 0: must be greater than or equal to 1",
@@ -113,3 +116,77 @@ def test_every_shipped_recipe_is_valid():
 
 def test_options_of_the_plan_command():
     assert parse_options(["K=5", "spacing=random", "m=null"]) == {"K": 5, "spacing": "random", "m": None}
+
+
+# -- the reward -----------------------------------------------------------------------------------------------------
+
+COMPOSED = """\
+model: playground
+prompts: [a, b]
+output_dir: out
+reward_weight: 1e-2
+reward:
+  - {name: brightness, weight: 1e-3, hinge: 2.0}
+  - minimum_of:
+      - {name: symmetry, standardise: {mean: 0.55, std: 0.1}, options: {detach_std: true}}
+      - mean_of: [brightness, {name: colour, options: {colour: teal}}]
+    weight: 2
+  - balance: [brightness, {name: symmetry, weight: 0.2, target: 0.3}]
+"""
+
+
+def test_compositions_are_built_as_written(tmp_path):
+    config = load_config(write(tmp_path, COMPOSED))
+    built = make_reward(config.reward, weight=config.reward_weight)
+    bright, teal = rewards.Brightness(), rewards.Colour("teal")
+    worst = rewards.minimum_of(
+        rewards.standardise(rewards.Symmetry(detach_std=True), mean=0.55, std=0.1), rewards.mean_of(bright, teal)
+    )
+    pull = rewards.balance(bright + 0.2 * rewards.target(rewards.Symmetry(), 0.3))
+    expected = 1e-2 * (1e-3 * rewards.hinge(bright, 2.0) + 2 * worst + pull)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.testing.assert_close(built(images, ["a", "b"]), expected(images, ["a", "b"]))
+    gradients = [torch.autograd.grad(reward(images, ["a", "b"]).sum(), images)[0] for reward in (built, expected)]
+    torch.testing.assert_close(*gradients)
+    natives = built.parts(images, ["a", "b"])[1]  # brightness stands there three times and is one reward
+    assert list(natives) == ["brightness", "symmetry", "colour", "mean_of", "minimum_of", "symmetry_2"]
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert "null" not in dump_config(config).partition("method:")[0]
+
+
+def test_wrong_compositions_are_named_with_their_line(tmp_path):
+    text = """\
+model: playground
+prompts: [a, b]
+output_dir: out
+reward:
+  - {hinge: 2}
+  - {name: x, mean_of: [a, b]}
+  - {name: x, hinge: 2, target: 3}
+  - {name: x, hinge: high}
+  - mean_of: [a]
+  - mean_of:
+    - {name: a, wieght: 3}
+    - 3
+  - {name: x, standardise: {mean: 0, stdd: 1}}
+  - {name: x, standardise: {mean: 0, std: 0}}
+  - {balance: [a, b], options: {limit: 2}}
+"""
+    found = problems(tmp_path, text)
+    for expected in (
+        "line 5: reward.0 = {'hinge': 2}: nothing given; legal is one of name, mean_of, minimum_of, balance",
+        "line 6: reward.1 = {'name': 'x', 'mean_of': ['a', 'b']}: name and mean_of given; legal is one of name",
+        "hinge and target given; legal is at most one of hinge, target, standardise",
+        "line 8: reward.3.hinge = 'high': must be a valid number",
+        "line 9: reward.4.mean_of = ['a']: List should have at least 2 items",
+        "line 11: unknown key 'reward.5.mean_of.0.wieght'; did you mean 'weight'?",
+        "line 12: reward.5.mean_of.1 = 3: must be a valid mapping",
+        "line 13: unknown key 'reward.6.standardise.stdd'; did you mean 'std'? legal here: mean, std",
+        "line 14: reward.7.standardise.std = 0: must be greater than 0",
+        "options are for a reward by name; a group has none",
+    ):
+        assert any(expected in line for line in found), (expected, found)
+    with pytest.raises(ConfigError, match=r"balance: '2\*brightness' has fewer than two parts"):
+        make_reward([Part(balance=[Part(name="brightness"), Part(name="brightness")])])
+    with pytest.raises(ConfigError, match="reward is an empty list"):
+        make_reward([])

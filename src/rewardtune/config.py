@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from .errors import ConfigError
 
@@ -30,10 +30,52 @@ class Model(_Section):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
 
 
+class Standardise(_Section):
+    mean: float
+    std: float = Field(gt=0)
+
+
 class Part(_Section):
-    name: str = Field(description="a reward of `rewardtune ls rewards`, or an import path `module:Name`")
+    """A reward by name, or a group of rewards; at most one of hinge, target, standardise is put on it."""
+
+    name: str | None = Field(
+        default=None, description="a reward of `rewardtune ls rewards`, or an import path `module:Name`"
+    )
+    mean_of: list["Part"] | None = Field(default=None, min_length=2, description="an ensemble's mean, per image")
+    minimum_of: list["Part"] | None = Field(default=None, min_length=2, description="its worst member, per image")
+    balance: list["Part"] | None = Field(
+        default=None, min_length=2, description="a sum whose parts' gradients at the image get equal norms"
+    )
     weight: float = 1.0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={}, description="settings of the named reward")
+    hinge: float | None = Field(default=None, description="-relu(level - r): pushes up to this level and no further")
+    target: float | None = Field(default=None, description="-|r - value|: holds the reward at this value")
+    standardise: Standardise | None = Field(default=None, description="(r - mean) / std")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """`clipscore` for `{name: clipscore}`."""
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Part":
+        for words, least in (
+            (("name", "mean_of", "minimum_of", "balance"), 1),
+            (("hinge", "target", "standardise"), 0),
+        ):
+            given = [word for word in words if getattr(self, word) is not None]
+            if not least <= len(given) <= 1:
+                legal = "one" if least else "at most one"
+                raise ValueError(f"{' and '.join(given) or 'nothing'} given; legal is {legal} of {', '.join(words)}")
+        if self.options and self.name is None:
+            raise ValueError("options are for a reward by name; a group has none")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: Any) -> dict[str, Any]:
+        """Without the settings that do not concern this part."""
+        return {key: value for key, value in handler(self).items() if value not in (None, {})}
 
 
 class MethodChoice(_Section):
@@ -82,6 +124,7 @@ class Eval(_Section):
 class RunConfig(_Section):
     model: Model
     reward: list[Part]
+    reward_weight: float = Field(default=1.0, description="a factor on the whole reward, in the loss and in the log")
     method: MethodChoice = MethodChoice()
     prompts: str | list[str]
     sampling: Sampling = Sampling()
@@ -101,8 +144,7 @@ class RunConfig(_Section):
     @classmethod
     def _one_reward(cls, value: Any) -> Any:
         """`reward: clipscore`, one mapping, or a list of either."""
-        parts = value if isinstance(value, list) else [value]
-        return [{"name": part} if isinstance(part, str) else part for part in parts]
+        return value if isinstance(value, list) else [value]
 
 
 def recipes() -> dict[str, Path]:
@@ -181,13 +223,14 @@ def _explain(problem: Any, path: Path, lines: dict[tuple, int], overrides: Seque
         return f"{place}: unknown key {dotted!r}; {hint}legal here: {', '.join(legal)}"
     if problem["type"] == "missing":
         return f"{place}: {dotted!r} is missing (`rewardtune ls recipes` names complete run files to start from)"
-    return f"{place}: {dotted} = {problem['input']!r}: {problem['msg'].replace('Input should be', 'must be')}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{place}: {dotted} = {problem['input']!r}: {re.sub('dictionary( or instance of .*)?', 'mapping', message)}"
 
 
 def _keys(where: tuple) -> list[str]:
     """Legal keys of the section at `where`."""
     if where and where[0] == "reward":
-        return list(Part.model_fields)
+        return list((Standardise if where[-1] == "standardise" else Part).model_fields)
     section: type[BaseModel] = RunConfig
     for part in where:
         field = section.model_fields.get(str(part))

@@ -34,7 +34,7 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
     negative = {"negative_prompt": config.sampling.negative_prompt} if config.sampling.negative_prompt else {}
     tuner = RewardTuner(
         pipe,
-        reward=make_reward(config.reward),
+        reward=make_reward(config.reward, weight=config.reward_weight),
         method=method,
         prompts=prompts,
         output_dir=config.output_dir,
@@ -96,20 +96,51 @@ def make_method(choice: MethodChoice) -> Method:
         raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
 
 
-def make_reward(parts: list[Part]) -> "Reward":
-    """The weighted sum of the parts; `model: playground` stands for the playground's own networks."""
-    from . import playground, rewards
+def make_reward(parts: list[Part], *, weight: float = 1.0) -> "Reward":
+    """`weight` times the weighted sum of the parts; `model: playground` stands for the playground's own networks.
 
+    The same name with the same options is one reward, loaded and evaluated once, wherever it stands.
+    """
     if not parts:
         raise ConfigError("reward is an empty list; name at least one (see `rewardtune ls rewards`)")
-    terms = []
-    for part in parts:
-        options = dict(part.options)
+    reward = _total(parts, {})
+    return reward if weight == 1 else weight * reward
+
+
+def _total(parts: list[Part], loaded: dict[str, "Reward"]) -> "Reward":
+    terms = ((part.weight, _one(part, loaded)) for part in parts)
+    return reduce(add, (reward if weight == 1 else weight * reward for weight, reward in terms))
+
+
+def _one(part: Part, loaded: dict[str, "Reward"]) -> "Reward":
+    """A part without its weight: the named reward or the group, with the hinge, target or standardising put on it."""
+    from . import rewards
+
+    if part.mean_of is not None or part.minimum_of is not None:
+        join = rewards.mean_of if part.mean_of is not None else rewards.minimum_of
+        reward: Reward = join(*(_total([member], loaded) for member in part.mean_of or part.minimum_of or []))
+    elif part.balance is not None:
+        reward = rewards.balance(_total(part.balance, loaded))
+    else:
+        reward = _named(str(part.name), part.options, loaded)
+    if part.hinge is not None:
+        return rewards.hinge(reward, part.hinge)
+    if part.target is not None:
+        return rewards.target(reward, part.target)
+    if part.standardise is not None:
+        return rewards.standardise(reward, mean=part.standardise.mean, std=part.standardise.std)
+    return reward
+
+
+def _named(name: str, options: dict[str, Any], loaded: dict[str, "Reward"]) -> "Reward":
+    from . import playground, rewards
+
+    key = repr((name, options))
+    if key not in loaded:
         if options.get("model") == "playground":
-            options["model"] = str(playground.clip_path())
-        reward = rewards.load(part.name, options)
-        terms.append(reward if part.weight == 1 else part.weight * reward)
-    return reduce(add, terms)
+            options = options | {"model": str(playground.clip_path())}
+        loaded[key] = rewards.load(name, options)
+    return loaded[key]
 
 
 def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
