@@ -33,7 +33,7 @@ def test_help_answers_in_under_half_a_second():
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.5
-    for command in ("demo", "train", "sample", "plan", "ls", "env", "playground"):
+    for command in ("demo", "train", "sample", "plan", "score", "ls", "env", "playground"):
         assert command in done.stdout
 
 
@@ -88,6 +88,36 @@ def test_ls(capsys):
     assert main(["ls", "methods"]) == 0
     assert "symmetry" not in capsys.readouterr().out
     assert main(["ls", "nothing"]) == 2
+
+
+def test_ls_rewards_is_the_catalogue(capsys):
+    assert main(["ls", "rewards"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    assert main(["ls", "rewards", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list(rewardtune.rewards.BUILTIN)
+    for row in rows:
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{row['name']} "))
+        for key in ("range", "better", "size", "licence", "oracle"):
+            assert f" {row[key]}" in line
+    assert out.count(" no ") == [row["differentiable"] for row in rows].count(False)
+
+
+def test_ls_one_reward_tells_its_settings_and_how_to_place_its_weights(capsys):
+    assert main(["ls", "rewards", "clipscore"]) == 0
+    out = capsys.readouterr().out
+    assert "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in out
+    assert "model='laion/CLIP-ViT-H-14-laion2B-s32B-b79K'" in out
+    assert main(["ls", "rewards", "symmetry"]) == 0
+    assert "detach_std=False" in capsys.readouterr().out
+    for wrong, words in [
+        (["rewards", "symetry"], "did you mean 'symmetry'?"),
+        (["methods", "drtune"], "go with rewards"),
+        (["--json"], "go with rewards"),
+    ]:
+        assert main(["ls", *wrong]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_env_tells_versions_and_no_paths(capsys):

@@ -101,6 +101,35 @@ def plan(
         print(f"{drawn.draw()}  {drawn.steps_run} steps run, trained: {trained}")
 
 
+@app.command("score")
+def score(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders or globs.")],
+    reward: Annotated[list[str], typer.Option("--reward", "-r", help="As in run files; may be given several times.")],
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="[NAME.]KEY=VALUE", help="e.g. -o hpsv2.version=2.0")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help=".txt, a line for each image; or .csv, .jsonl with file and prompt.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all images.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all; - prints it.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+) -> None:
+    """Score pictures. Without --prompt and --prompts the text file beside each picture is its prompt (cat.txt)."""
+    from .runfolder import write_text
+    from .score import as_json, as_table, choose, score_files
+
+    choices = choose(reward, option or [])
+    pictures = score_files(images, choices, prompts=prompts, prompt=prompt, batch=batch, device=device)
+    if json_file == Path("-"):
+        print(as_json(pictures, choices), end="")
+        return
+    print(as_table(pictures))
+    if json_file is not None:
+        write_text(json_file, as_json(pictures, choices))
+
+
 @app.command("ls")
 def ls(
     what: Annotated[str, typer.Argument(help="rewards, methods, recipes, models, or all")] = "all",

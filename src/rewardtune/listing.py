@@ -2,11 +2,9 @@
 
 import importlib
 import inspect
-import itertools
 import json
 import os
 import platform
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -16,8 +14,7 @@ from .config import recipes
 from .errors import ConfigError
 from .rewards.catalogue import REWARDS, Entry
 from .spelling import nearest
-
-WIDTH = 120  # columns of the table of rewards
+from .tables import text_table
 
 
 def _rewards() -> list[tuple[str, str]]:
@@ -61,21 +58,13 @@ def listing(names: Sequence[str]) -> str:
 
 
 def rewards_table() -> str:
-    """All rewards, a row each, in at most 120 columns."""
+    """All rewards, a row each."""
     headings = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "proved against")
     rows = [
         (e.name, e.meaning, e.range, e.better, "yes" if e.differentiable else "no", e.size, e.licence, e.oracle)
         for e in REWARDS
     ]
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    widths[1] = WIDTH - sum(widths) + widths[1] - 2 * (len(widths) - 1)  # the meaning takes what is left
-    lines = []
-    for row in (headings, *rows):
-        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
-        for parts in itertools.zip_longest(*cells, fillvalue=""):
-            padded = (f"{part:<{width}}" for part, width in zip(parts, widths, strict=True))
-            lines.append("  ".join(padded).rstrip())
-    return "\n".join([*lines, "", "All about one: rewardtune ls rewards NAME"])
+    return f"{text_table(headings, rows, flexible=1)}\n\nAll about one: rewardtune ls rewards NAME"
 
 
 def reward_page(name: str) -> str:

@@ -1,0 +1,193 @@
+"""`rewardtune score`: what rewards say of pictures on disk, for people who only want scores.
+
+Pictures are read one after the other and scored in batches of equal size, so folders of any size and mixed sizes fit
+into memory. Scores are shown in the scale that papers print (`ls rewards` says whether more or less is better).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import __version__
+from .config import Part, parse_options
+from .errors import ConfigError, RewardError
+from .intervals import mean_interval
+from .pictures import Caption, captions, find_images, open_image
+from .rewards.catalogue import REWARDS
+from .tables import text_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .rewards import Reward
+
+T = TypeVar("T")
+Choices = Mapping[str, dict[str, Any]]  # reward: options
+READS_NO_PROMPT = {entry.name for entry in REWARDS if not entry.reads_prompt}
+LESS_IS_BETTER = {entry.name for entry in REWARDS if entry.better == "less"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One scored picture. native: by name of a part, in the scale that papers print. score: by reward, as maximised."""
+
+    file: str
+    width: int
+    height: int
+    prompt: str | None
+    converted: str
+    native: dict[str, float] = field(default_factory=dict)
+    score: dict[str, float] = field(default_factory=dict)
+
+
+def choose(names: Sequence[str], options: Sequence[str] = ()) -> Choices:
+    """{reward: its options} of a command line: `--reward hpsv2 --reward symmetry -o hpsv2.version=2.0`.
+
+    With one reward its name may be left out: `-o version=2.0`. Raises ConfigError.
+    """
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"the reward {min(repeated)!r} is given twice; give each once")
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for option in options:
+        owner = next((name for name in names if option.startswith(f"{name}.")), None)
+        if owner is None and len(names) != 1:
+            raise ConfigError(f"-o {option}: say of which reward: -o {names[0]}.{option}")
+        name = owner or names[0]
+        found[name].append(option.removeprefix(f"{name}."))
+    return {name: parse_options(given) for name, given in found.items()}
+
+
+def load_rewards(choices: Choices, *, prompts: bool, device: str) -> dict[str, Reward]:
+    """The rewards by name, on their device. ConfigError where one reads prompts and none are given: first of all."""
+    from .launch import make_reward
+
+    for name in choices:
+        if not prompts and name.lower() not in READS_NO_PROMPT:
+            raise ConfigError(
+                f"the reward {name!r} reads a prompt and none is given: --prompt TEXT for all images, --prompts FILE "
+                "with one line for each, or a text file beside each image (a reward of yours that reads none: "
+                '--prompt "")'
+            )
+    return {name: make_reward([Part(name=name, options=options)]).to(device) for name, options in choices.items()}
+
+
+def score_files(
+    sources: Sequence[str],
+    choices: Choices,
+    *,
+    prompts: Path | None = None,
+    prompt: str | None = None,
+    batch: int = 8,
+    device: str = "auto",
+) -> list[Picture]:
+    """Score the pictures of files, folders and globs by each reward. Raises ConfigError and RewardError."""
+    device, paths = pick_device(device), find_images(sources)
+    texts = captions(paths, prompts=prompts, prompt=prompt)
+    rewards = load_rewards(choices, prompts=texts is not None, device=device)
+    return list(_score(paths, texts, rewards, batch=batch, device=device))
+
+
+def pick_device(device: str) -> str:
+    """`auto`: the GPU where there is one."""
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r}: {str(error).splitlines()[0]}; legal: auto, cpu, cuda") from error
+    return chosen
+
+
+def _score(
+    paths: Sequence[Path],
+    texts: Sequence[Caption] | None,
+    rewards: dict[str, Reward],
+    *,
+    batch: int,
+    device: str,
+) -> Iterator[Picture]:
+    import torch
+
+    def pictures() -> Iterator[tuple[Picture, Tensor]]:
+        for index, path in enumerate(paths):
+            image, converted = open_image(path)
+            height, width = image.shape[-2:]
+            prompt = texts[index].prompt if texts else None
+            yield Picture(file=str(path), width=width, height=height, prompt=prompt, converted=converted), image
+
+    for group in equal_sizes(pictures(), batch):
+        images = torch.stack([image for _, image in group]).to(device)
+        given = [picture.prompt or "" for picture, _ in group]
+        for name, reward in rewards.items():
+            with torch.no_grad():
+                total, natives = reward.parts(images, given)
+            columns = natives if len(natives) == 1 else natives | {name: total}
+            for row, (picture, _) in enumerate(group):
+                picture.score[name] = float(total[row])
+                for column, values in columns.items():
+                    value = float(values[row])
+                    if not math.isfinite(value):
+                        raise RewardError(f"reward '{name}' scored {picture.file} {value}; legal is a finite number")
+                    picture.native[f"{name}.{column}" if column in picture.native else column] = value
+        yield from (picture for picture, _ in group)
+
+
+def equal_sizes(items: Iterable[tuple[T, Tensor]], batch: int) -> Iterator[list[tuple[T, Tensor]]]:
+    """Consecutive items in lists of at most `batch`, each with images of one size."""
+    group: list[tuple[T, Tensor]] = []
+    for item in items:
+        if group and (len(group) == batch or item[1].shape != group[0][1].shape):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def as_table(pictures: Sequence[Picture]) -> str:
+    """A row for each picture, and the mean with its 95% interval (Student's t over the pictures)."""
+    columns = list(pictures[0].native)
+    prompted = any(picture.prompt is not None for picture in pictures)
+    headings = ["image", *(["prompt"] if prompted else []), *columns]
+    rows = [
+        [p.file, *([p.prompt or ""] if prompted else []), *(digits(p.native[column]) for column in columns)]
+        for p in pictures
+    ]
+    if len(pictures) > 1:
+        means = (mean_interval([p.native[column] for p in pictures]) for column in columns)
+        label = f"mean of {len(pictures)}, ± 95%"
+        rows.append([label, *([""] if prompted else []), *(f"{digits(mean)} ± {digits(half)}" for mean, half in means)])
+    text = text_table(headings, rows, flexible=1 if prompted else 0, numbers=range(1 + prompted, len(headings)))
+    if less := [column for column in columns if column in LESS_IS_BETTER]:
+        text += f"\nLess is better: {', '.join(less)}"
+    if odd := [picture for picture in pictures if picture.converted]:
+        kinds = ", ".join(sorted({picture.converted for picture in odd}))
+        text += f"\n{len(odd)} of {len(pictures)} images were not plain RGB and were converted ({kinds}): {odd[0].file}"
+        text += ", ..." if len(odd) > 1 else ""
+    return text
+
+
+def digits(value: float) -> str:
+    """Four significant digits, and no exponent for large numbers."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def as_json(pictures: Sequence[Picture], choices: Choices) -> str:
+    """Everything: the rewards with their options, each picture, the means with half the width of their intervals."""
+    summary: dict[str, Any] = {}
+    for column in pictures[0].native:
+        mean, half = mean_interval([picture.native[column] for picture in pictures])
+        summary[column] = {"mean": mean, "half_width_95": None if math.isnan(half) else half, "images": len(pictures)}
+    document = {
+        "rewardtune": __version__,
+        "rewards": [{"name": name, "options": options} for name, options in choices.items()],
+        "summary": summary,
+        "images": [vars(picture) for picture in pictures],
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

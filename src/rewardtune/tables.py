@@ -1,0 +1,38 @@
+"""Tables as aligned text, the same in a terminal, a pipe and a test."""
+
+import itertools
+import shutil
+import textwrap
+from collections.abc import Collection, Sequence
+
+WIDTH = 120  # columns at most
+
+
+def text_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, flexible: int, numbers: Collection[int] = ()
+) -> str:
+    """Rows under their headings, as wide as the terminal but at most 120 columns.
+
+    flexible: the column that wraps where space is short. numbers: the columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    others = sum(widths) - widths[flexible] + 2 * (len(widths) - 1)
+    room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    widths[flexible] = max(12, min(widths[flexible], room - others))
+    lines = []
+    for row in (headings, *rows):
+        wrapped = [[cell] for cell in row]
+        wrapped[flexible] = textwrap.wrap(row[flexible], widths[flexible], break_on_hyphens=False)
+        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+            cells = (
+                f"{part:>{width}}" if index in numbers else f"{part:<{width}}"
+                for index, (part, width) in enumerate(zip(parts, widths, strict=True))
+            )
+            lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown."""
+    lines = [headings, ["---"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

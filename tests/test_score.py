@@ -1,0 +1,333 @@
+"""`rewardtune score`: pictures found, opened, paired with prompts, scored, shown; and every way to get it wrong."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import t as student_t
+
+from rewardtune import rewards
+from rewardtune.cli import main
+from rewardtune.errors import ConfigError
+from rewardtune.intervals import mean_interval, student
+from rewardtune.pictures import captions, find_images, open_image, read_table
+from rewardtune.score import choose
+from rewardtune.tables import text_table
+
+
+def save(path, *, seed=0, size=(20, 16), mode="RGB", **settings):
+    """A random picture of width x height; gives its pixels (H, W, C)."""
+    channels = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2}[mode]
+    array = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    Image.fromarray(array.squeeze(-1) if channels == 1 else array, mode=mode).save(path, **settings)
+    return array
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, seed in (("b", 1), ("a", 0), ("c", 2)):
+        save(tmp_path / f"{name}.png", seed=seed)
+    (tmp_path / "notes.md").write_text("no picture")
+    return tmp_path
+
+
+# -- finding --------------------------------------------------------------------------------------------------------
+
+
+def test_files_folders_and_globs_each_picture_once(folder):
+    (folder / "sub").mkdir()
+    save(folder / "sub" / "d.jpg")
+    names = [path.name for path in find_images([str(folder / "c.png"), str(folder)])]
+    assert names == ["c.png", "a.png", "b.png"]
+    assert [path.name for path in find_images([str(folder / "**" / "*.jpg")])] == ["d.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nothing", "no image in '.*nothing': there is no such file"),
+        ("*.webp", r"no image in '.*\*.webp': there is no such file, and no file matches"),
+        ("empty", r"no image in '.*empty': the folder has no .png"),
+        ("notes.md", r"cannot read the image .*notes.md: cannot identify"),
+    ],
+)
+def test_what_is_no_picture(folder, source, words):
+    (folder / "empty").mkdir()
+    with pytest.raises(ConfigError, match=words):
+        find_images([str(folder / source)])
+
+
+# -- opening --------------------------------------------------------------------------------------------------------
+
+
+def test_rgb_is_read_exactly(tmp_path):
+    array = save(tmp_path / "x.png")
+    image, converted = open_image(tmp_path / "x.png")
+    assert converted == ""
+    assert image.dtype == torch.float32
+    assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), array)
+
+
+def test_the_cameras_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the scene is the right side of the stored picture
+    array = save(tmp_path / "x.png", exif=exif)
+    image, _ = open_image(tmp_path / "x.png")
+    assert image.shape == (3, 20, 16)
+    assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), np.rot90(array, -1))
+
+
+def test_grey_palette_and_transparency_become_rgb(tmp_path):
+    grey = save(tmp_path / "l.png", mode="L")
+    image, converted = open_image(tmp_path / "l.png")
+    assert converted == "L"
+    assert np.array_equal((image * 255).round().byte().numpy(), np.repeat(grey.transpose(2, 0, 1), 3, 0))
+
+    rgba = save(tmp_path / "rgba.png", mode="RGBA").astype(float) / 255
+    image, converted = open_image(tmp_path / "rgba.png")
+    assert converted == "RGBA"
+    on_white = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+    assert np.abs(image.permute(1, 2, 0).numpy() - on_white).max() <= 1.01 / 255
+
+    save(tmp_path / "rgb.png")
+    Image.open(tmp_path / "rgb.png").quantize(16).save(tmp_path / "p.png")
+    image, converted = open_image(tmp_path / "p.png")
+    assert converted == "P"
+    expected = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    array = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(array).save(tmp_path / "x.png")
+    image, converted = open_image(tmp_path / "x.png")
+    assert converted == "16-bit grey"
+    torch.testing.assert_close(image, torch.from_numpy(array / 65535).float().expand(3, -1, -1))
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    image, converted = open_image(tmp_path / "x.gif")
+    assert "first frame" in converted
+    assert image.mean(dim=(1, 2)).tolist() == [1, 0, 0]
+
+
+def test_a_damaged_picture_and_one_of_unknown_range(tmp_path):
+    save(tmp_path / "x.png", size=(64, 64))
+    data = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConfigError, match=r"cannot read the image .*cut.png"):
+        open_image(tmp_path / "cut.png")
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ConfigError, match=r"f.tif has pixels of mode F, whose range is unknown"):
+        open_image(tmp_path / "f.tif")
+
+
+# -- prompts --------------------------------------------------------------------------------------------------------
+
+
+def texts(found):
+    return None if found is None else [caption.prompt for caption in found]
+
+
+def test_where_prompts_come_from(folder):
+    paths = find_images([str(folder)])
+    assert captions(paths) is None
+    assert texts(captions(paths, prompt="one")) == ["one"] * 3
+    (folder / "lines.txt").write_text("A\nB\nC\n")
+    assert texts(captions(paths, prompts=folder / "lines.txt")) == ["A", "B", "C"]
+    (folder / "t.csv").write_text('file,prompt,category\nc.png,C,photo\na.png,"A, a",\nb.png,B,painting\n')
+    found = captions(paths, prompts=folder / "t.csv")
+    assert texts(found) == ["A, a", "B", "C"]
+    assert [caption.category for caption in found] == ["", "painting", "photo"]
+    rows = [{"file": f"{name}.png", "prompt": name.upper()} for name in "cba"]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert texts(captions(paths, prompts=folder / "t.jsonl")) == ["A", "B", "C"]
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"beside {name}\n")
+    assert texts(captions(paths)) == ["beside a", "beside b", "beside c"]
+
+
+def test_prompts_that_do_not_fit(folder):
+    paths = find_images([str(folder)])
+    (folder / "lines.txt").write_text("A\nB\n")
+    with pytest.raises(ConfigError, match=r"lines.txt has 2 prompts for 3 images"):
+        captions(paths, prompts=folder / "lines.txt")
+    with pytest.raises(ConfigError, match="give one of them"):
+        captions(paths, prompts=folder / "lines.txt", prompt="x")
+    (folder / "a.txt").write_text("only a")
+    with pytest.raises(ConfigError, match=r"1 of 3 images have a text file beside them, but .*b.txt is missing"):
+        captions(paths)
+    (folder / "t.csv").write_text("file,prompt\na.png,A\nb.png,B\n")
+    with pytest.raises(ConfigError, match=r"t.csv has no row for the image .*c.png"):
+        captions(paths, prompts=folder / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("t.csv", "file,promt\na.png,A\n", r"line 2: the columns are 'file', 'promt' \(did you mean 'prompt'\?\)"),
+        ("t.csv", "file,prompt\na.png,A\na.png,B\n", "line 3: a.png occurs twice"),
+        ("t.csv", "file,prompt\na.png\n", "line 2: the columns are"),
+        ("t.jsonl", '{"file": "a.png", "prompt": "A"}\n[1]\n', "line 2: no JSON object"),
+        ("t.jsonl", "{broken", "cannot read .*t.jsonl"),
+    ],
+)
+def test_bad_tables(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_table(tmp_path / name)
+
+
+def test_a_missing_table(tmp_path):
+    with pytest.raises(ConfigError, match=r"t.csv does not exist"):
+        read_table(tmp_path / "t.csv")
+
+
+# -- intervals and tables -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 63])
+def test_student_against_scipy(freedom):
+    assert student(0.95, freedom) == pytest.approx(student_t.ppf(0.975, freedom), rel=2e-3)
+    if freedom not in (3, 4):
+        assert student(0.999, freedom) == pytest.approx(student_t.ppf(0.9995, freedom), rel=3e-3)
+
+
+def test_mean_interval_covers_the_mean_95_times_in_100():
+    draws = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    covered = sum(abs(mean) <= half for mean, half in map(mean_interval, draws)) / len(draws)
+    assert covered == pytest.approx(0.95, abs=0.012)  # a normal interval would cover 88%
+    assert math.isnan(mean_interval([3.0])[1])
+
+
+def test_tables_stay_within_the_terminal(monkeypatch):
+    rows = [["x" * 10, "many words " * 20, "1.5"], ["y", "few", "10.25"]]
+    for columns in (60, 100, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = text_table(["name", "text", "n"], rows, flexible=1, numbers=[2]).splitlines()
+        assert max(map(len, lines)) <= min(columns, 120)
+        assert lines[-1].split() == ["y", "few", "10.25"]
+        assert lines[-1].endswith("10.25")
+    assert lines[1].endswith("  1.5")
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_rewards(folder, capsys):
+    save(folder / "d.png", seed=3, size=(32, 24))  # another size
+    (folder / "p.txt").write_text("one\ntwo\nthree\nfour\n")
+    out = folder / "scores.json"
+    arguments = ["-r", "symmetry", "-r", "compressibility", "-o", "compressibility.quality=30"]
+    assert main(["score", str(folder), *arguments, "--prompts", str(folder / "p.txt"), "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert document["rewards"] == [
+        {"name": "symmetry", "options": {}},
+        {"name": "compressibility", "options": {"quality": 30}},
+    ]
+    judges = {"symmetry": rewards.Symmetry(), "compressibility": rewards.Compressibility(quality=30)}
+    for row, prompt in zip(document["images"], ["one", "two", "three", "four"], strict=True):
+        image = open_image(folder / row["file"].rpartition("/")[2])[0][None]
+        assert (row["height"], row["width"]) == image.shape[-2:]
+        assert row["prompt"] == prompt
+        assert prompt in shown
+        for name, judge in judges.items():
+            assert row["native"][name] == pytest.approx(judge.native(image, [prompt]).item(), rel=1e-5)
+            assert row["score"][name] == -row["native"][name]
+    values = [row["native"]["symmetry"] for row in document["images"]]
+    mean, half = mean_interval(values)
+    assert document["summary"]["symmetry"] == {"mean": mean, "half_width_95": half, "images": 4}
+    assert f"{mean:.4g} ± {half:.4g}" in shown
+    assert "Less is better: symmetry, compressibility" in shown
+
+
+def test_batches_change_nothing_and_a_single_image_has_no_interval(folder, capsys):
+    printed = []
+    for batch in ("1", "2", "8"):
+        assert main(["score", str(folder), "-r", "brightness", "--batch", batch, "--json", "-"]) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0]["images"] == printed[1]["images"] == printed[2]["images"]
+    assert main(["score", str(folder / "a.png"), "-r", "brightness", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["brightness"]["half_width_95"] is None
+
+
+def test_conversions_are_announced(folder, capsys):
+    save(folder / "grey.png", mode="L")
+    assert main(["score", str(folder), "-r", "brightness"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("1 of 4 images were not plain RGB and were converted (L): ")
+    assert line.endswith("grey.png")
+
+
+def test_a_sum_by_import_path_shows_its_parts(folder, monkeypatch, capsys):
+    (folder / "sum_of_two.py").write_text(
+        "from rewardtune import rewards\nboth = rewards.Brightness() + 2 * rewards.Symmetry()\n"
+    )
+    monkeypatch.chdir(folder)
+    arguments = ["-r", "sum_of_two:both", "-r", "brightness", "--prompt", "", "--json", "-"]
+    assert main(["score", "a.png", *arguments]) == 0
+    native = json.loads(capsys.readouterr().out)["images"][0]["native"]
+    assert native["sum_of_two:both"] == pytest.approx(native["brightness"] - 2 * native["symmetry"])
+    assert native["brightness.brightness"] == native["brightness"]
+
+
+def test_the_playgrounds_clipscore_prefers_the_right_prompt(tmp_path, capsys):
+    from random import Random
+
+    from rewardtune.playground import draw_scenes, render
+
+    scenes = draw_scenes(8, Random(0), split="eval")
+    for index, image in enumerate(render(scenes)):
+        array = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(tmp_path / f"{index}.png")
+    (tmp_path / "right.txt").write_text("\n".join(scene.caption for scene in scenes))
+    (tmp_path / "wrong.txt").write_text("\n".join(scene.caption for scene in scenes[1:] + scenes[:1]))
+    means = []
+    for name in ("right", "wrong"):
+        arguments = ["-r", "clipscore", "-o", "model=playground", "--prompts", str(tmp_path / f"{name}.txt")]
+        assert main(["score", str(tmp_path), *arguments, "--json", "-"]) == 0
+        means.append(json.loads(capsys.readouterr().out)["summary"]["clipscore"]["mean"])
+    assert means[0] > means[1] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "-r", "symmetry"], "no image in 'nowhere'"),
+        (["a.png", "-r", "symetry", "--prompt", "x"], "unknown reward 'symetry' (did you mean 'symmetry'?)"),
+        (["a.png", "-r", "clipscore"], "the reward 'clipscore' reads a prompt and none is given"),
+        (["a.png", "-r", "mine:function"], "the reward 'mine:function' reads a prompt and none is given"),
+        (["a.png", "-r", "symmetry", "-r", "symmetry"], "'symmetry' is given twice"),
+        (
+            ["a.png", "-r", "symmetry", "-r", "colour", "-o", "colour=red"],
+            "say of which reward: -o symmetry.colour=red",
+        ),
+        (["a.png", "-r", "symmetry", "-o", "epss=1"], "no setting 'epss' (did you mean 'eps'?)"),
+        (["a.png", "-r", "symmetry", "--prompts", "none.txt"], "none.txt does not exist"),
+        (["a.png", "-r", "symmetry", "--device", "quantum"], "device 'quantum'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(folder, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(folder)
+    assert main(["score", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_score_that_is_no_number_is_an_error(folder, monkeypatch, capsys):
+    (folder / "nan_reward.py").write_text("def f(images, prompts): return images.mean((1, 2, 3)) * float('nan')\n")
+    monkeypatch.chdir(folder)
+    assert main(["score", "a.png", "-r", "nan_reward:f", "--prompt", ""]) == 3
+    assert "scored a.png nan" in capsys.readouterr().err
+
+
+def test_options_go_to_their_reward():
+    assert choose(["a:B"], ["x=1", "a:B.y=[1,2]"]) == {"a:B": {"x": 1, "y": [1, 2]}}
+    assert choose(["a", "b"], ["b.x=1e-4"]) == {"a": {}, "b": {"x": 1e-4}}
