@@ -38,7 +38,8 @@ def rename(state: State, rows: Sequence[Row], *, what: str) -> State:
             )
         row, match = hits[0]
         value = value.T if row.transpose else value
-        for target, part in zip(row.targets, value.tensor_split(len(row.targets)) if row.targets else (), strict=True):
+        parts = value.tensor_split(len(row.targets)) if len(row.targets) > 1 else [value] * len(row.targets)
+        for target, part in zip(row.targets, parts, strict=True):
             name = match.expand(target)
             if name in result:
                 raise ConfigError(f"the checkpoint writes '{name}' twice, the second time by '{key}'")
