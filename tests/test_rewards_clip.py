@@ -1,50 +1,27 @@
-"""CLIPScore and its preprocessing against the official transformers classes, on a tiny CLIP with random weights."""
+"""The CLIP family against the official transformers classes, on a tiny CLIP with random weights."""
 
 import json
-import string
+import math
+import sys
+import types
+import warnings
 
-import numpy as np
 import pytest
+import tiny_clip
 import torch
-from PIL import Image
+from tiny_clip import PROMPTS, SIZE, edit, edit_tower, smooth_photo, to_pil
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
-from rewardtune.rewards import clip as clip_module
-from rewardtune.rewards.preprocess import crop_preprocess, resize
+from rewardtune.rewards.clipmodel import check_clip_config
+from rewardtune.rewards.weights import Source
 
-MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.25, 0.2]
-PROMPTS = ["a red cat", "two dogs"]
-SIZE = 32
+FAMILY = [rewards.CLIPScore, rewards.PickScore, lambda model, **settings: rewards.HPSv2(model=model, **settings)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A complete CLIPModel folder: config, weights, tokenizer, image processor."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    path = tmp_path_factory.mktemp("clip")
-    tokens = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(path)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
-    ).save_pretrained(path)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
-    text = {"vocab_size": len(vocabulary), "max_position_embeddings": 16, "bos_token_id": start, "eos_token_id": end}
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(
-            text_config=tower | text | {"pad_token_id": end, "projection_dim": 8},
-            vision_config=tower | {"image_size": SIZE, "patch_size": 8, "projection_dim": 8},
-            projection_dim=8,
-        )
-    )
-    for parameter in model.parameters():  # transformers' small initial values would hide errors
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
-    model.save_pretrained(path)
-    return path
+    return tiny_clip.save(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +32,6 @@ def score(folder):
 @pytest.fixture
 def images():
     return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def to_pil(image):
-    return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
-
-
-def smooth_photo(*, height, width):
-    """8-bit values in [0, 1] without much detail above the target size, as photographs are."""
-    noise = torch.rand(1, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(3))
-    return resize(noise, height=height, width=width).mul(255).round() / 255
 
 
 def official_cosine(folder, images, prompts):
@@ -125,14 +92,14 @@ def test_gradient_goes_to_the_images_alone_and_texts_have_no_graph(folder, image
     assert leaf.grad.abs().sum() > 0
     assert all(not p.requires_grad and p.grad is None for p in score.model.parameters())
     assert not score.model.training
-    assert not any(t.requires_grad or t.is_inference() for t in (score.text(prompt) for prompt in PROMPTS))
+    assert not any(t.requires_grad or t.is_inference() for t in (score.texts(prompt) for prompt in PROMPTS))
 
 
 def test_texts_are_computed_once_and_the_cache_is_bounded(folder, images, monkeypatch):
     score, encoded = rewards.CLIPScore(model=str(folder)), []
-    encode = score._encode
-    monkeypatch.setattr(score, "_encode", lambda prompt: encoded.append(prompt) or encode(prompt))
-    monkeypatch.setattr(clip_module, "CACHED_PROMPTS", 2)
+    ids = score.texts.ids
+    monkeypatch.setattr(score.texts, "ids", lambda prompt: encoded.append(prompt) or ids(prompt))
+    monkeypatch.setattr(score.texts, "limit", 2)
     score(images, ["a", "a"])
     score(images, ["b", "a"])
     assert encoded == ["a", "b"]
@@ -141,18 +108,18 @@ def test_texts_are_computed_once_and_the_cache_is_bounded(folder, images, monkey
     assert encoded == ["a", "b", "c"]
     score(images, ["b", "c"])
     assert encoded == ["a", "b", "c", "b"]
-    assert len(score._texts) == 2
+    assert len(score.texts) == 2
 
 
 def test_a_prompt_does_not_depend_on_its_companions(folder, images):
     alone, together = rewards.CLIPScore(model=str(folder)), rewards.CLIPScore(model=str(folder))
     together(images, ["a much longer one", PROMPTS[0]])
-    assert torch.equal(alone.text(PROMPTS[0]), together.text(PROMPTS[0]))
+    assert torch.equal(alone.texts(PROMPTS[0]), together.texts(PROMPTS[0]))
 
 
 def test_model_and_cached_texts_follow_the_images_to_their_device(folder, images):
     score = rewards.CLIPScore(model=str(folder))
-    score.text("a")  # cached on the CPU
+    score.texts("a")  # cached on the CPU
     scores = score.to("meta").native(images.to("meta"), ["a", "b"])
     assert score.model.device.type == scores.device.type == "meta"
     assert scores.shape == (2,)
@@ -167,10 +134,15 @@ def test_contract_on_cuda(folder):
     )
 
 
-def test_a_cut_prompt_is_said_and_cut_as_transformers_does(folder, score, images):
-    long = ["abcdefghijklmno", "a"]  # 15 letters, start and end: one token too many
-    with pytest.warns(UserWarning, match="CLIP reads the first 16 tokens"):
+def test_a_cut_prompt_is_said_once_and_cut_as_transformers_does(folder, images):
+    score, long = (
+        rewards.CLIPScore(model=str(folder)),
+        ["abcdefghijklmno", "a"],
+    )  # 15 letters, start and end: one token too many
+    with pytest.warns(UserWarning, match="clipscore reads the first 16 tokens of a prompt; this one has 17"):
         ours = score(images, long)
+    with warnings.catch_warnings(action="error"):
+        score(images, ["another prompt that is too long", "a"])  # said once
     torch.testing.assert_close(ours, official_cosine(folder, images.mul(255).round() / 255, long), rtol=0, atol=5e-3)
 
 
@@ -179,36 +151,6 @@ def test_bfloat16_network_gives_float32_scores(folder, score, images):
     assert half.model.dtype == torch.bfloat16
     assert half(images, PROMPTS).dtype == torch.float32
     torch.testing.assert_close(half(images, PROMPTS), score(images, PROMPTS), rtol=0, atol=0.05)
-
-
-# -- preprocessing --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (512, 768), (300, 403)])
-def test_preprocessing_is_the_pil_processors_to_8_bit_rounding(height, width):
-    from transformers import CLIPImageProcessorPil
-
-    image = smooth_photo(height=height, width=width)
-    ones, zeros = [1.0] * 3, [0.0] * 3
-    official = CLIPImageProcessorPil(image_mean=zeros, image_std=ones)(to_pil(image[0]), return_tensors="pt")
-    ours = crop_preprocess(image, size=224, mean=zeros, std=ones)
-    difference = (ours - official["pixel_values"]).abs() * 255
-    assert difference.max() <= 3
-    assert difference.mean() <= 0.35
-
-
-def test_preprocessing_normalises_and_is_the_identity_at_equal_size(images):
-    same = crop_preprocess(images, size=SIZE, mean=[0.0] * 3, std=[1.0] * 3)
-    assert torch.equal(same, images)
-    ours = crop_preprocess(images, size=SIZE, mean=MEAN, std=STD).numpy()
-    np.testing.assert_allclose(ours[:, 2], (images.numpy()[:, 2] - 0.6) / 0.2, rtol=1e-5)
-
-
-def test_every_pixel_gets_a_gradient_when_shrinking():
-    leaf = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0)).mul(0.5).add(0.25).requires_grad_()
-    weights = torch.rand(32, 32, generator=torch.Generator().manual_seed(1))
-    (crop_preprocess(leaf, size=32, mean=MEAN, std=STD) * weights).sum().backward()
-    assert (leaf.grad != 0).float().mean() > 0.99
 
 
 def test_settings_may_stand_in_processor_config_json(folder, images, score, tmp_path):
@@ -221,14 +163,152 @@ def test_settings_may_stand_in_processor_config_json(folder, images, score, tmp_
     assert torch.equal(rewards.CLIPScore(model=str(tmp_path))(images, PROMPTS), score(images, PROMPTS))
 
 
+# -- the three classes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", FAMILY)
+def test_every_image_is_scored_against_its_own_prompt(folder, images, make):
+    """Not against prompt 0, as code that copies the `[0]` of PickScore's example does in a batch."""
+    batch, prompts = torch.cat([images, images[:1]]), [*PROMPTS, "six"]
+    reward = make(model=str(folder))
+    single = [reward(batch[b : b + 1], prompts[b : b + 1]).item() for b in range(3)]
+    assert reward(batch, prompts).tolist() == pytest.approx(single, abs=1e-6)
+    assert abs(single[0] - single[2]) > 1e-3  # the same image, another prompt
+
+
+def test_logit_is_the_official_logit(folder, images):
+    images = images.mul(255).round() / 255
+    reward = rewards.PickScore(model=str(folder), scale="logit")
+    logits = official_cosine(folder, images, PROMPTS) * math.exp(2.6592)  # logit_scale_init_value
+    torch.testing.assert_close(reward(images, PROMPTS), logits, rtol=1e-5, atol=1e-5)
+    half = rewards.PickScore(model=str(folder), scale="logit", dtype="bfloat16")
+    assert half.factor == reward.factor  # exp of a rounded logarithm would be off by up to 2 %
+    with pytest.raises(ConfigError, match=r"scale is 'logits' \(did you mean 'logit'\?\)"):
+        rewards.PickScore(model=str(folder), scale="logits")
+
+
+def test_hps_keeps_the_ends_of_an_oblong_image_and_clip_does_not(folder):
+    leaf = smooth_photo(height=40, width=120).requires_grad_()
+    covered = {}
+    for make in FAMILY:
+        reward = make(model=str(folder))
+        (gradient,) = torch.autograd.grad(reward(leaf, PROMPTS[:1]).sum(), leaf)
+        covered[reward.name] = (gradient != 0).any(dim=1)[0, 20].float().mean().item()
+    assert covered["hpsv2"] == 1
+    assert covered["clipscore"] == covered["pickscore"] < 0.45
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_folder_without_a_tokenizer_takes_laions(copy, offline):
+    for file in copy.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"pickscore: cannot load 'laion/CLIP-ViT-H.*tokenizer.*as processor"):
+        rewards.PickScore(model=str(copy))
+    with pytest.raises(ConfigError, match=r"clipscore: cannot load '/.*put tokenizer.json"):
+        rewards.CLIPScore(model=str(copy))
+
+
+def test_cleaning_is_a_step_of_its_own(folder):
+    raw, clean = rewards.CLIPScore(model=str(folder)), rewards.HPSv2(model=str(folder))
+    assert clean.texts.ids("two &amp;amp; dogs ") == clean.texts.ids("two & dogs") == raw.texts.ids("two & dogs")
+    assert raw.texts.ids("two &amp; dogs") != raw.texts.ids("two & dogs")
+
+
+def test_ftfy_mends_the_text_where_it_is_installed_and_is_asked_for_where_not(folder, monkeypatch):
+    reward = rewards.HPSv2(model=str(folder))
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.warns(UserWarning, match="hpsv2: .*`pip install ftfy`"):
+        curly = reward.texts.ids("a dog’s")
+    assert curly != reward.texts.ids("a dog's")
+    monkeypatch.setitem(sys.modules, "ftfy", types.SimpleNamespace(fix_text=lambda text: text.replace("’", "'")))
+    assert reward.texts.ids("a dog’s") == reward.texts.ids("a dog's")
+
+
+@pytest.mark.parametrize(("version", "legal"), [("2.0", "2.0"), ("v2.1", "2.1"), (2.1, "2.1")])
+def test_versions_of_hps(folder, version, legal):
+    assert rewards.HPSv2(version, model=str(folder)).version == legal
+    with pytest.raises(ConfigError, match=r"version is '3'; legal: 2\.0, 2\.1"):
+        rewards.HPSv2("3", model=str(folder))
+
+
+@pytest.mark.parametrize("make", FAMILY)
+def test_the_playgrounds_clip_opens_in_every_class(make):
+    from rewardtune import playground
+
+    reward = make(model=str(playground.clip_path()))
+    rewards.check_reward(reward, size=(64, 80), prompts=["a red circle", "two blue squares"])
+
+
+# -- values that no weight's shape betrays --------------------------------------------------------------------------
+
+
+def as_if_vit_h(folder, **change):
+    """config.json with LAION's sizes; that the weights are others comes out after it."""
+    vision = {"hidden_size": 1280, "num_attention_heads": 16}
+    edit_tower(folder, "text_config", **({"hidden_size": 1024, "num_attention_heads": 16} | change))
+    edit_tower(folder, "vision_config", **(vision | change))
+
+
+@pytest.mark.parametrize("make", FAMILY)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' in text_config, but .*trained with 'gelu'"),
+        ({"num_attention_heads": 8}, "num_attention_heads 8 in text_config, but .*trained with 16"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06 in text_config, but .*trained with 1e-05"),
+    ],
+)
+def test_a_vit_h_with_a_wrong_config_is_refused(copy, make, change, words):
+    as_if_vit_h(copy, **change)
+    with pytest.raises(ConfigError, match=words):
+        make(model=str(copy))
+
+
+def test_another_vit_h_may_have_its_own_config(copy):
+    as_if_vit_h(copy, hidden_act="quick_gelu")
+    with pytest.raises(ConfigError, match="mismatch"):  # gets as far as the weights, which are small
+        rewards.CLIPSimilarity(model=str(copy))
+
+
+@pytest.mark.parametrize("tower", ["text_config", "vision_config"])
+@pytest.mark.parametrize("key", ["hidden_act", "num_attention_heads"])
+def test_a_config_that_leaves_it_to_transformers_is_noticed(copy, tower, key):
+    edit_tower(copy, tower, **{key: None})
+    with pytest.warns(UserWarning, match=f"{tower} in config.json of .* does not state {key}; transformers assumes"):
+        check_clip_config(Source(repo=str(copy)), who="clipscore", needed="")
+
+
+def test_the_activation_does_move_the_score(folder, copy, images):
+    for tower in ("text_config", "vision_config"):
+        edit_tower(copy, tower, hidden_act="quick_gelu")
+    right, wrong = rewards.CLIPScore(model=str(folder)), rewards.CLIPScore(model=str(copy))
+    assert (right(images, PROMPTS) - wrong(images, PROMPTS)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", FAMILY)
+def test_a_half_precision_checkpoint_is_opened_in_float32(copy, images, make):
+    from safetensors.torch import load_file, save_file
+
+    weights = {key: value.half() for key, value in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    edit(copy / "config.json", {"dtype": "float16", "torch_dtype": "float16"})
+    reward = make(model=str(copy))
+    assert {p.dtype for p in reward.model.parameters()} == {torch.float32}
+    assert reward(images, PROMPTS).dtype == torch.float32
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+    return tiny_clip.copy(folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -261,27 +341,34 @@ def test_missing_weights_are_not_filled_with_random_numbers(copy):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"size": {"shortest_edge": 40}}, "legal is resize, centre crop to the same size"),
+        ({"size": {"shortest_edge": 40}}, "legal is resize by filter 3 .*, centre crop to the same size"),
         ({"do_resize": False}, "legal is resize"),
-        ({"size": 40, "crop_size": 40}, "crops to 40 pixels but .* reads 32"),
+        ({"resample": 2}, "by filter 2 .*legal is resize by filter 3"),
+        ({"size": 40, "crop_size": 40}, "resizes to 40 pixels but .* reads 32"),
     ],
 )
 def test_foreign_image_settings_are_refused(copy, change, words):
-    path = copy / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit(copy / "preprocessor_config.json", change)
     with pytest.raises(ConfigError, match=words):
         rewards.CLIPScore(model=str(copy))
 
 
-def test_offline_hub_model_says_what_to_download(monkeypatch, tmp_path):
-    import huggingface_hub.constants
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (rewards.CLIPScore, r"huggingface.co/laion/CLIP-ViT-H.*`hf download laion/\S* --local-dir.*path as model"),
+        (rewards.PickScore, r"huggingface.co/yuvalkirstain/PickScore_v1;.*`hf download yuvalkirstain/PickScore_v1 --l"),
+        (rewards.HPSv2, r"needs HPS_v2.1_compressed.pt from .*`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --loc"),
+        (lambda: rewards.HPSv2("2.0"), r"needs HPS_v2_compressed.pt from .*co/xswu/HPSv2"),
+    ],
+)
+def test_offline_hub_model_says_what_to_download(offline, make, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ConfigError, match=r"huggingface.co/laion/CLIP-ViT-H.*hf download laion/.*--local-dir"
-    ) as caught:
-        rewards.CLIPScore()
-    assert "model.safetensors" in str(caught.value)
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(ConfigError, match="there is no such folder"):
         rewards.CLIPScore(model=str(tmp_path / "nothing"))
 
@@ -301,5 +388,5 @@ def test_a_foreign_tokenizer_is_refused(copy, folder):
 
 @pytest.mark.parametrize("dtype", ["float33", "int64", "nn"])
 def test_bad_dtype(folder, dtype):
-    with pytest.raises(ConfigError, match="legal: float32, bfloat16"):
+    with pytest.raises(ConfigError, match="legal: auto, float32, bfloat16"):
         rewards.CLIPScore(model=str(folder), dtype=dtype)

@@ -11,20 +11,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rewardtune.rewards.aesthetic import Aesthetic, AffineEmbedding
     from rewardtune.rewards.base import Reward, from_callable
     from rewardtune.rewards.check import check_reward
-    from rewardtune.rewards.clip import CLIPScore
+    from rewardtune.rewards.clip import CLIPScore, CLIPSimilarity, HPSv2, PickScore
     from rewardtune.rewards.compose import balance, hinge, mean_of, minimum_of, standardise, target
     from rewardtune.rewards.loading import BUILTIN, load
     from rewardtune.rewards.pixels import Brightness, Colour, Compressibility, JPEGBytes, Symmetry
 
 __all__ = [
     "BUILTIN",
+    "Aesthetic",
+    "AffineEmbedding",
     "Brightness",
     "CLIPScore",
+    "CLIPSimilarity",
     "Colour",
     "Compressibility",
+    "HPSv2",
     "JPEGBytes",
+    "PickScore",
     "Reward",
     "Symmetry",
     "balance",
@@ -40,11 +46,16 @@ __all__ = [
 
 _HOME = {
     "BUILTIN": "loading",
+    "Aesthetic": "aesthetic",
+    "AffineEmbedding": "aesthetic",
     "Brightness": "pixels",
     "CLIPScore": "clip",
+    "CLIPSimilarity": "clip",
     "Colour": "pixels",
     "Compressibility": "pixels",
+    "HPSv2": "clip",
     "JPEGBytes": "pixels",
+    "PickScore": "clip",
     "Reward": "base",
     "Symmetry": "pixels",
     "balance": "compose",

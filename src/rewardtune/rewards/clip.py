@@ -1,14 +1,15 @@
-"""CLIPScore: the cosine between a CLIP's image and text embeddings, differentiable in the pixels.
+"""CLIPScore, PickScore, HPS v2 and v2.1: one cosine between a CLIP's image and text embeddings, three loaders.
 
-One class for every transformers `CLIPModel`, from the hub or from a local folder. The text side does not depend on
-the pixels: it is computed once per prompt and never part of a graph. Left out: CLIPScore's usual factor (2.5 or 100)
-and its clipping at 0, which removes the gradient exactly where it is needed.
+All three are LAION's ViT-H/14, two of them tuned on people's choices. Any other transformers `CLIPModel` goes as well.
+Left out: CLIPScore's usual factor (2.5 or 100) and its clipping at 0, which removes the gradient exactly where it is
+needed.
 """
 
+import math
 import os
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,160 +17,199 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
-from rewardtune.rewards.base import Reward
+from rewardtune.rewards.clipmodel import clean_text, embedding, image_settings, pretrained_clip, vit_h_from_open_clip
 from rewardtune.rewards.contract import full
-from rewardtune.rewards.preprocess import crop_preprocess
+from rewardtune.rewards.loading import nearest
+from rewardtune.rewards.network import NetworkReward, TextCache
+from rewardtune.rewards.preprocess import Preprocess
+from rewardtune.rewards.weights import Source, hub_file, load_tokenizer
 
-CACHED_PROMPTS = 10_000  # 1024 floats each at ViT-H: 40 MB
+LAION = Source(
+    repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    licence="MIT",
+    size="3.9 GB",
+)
+PICKSCORE = Source(
+    repo="yuvalkirstain/PickScore_v1",
+    revision="a4e4367c6dfa7288a00c550414478f865b875800",
+    licence="MIT (GitHub; the hub card names none)",
+    size="3.9 GB",
+)
+HPS_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+HPS = Source(
+    repo="xswu/HPSv2",
+    revision="697403c78157020a1ae59d23f111aa58ced35b0a",
+    files=tuple(HPS_FILES.values()),
+    sha256={HPS_FILES["2.1"]: "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"},
+    md5={
+        HPS_FILES["2.0"]: "fd9180de357abf01fdb4eaad64631db4",
+        HPS_FILES["2.1"]: "4067542e34ba2553a738c5ac6c1d75c0",
+    },
+    licence="Apache-2.0",
+    size="2.0 GB",
+)
 
 
-class CLIPScore(Reward):
-    """cos(image, prompt), -1 to 1, more is better; 0.2-0.4 for the default model (DRTune, table 1).
+class CLIPSimilarity(NetworkReward):
+    """cos(image, prompt), -1 to 1, more is better, by any transformers `CLIPModel`.
 
-    model: hub id or folder of a transformers `CLIPModel`. processor: the same for the tokenizer and the image settings
-    (size, mean, std), where they live elsewhere. dtype: of the network; "bfloat16" halves the memory on a GPU,
-    "float16" does not pay: its gradients underflow. Resizing, normalising and the
-    dot product are float32. revision: a branch or commit of the hub repository, to pin it.
+    model: hub id or folder. processor: the same for the tokenizer and the image settings (size, mean, std), where they
+    live elsewhere. revision: a branch or commit of the model's hub repository.
+    scale: "cosine", or "logit" for exp(logit_scale) * cosine, about 100 times as much.
+    clean: repair prompts as open_clip does before its tokenizer: `ftfy.fix_text`, where ftfy is installed, and
+    `html.unescape`. Only curly quotes, ligatures, HTML entities and the like are changed.
+    antialias, clamp, random_shift: see `Preprocess`. dtype, micro_batch, checkpointing: see `NetworkReward`.
     """
+
+    name = "clip"
+    source: Source = LAION
+    spare_processor: Source | None = None  # for a model without a tokenizer of its own
+    laion_vit_h: bool = False  # a ViT-H/14 in this class is LAION's, whose config is known
+    fit = "crop"
+    needed = "config.json and model.safetensors (or pytorch_model.bin)"
 
     def __init__(
         self,
-        model: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        model: str | None = None,
         *,
         processor: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        revision: str = "main",
+        revision: str | None = None,
+        scale: str = "cosine",
+        clean: bool = False,
+        antialias: bool = True,
+        clamp: str = "hard",
+        random_shift: bool = False,
+        dtype: str | torch.dtype = "auto",
+        micro_batch: int | None = None,
+        checkpointing: bool = True,
     ) -> None:
-        model, processor = str(model), str(processor or model)
-        self.model = _load_model(model, dtype=_dtype(dtype), revision=revision)
-        revision = revision if processor == model else "main"
-        self.tokenizer = _load_tokenizer(
-            processor, revision=revision, vocabulary=self.model.config.text_config.vocab_size
+        super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
+        if scale not in ("cosine", "logit"):
+            hint = nearest(str(scale), ["cosine", "logit"])
+            raise ConfigError(f"{self.name}: scale is {scale!r}{hint}; legal: cosine, logit")
+        source = self.source if model in (None, self.source.repo) else Source(repo=str(model))
+        source = replace(source, revision=revision or source.revision)
+        tokens = self._processor(source, processor)
+        network = self._open(source)
+        config = network.config
+        tokenizer = load_tokenizer(
+            tokens.repo, revision=tokens.revision, vocabulary=config.text_config.vocab_size, who=self.name
         )
-        self.size, self.mean, self.std = _load_image_settings(processor, revision=revision)
-        wanted = self.model.config.vision_config.image_size
-        if self.size != wanted:
+        size, mean, std = image_settings(tokens, who=self.name)
+        if size != config.vision_config.image_size:
             raise ConfigError(
-                f"clipscore: {processor} crops to {self.size} pixels but {model} reads {wanted}; "
-                "give the processor that belongs to the model"
+                f"{self.name}: {tokens.repo} resizes to {size} pixels but {source.repo} reads "
+                f"{config.vision_config.image_size}; give the processor that belongs to the model"
             )
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self.factor = math.exp(network.logit_scale.item()) if scale == "logit" else 1.0  # before weights are rounded
+        self.model = self.adopt(network)
+        self.preprocess = Preprocess(
+            size=size, mean=mean, std=std, fit=self.fit, antialias=antialias, clamp=clamp, random_shift=random_shift
+        )
+        self.texts = TextCache(
+            tokenizer,
+            self._encode,
+            length=config.text_config.max_position_embeddings,
+            name=self.name,
+            clean=partial(clean_text, who=self.name) if clean else str,
+        )
 
-    def native(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def piece(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """One cosine per pair: image b against prompt b, and no other."""
-        pixels = crop_preprocess(images, size=self.size, mean=self.mean, std=self.std)
-        features = _embedding(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
-        texts = torch.stack([self.text(prompt).to(images.device) for prompt in prompts])
-        return (F.normalize(full(features), dim=-1) * texts).sum(-1)
+        pixels = self.preprocess(images).to(self.model.dtype)
+        features = embedding(self.model.get_image_features(pixel_values=pixels))
+        return self.factor * (F.normalize(full(features), dim=-1) * self.texts.stack(prompts, images.device)).sum(-1)
 
-    def text(self, prompt: str) -> Tensor:
-        """The normalised text embedding (D,), cached; the oldest prompts are forgotten first."""
-        if prompt not in self._texts:
-            while len(self._texts) >= CACHED_PROMPTS:
-                self._texts.popitem(last=False)
-            self._texts[prompt] = self._encode(prompt)
-        self._texts.move_to_end(prompt)
-        return self._texts[prompt]
-
-    @torch.no_grad()  # not inference_mode: autograd may not save an inference tensor for the images' backward
-    def _encode(self, prompt: str) -> Tensor:
-        # Each prompt alone and so without padding: its bits then do not depend on its companions in the batch.
-        length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(prompt, verbose=False).input_ids
-        if len(ids) > length:
-            warnings.warn(f"CLIP reads the first {length} tokens; a prompt is cut: {prompt!r}", stacklevel=2)
-            ids = self.tokenizer(prompt, truncation=True, max_length=length).input_ids  # keeps the end token
+    def _encode(self, ids: list[int]) -> Tensor:
+        """The normalised text embedding (D,), float32 or wider."""
         output = self.model.get_text_features(input_ids=torch.tensor([ids], device=self.model.device))
-        return F.normalize(full(_embedding(output)), dim=-1)[0]
+        return F.normalize(full(embedding(output)), dim=-1)[0]
+
+    def _processor(self, model: Source, processor: str | None) -> Source:
+        if processor is not None:
+            return Source(repo=str(processor))
+        own = any(os.path.isfile(os.path.join(model.repo, file)) for file in ("tokenizer.json", "vocab.json"))
+        return model if own or self.spare_processor is None else self.spare_processor
+
+    def _open(self, source: Source) -> Any:
+        return pretrained_clip(source, who=self.name, needed=self.needed, laion_vit_h=self.laion_vit_h)
 
 
-def _embedding(output: Any) -> Tensor:
-    """transformers 5 answers with an output object whose pooler_output is the projected embedding; 4 with a tensor."""
-    return output if torch.is_tensor(output) else output.pooler_output
+class CLIPScore(CLIPSimilarity):
+    """cos(image, prompt) by OpenCLIP's ViT-H/14; 0.2-0.4 (DRTune, table 1)."""
+
+    name = "clipscore"
+    laion_vit_h = True
 
 
-def _load_model(source: str, *, dtype: torch.dtype, revision: str) -> Any:
-    from transformers import CLIPModel
+class PickScore(CLIPSimilarity):
+    """PickScore v1, a ViT-H/14 tuned on Pick-a-Pic; 0.18-0.25 as the DRTune paper prints it, x 100 with "logit".
 
-    def load() -> Any:
-        return CLIPModel.from_pretrained(source, dtype=dtype, revision=revision, output_loading_info=True)
-
-    needed = "config.json and model.safetensors (or pytorch_model.bin)"
-    model, info = _found(load, source, needed=needed, any_of=["config.json"])
-    if info["missing_keys"]:  # transformers fills them with random numbers
-        missing = sorted(info["missing_keys"])
-        raise ConfigError(
-            f"clipscore: {source} is not a complete CLIPModel: {len(missing)} weights are missing, {missing[0]} first; "
-            "legal is a transformers-format CLIPModel (open_clip weights must be converted)"
-        )
-    return model.requires_grad_(False).eval()
-
-
-def _load_tokenizer(source: str, *, revision: str, vocabulary: int) -> Any:
-    from transformers import AutoTokenizer
-
-    def load() -> Any:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-
-    needed = "tokenizer.json (or vocab.json and merges.txt) and tokenizer_config.json"
-    tokenizer = _found(load, source, needed=needed, any_of=["tokenizer.json", "vocab.json"])
-    if not vocabulary / 2 <= len(tokenizer) <= vocabulary:  # without files transformers may make an empty tokenizer
-        raise ConfigError(
-            f"clipscore: the tokenizer of {source} has {len(tokenizer)} tokens but the model reads {vocabulary}; "
-            "give the processor that belongs to the model"
-        )
-    return tokenizer
-
-
-def _load_image_settings(source: str, *, revision: str) -> tuple[int, list[float], list[float]]:
-    """(size, mean, std) of the folder's processor, read without its class, which would ask for torchvision."""
-    from transformers import CLIPImageProcessorPil, ImageProcessingMixin
-
-    def load() -> Any:
-        return ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
-
-    needed = "preprocessor_config.json (or processor_config.json)"
-    found, _ = _found(load, source, needed=needed, any_of=["preprocessor_config.json", "processor_config.json"])
-    short, crop = _side(found.get("size", 224)), _side(found.get("crop_size", 224))
-    if short != crop or not all(found.get(step, True) for step in ("do_resize", "do_center_crop", "do_normalize")):
-        raise ConfigError(
-            f"clipscore: {source} resizes to {found.get('size')} and crops to {found.get('crop_size')}; "
-            "legal is resize, centre crop to the same size, normalise, as CLIP does"
-        )
-    mean = found.get("image_mean") or CLIPImageProcessorPil.image_mean
-    std = found.get("image_std") or CLIPImageProcessorPil.image_std
-    return short, list(mean), list(std)
-
-
-def _side(size: int | dict[str, int]) -> int:
-    return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
-
-
-def _found(load: Callable[[], Any], source: str, *, needed: str, any_of: list[str]) -> Any:
-    """load(), or the ConfigError that says which files are missing and how to place them by hand.
-
-    any_of: files of which a folder must hold one. Without them transformers loads defaults, and says nothing.
+    The official example divides by no factor and takes `[0]`, which in a batch scores every image against prompt 0.
     """
-    try:
-        if os.path.isdir(source) and not any(os.path.isfile(os.path.join(source, file)) for file in any_of):
-            raise FileNotFoundError(f"no {' or '.join(any_of)}")
-        return load()
-    except (OSError, ValueError) as error:  # transformers' and huggingface_hub's words for "not there", "unreadable"
-        reason = " ".join(str(error).split())[:200]
-        if os.path.isdir(source):
-            cure = f"put {needed} into that folder"
-        elif source.startswith((".", "/", "~")):
-            cure = "there is no such folder; give an existing one or a hub id such as 'openai/clip-vit-base-patch32'"
+
+    name = "pickscore"
+    source = PICKSCORE
+    spare_processor = LAION  # as the official example does
+    laion_vit_h = True
+
+
+class HPSv2(CLIPSimilarity):
+    """HPS v2.0 or v2.1, a ViT-H/14 tuned on Human Preference Dataset v2; 0.1-0.4, printed x 100 in its tables.
+
+    version: "2.1", or "2.0", which hpsv2 itself takes by default. model: None for the official checkpoint, which is
+    opened once and converted; the path of such a checkpoint, or a folder that holds it; or a transformers `CLIPModel`,
+    which is its own version. As in hpsv2 an oblong image is padded with black, the overshoot of the bicubic filter is
+    kept and prompts are cleaned.
+    """
+
+    name = "hpsv2"
+    source = HPS
+    spare_processor = LAION
+    laion_vit_h = True
+    fit = "letterbox"
+
+    def __init__(
+        self,
+        version: str = "2.1",
+        *,
+        model: str | None = None,
+        processor: str | None = None,
+        revision: str | None = None,
+        scale: str = "cosine",
+        clean: bool = True,
+        antialias: bool = True,
+        clamp: str = "none",
+        random_shift: bool = False,
+        dtype: str | torch.dtype = "auto",
+        micro_batch: int | None = None,
+        checkpointing: bool = True,
+    ) -> None:
+        self.version = str(version).removeprefix("v")
+        if self.version not in HPS_FILES:
+            raise ConfigError(f"{self.name}: version is {version!r}; legal: {', '.join(HPS_FILES)}")
+        self.needed = f"{HPS_FILES[self.version]}, or a transformers model: {type(self).needed}"
+        super().__init__(
+            model,
+            processor=processor,
+            revision=revision,
+            scale=scale,
+            clean=clean,
+            antialias=antialias,
+            clamp=clamp,
+            random_shift=random_shift,
+            dtype=dtype,
+            micro_batch=micro_batch,
+            checkpointing=checkpointing,
+        )
+
+    def _open(self, source: Source) -> Any:
+        file = HPS_FILES[self.version]
+        if os.path.isfile(source.repo):
+            path: Any = source.repo
+        elif source.repo == HPS.repo or os.path.isfile(os.path.join(source.repo, file)):
+            path = hub_file(replace(HPS, repo=source.repo, revision=source.revision), file, who=self.name)
         else:
-            cure = (
-                f"it needs {needed} from https://huggingface.co/{source}; without network download it elsewhere by "
-                f"`hf download {source} --local-dir clip`, copy the folder here and give its path as the model"
-            )
-        raise ConfigError(f"clipscore: cannot load '{source}': {cure} ({type(error).__name__}: {reason})") from error
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"clipscore: dtype is {dtype!r}; legal: float32, bfloat16, float16, float64")
-    return found
+            return super()._open(source)
+        return vit_h_from_open_clip(path, who=self.name)

@@ -111,11 +111,6 @@ def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) ->
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
 
 
-def crop_preprocess(images: Tensor, *, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """CLIP's preprocessing: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size)."""
-    return Preprocess(size=size, mean=tuple(mean), std=tuple(std))(images)  # type: ignore[arg-type]
-
-
 def _shifts(factor: float) -> int:
     """ceil(r_out / r_in) where that shrinks, else 0."""
     return math.ceil(factor) if factor > 1 else 0

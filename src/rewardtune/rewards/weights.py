@@ -64,17 +64,27 @@ def hub_file(source: Source, file: str, *, who: str) -> Path:
             return local
         return Path(hf_hub_download(source.repo, file, revision=source.revision))
 
-    path = found(find, source.repo, who=who, needed=file)
+    path = found(find, source.repo, who=who, needed=file, only=file)
     for algorithm, digests in (("sha256", source.sha256), ("md5", source.md5)):
         if file in digests:
             check_digest(path, algorithm, digests[file], who=who)
     return path
 
 
-def found(load: Callable[[], T], source: str, *, who: str, needed: str, any_of: tuple[str, ...] = ()) -> T:
+def found(
+    load: Callable[[], T],
+    source: str,
+    *,
+    who: str,
+    needed: str,
+    any_of: tuple[str, ...] = (),
+    only: str = "",
+    setting: str = "model",
+) -> T:
     """load(), or the ConfigError that says which files are missing and how to place them by hand.
 
     any_of: files of which a folder must hold one. Without them transformers loads defaults, and says nothing.
+    only: the one file to download of a large repository. setting: what takes the path of a local folder.
     """
     if not os.path.isdir(source) and source.startswith((".", "/", "~")):
         raise ConfigError(
@@ -94,9 +104,10 @@ def found(load: Callable[[], T], source: str, *, who: str, needed: str, any_of: 
         if os.path.isdir(source):
             cure = f"put {needed} into that folder, complete and of the right kind"
         else:
+            command = " ".join(["hf download", source, *filter(None, [only]), "--local-dir FOLDER"])
             cure = (
                 f"it needs {needed} from https://huggingface.co/{source}; without network download it elsewhere by "
-                f"`hf download {source} --local-dir FOLDER`, copy the folder here and give its path as the model"
+                f"`{command}`, copy the folder here and give its path as {setting}"
             )
         raise ConfigError(f"{who}: cannot load '{source}': {cure} ({reason})") from error
 
@@ -220,7 +231,9 @@ def load_strictly(make: Callable[[], Module], state: State, *, who: str, what: s
     return module
 
 
-def load_tokenizer(source: str, *, revision: str = "main", vocabulary: int, who: str) -> Any:
+def load_tokenizer(
+    source: str, *, revision: str = "main", vocabulary: int, who: str, setting: str = "processor"
+) -> Any:
     """The tokenizer of a hub repository or folder; ConfigError where it does not fit a model of `vocabulary` tokens."""
     from transformers import AutoTokenizer
 
@@ -229,7 +242,7 @@ def load_tokenizer(source: str, *, revision: str = "main", vocabulary: int, who:
 
     needed = "tokenizer.json (or its vocabulary files) and tokenizer_config.json"
     any_of = ("tokenizer.json", "vocab.json", "vocab.txt")
-    tokenizer = found(load, source, who=who, needed=needed, any_of=any_of)
+    tokenizer = found(load, source, who=who, needed=needed, any_of=any_of, setting=setting)
     if not vocabulary / 2 <= len(tokenizer) <= vocabulary:  # without files transformers may make an empty tokenizer
         raise ConfigError(
             f"{who}: the tokenizer of {source} has {len(tokenizer)} tokens but the model reads {vocabulary}; "
