@@ -1,6 +1,6 @@
 """The scripts that made the playground's weights, as one command.
 
-    python -m rewardtune.playground.build --output DIR [--stage clip vae unet assemble] [--quick]
+    python -m rewardtune.playground.build --output DIR [--stage text clip vae unet assemble] [--quick]
 
 Stages continue where they were stopped (checkpoints lie in DIR/checkpoints) and train what they need first, so
 `--stage assemble` alone builds everything. The result is DIR/clip and DIR/pipeline, ordinary folders for
@@ -25,7 +25,7 @@ from .heads import Heads
 from .training import Schedule
 from .words import write_tokenizer
 
-STAGES = ("clip", "vae", "unet", "assemble")
+STAGES = ("text", "clip", "vae", "unet", "assemble")
 QUICK = {"steps": 2, "batch": 4, "warmup": 1}
 
 
@@ -47,23 +47,24 @@ class _Build:
         return self.output / "checkpoints" / f"{name}.ckpt"
 
     @cached_property
-    def heads(self) -> Heads:
+    def text(self) -> Heads:
         return clip.train_text(self.output / "clip", self._checkpoint("text"), **self._settings("text"))
 
     @cached_property
     def clip(self) -> Any:
         tokenizer = write_tokenizer(self.output / "clip")
-        return clip.train_vision(self.heads, tokenizer, self._checkpoint("clip"), **self._settings("clip"))
+        return clip.train_vision(self.text, tokenizer, self._checkpoint("clip"), **self._settings("clip"))
 
     @cached_property
     def vae(self) -> Any:
-        return autoencoder.train_autoencoder(self._checkpoint("vae"), **self._settings("vae"))
+        settings = self._settings("vae") | {"workers": self.workers}
+        return autoencoder.train_autoencoder(self._checkpoint("vae"), **settings)
 
     @cached_property
     def unet(self) -> Any:
         tokenizer = write_tokenizer(self.output / "clip")
         settings = self._settings("unet") | {"scenes": self.scenes, "workers": self.workers}
-        return denoiser.train_unet(self.vae, self.heads.clip, tokenizer, self._checkpoint("unet"), **settings)
+        return denoiser.train_unet(self.vae, self.text.clip, tokenizer, self._checkpoint("unet"), **settings)
 
     @cached_property
     def assemble(self) -> None:

@@ -6,9 +6,20 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from .scenes import BACKGROUNDS, COLOURS, OPPOSITE, PLACE_MARGIN, SHAPES, SIZE, Description, Mention, Scene
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OPPOSITE,
+    PLACE_MARGIN,
+    SHAPES,
+    SIZE,
+    SIZES,
+    Description,
+    Mention,
+    Scene,
+)
 
-KINDS = ("colour", "shape", "removed", "added", "place", "background", "binding")
+KINDS = ("colour", "shape", "size", "removed", "added", "place", "background", "binding")
 
 
 def negative(
@@ -16,8 +27,8 @@ def negative(
 ) -> Description | None:
     """A description false of `scene` by one attribute, of contents in `split`; None where none was found.
 
-    `removed` leaves one of two objects out, `added` invents a second, `binding` swaps the two colours, `place`
-    turns a named place round or, where the caption is silent, names one that is wrong.
+    `removed` leaves one of two objects out, `added` invents a second, `binding` swaps the two colours,
+    `place` and `size` turn round what is named or, where the caption is silent, name what is wrong.
     """
     for _ in range(tries):
         changed = _EDITS[kind](scene, rng)
@@ -53,6 +64,17 @@ def _shape(scene: Scene, rng: random.Random) -> Description | None:
     i = rng.randrange(len(scene.objects))
     mention = scene.description.mentions[i]
     return _with(scene, i, replace(mention, shape=rng.choice([s for s in SHAPES if s != mention.shape])))
+
+
+def _size(scene: Scene, rng: random.Random) -> Description | None:
+    i = rng.randrange(len(scene.objects))
+    mention, radius = scene.description.mentions[i], scene.objects[i].radius
+    if mention.size:
+        return _with(scene, i, replace(mention, size="small" if mention.size == "large" else "large"))
+    (_, small), (large, _) = SIZES["small"], SIZES["large"]
+    if small < radius < large:  # neither word would be false
+        return None
+    return _with(scene, i, replace(mention, size="large" if radius <= small else "small"))
 
 
 def _removed(scene: Scene, rng: random.Random) -> Description | None:
@@ -97,6 +119,7 @@ def _binding(scene: Scene, rng: random.Random) -> Description | None:
 _EDITS: dict[str, Callable[[Scene, random.Random], Description | None]] = {
     "colour": _colour,
     "shape": _shape,
+    "size": _size,
     "removed": _removed,
     "added": _added,
     "place": _place,

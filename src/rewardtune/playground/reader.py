@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .captions import place_of
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Description, Mention, Scene, coverage, parse
+from .scenes import BACKGROUNDS, COLOURS, MIDDLE_SIZE, SHAPES, SIZE, Description, Mention, Scene, coverage, parse
 
 MIN_AREA = 30.0  # pixels; the smallest object of the world covers about 80
 MIN_DISTANCE = 0.17  # RGB distance from the background, half of what the palette guarantees
@@ -43,6 +43,10 @@ class Seen:
     def places(self) -> set[str]:
         return place_of(self.x, self.y)
 
+    @property
+    def size(self) -> str:
+        return "small" if self.radius < MIDDLE_SIZE else "large"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -52,18 +56,22 @@ class Reading:
     background: str | None
 
 
+Kept = tuple[bool, bool, bool | None, bool | None]  # colour, shape, place, size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """What of a caption a picture keeps. `objects` holds (colour, shape, place) for each mention, given the best
-    assignment of distinct objects to mentions; the flags say whether all mentions hold. `place` is None where
-    the caption names no place."""
+    """What of a caption a picture keeps. `objects` holds (colour, shape, place, size) for each mention, given the best
+    assignment of distinct objects to mentions; the flags say whether all mentions hold. `place` and `size` are None
+    where the caption names none."""
 
     colour: bool
     number: bool
     place: bool | None
     shape: bool
+    size: bool | None
     background: bool
-    objects: tuple[tuple[bool, bool, bool | None], ...]
+    objects: tuple[Kept, ...]
 
 
 def read(image: Tensor) -> Reading:
@@ -91,23 +99,26 @@ def matches(caption: str | Description | Scene, reading: Reading) -> Match:
     mentions = described.mentions
     slots = [*reading.objects[: len(mentions) + 3], *[None] * len(mentions)]
     choices = ([_compare(m, s) for m, s in zip(mentions, p, strict=True)] for p in permutations(slots, len(mentions)))
-    best = max(choices, key=lambda rows: [sum(bool(row[i]) for row in rows) for i in range(3)])
-    places = [place for _, _, place in best if place is not None]
+    best = max(choices, key=lambda rows: [sum(bool(row[i]) for row in rows) for i in range(4)])
+    places = [place for _, _, place, _ in best if place is not None]
+    sizes = [size for _, _, _, size in best if size is not None]
     return Match(
-        colour=all(colour for colour, _, _ in best),
+        colour=all(colour for colour, _, _, _ in best),
         number=len(reading.objects) == len(mentions),
         place=all(places) if places else None,
-        shape=all(shape for _, shape, _ in best),
+        shape=all(shape for _, shape, _, _ in best),
+        size=all(sizes) if sizes else None,
         background=reading.background == described.background,
         objects=tuple(best),
     )
 
 
-def _compare(mention: Mention, seen: Seen | None) -> tuple[bool, bool, bool | None]:
+def _compare(mention: Mention, seen: Seen | None) -> Kept:
     if seen is None:
-        return False, False, False if mention.place else None
+        return False, False, False if mention.place else None, False if mention.size else None
     place = mention.place in seen.places if mention.place else None
-    return mention.colour == seen.colour, mention.shape == seen.shape, place
+    size = mention.size == seen.size if mention.size else None
+    return mention.colour == seen.colour, mention.shape == seen.shape, place, size
 
 
 def _background(pixels: Tensor) -> tuple[str, Tensor]:

@@ -41,12 +41,14 @@ BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
     "fog": ((0.64, 0.66, 0.69), (0.46, 0.47, 0.50)),
     "brick": ((0.52, 0.27, 0.20), (0.36, 0.18, 0.15)),
 }
-SIZES = {"small": (8.0, 9.5), "large": (12.0, 14.0)}
-ANY_SIZE = (8.0, 14.0)  # radius in pixels where the caption names no size
+SIZES = {"small": (8.5, 10.5), "large": (13.5, 16.0)}
+ANY_SIZE = (8.5, 16.0)  # radius in pixels where the caption names no size
+MIDDLE_SIZE = 12.0  # pixels; a picture's object is small below it and large above
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 PLACE_MARGIN = 4.0  # an object is "on the left" when its centre is so many pixels left of the middle
 HORIZON = (0.50, 0.66)  # share of the height
+SIZED = 0.4  # share of the mentions that name a size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ def draw_description(rng: random.Random, *, split: str = "train", layout: str = 
         if named:
             first = rng.choice(list(PLACES))
             places = [first, OPPOSITE[first] if rng.random() < 0.7 else None]
-        sizes = [rng.choice(list(SIZES)) if rng.random() < 0.25 else None for _ in kinds]
+        sizes = [rng.choice(list(SIZES)) if rng.random() < SIZED else None for _ in kinds]
         mentions = tuple(
             Mention(colour=colour, shape=shape, size=size, place=place)
             for (colour, shape), size, place in zip(kinds, sizes, places, strict=False)
