@@ -59,17 +59,22 @@ def images() -> Tensor:
     return (255 * (0.25 + 0.5 * F.interpolate(noise, (40, 56), mode="bilinear"))).round().byte()
 
 
-def picture(height: int, width: int, *, seed: int) -> Image.Image:
-    """Photo-like: soft shades, texture, hard edges, black and white included."""
+def picture(height: int, width: int, *, seed: int, hard: bool = False) -> Image.Image:
+    """Photo-like: soft shades, texture, edges, black and white; drawn four times larger and averaged, as a camera does.
+
+    hard: edges of one pixel between black and white, as no photograph's are.
+    """
+    fine, ink, paper = (1, 0.0, 1.0) if hard else (4, 0.15, 0.85)
     generator = torch.Generator().manual_seed(seed)
     layers = [
         F.interpolate(torch.randn(1, 3, *grid, generator=generator), (height, width), mode="bicubic") * weight
-        for grid, weight in (((3, 4), 0.35), ((12, 16), 0.15), ((height, width), 0.03))
+        for grid, weight in (((3, 4), 0.2), ((12, 16), 0.06), ((height, width), 0.02))
     ]
-    shades = (0.5 + sum(layers))[0].clamp(0, 1)
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    shades[:, (x - width / 3) ** 2 + (y - height / 2) ** 2 < (height / 4) ** 2] = torch.tensor([[0.9], [0.1], [0.1]])
-    shades[:, (x > 0.7 * width) & (y > 0.6 * height)] = 1.0
+    shades = F.interpolate((0.5 + sum(layers)).clamp(0, 1), scale_factor=fine, mode="nearest")[0]
+    y, x = torch.meshgrid(torch.arange(height * fine) / fine, torch.arange(width * fine) / fine, indexing="ij")
+    shades[:, (x - width / 3) ** 2 + (y - height / 2) ** 2 < (height / 4) ** 2] = torch.tensor([[paper], [ink], [ink]])
+    shades[:, (x > 0.7 * width + 0.4) & (y > 0.6 * height + 0.3)] = paper
+    shades = F.avg_pool2d(shades, fine)
     return Image.fromarray((255 * shades).round().byte().permute(1, 2, 0).numpy())
 
 
@@ -312,9 +317,17 @@ CLIP_NORMALISE = T.Normalize(
 
 
 def preprocessing() -> None:
-    """Every official way from an 8-bit picture to a network's input, full range, landscape and portrait."""
-    pictures = {"landscape": picture(80, 120, seed=11), "portrait": picture(121, 84, seed=12)}
-    size = 40
+    """Every official way from an 8-bit picture to a network's input, full range, landscape and portrait.
+
+    Sizes at which the centre crop cuts an even rest: half a pixel is rounded to even by torchvision, down by
+    transformers.
+    """
+    pictures = {
+        "landscape": picture(80, 120, seed=11),
+        "portrait": picture(117, 84, seed=12),
+        "hard edges": picture(80, 98, seed=13, hard=True),
+    }
+    size = 36
     square = {"height": size, "width": size}
     ways = {
         "openai_clip": clip.clip._transform(size),

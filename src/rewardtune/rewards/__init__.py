@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rewardtune.rewards.check import check_reward
     from rewardtune.rewards.clip import CLIPScore, CLIPSimilarity, HPSv2, PickScore
     from rewardtune.rewards.compose import balance, hinge, mean_of, minimum_of, standardise, target
+    from rewardtune.rewards.imagereward import ImageReward
     from rewardtune.rewards.loading import BUILTIN, load
+    from rewardtune.rewards.objectness import Objectness
     from rewardtune.rewards.pixels import Brightness, Colour, Compressibility, JPEGBytes, Symmetry
 
 __all__ = [
@@ -29,7 +31,9 @@ __all__ = [
     "Colour",
     "Compressibility",
     "HPSv2",
+    "ImageReward",
     "JPEGBytes",
+    "Objectness",
     "PickScore",
     "Reward",
     "Symmetry",
@@ -54,7 +58,9 @@ _HOME = {
     "Colour": "pixels",
     "Compressibility": "pixels",
     "HPSv2": "clip",
+    "ImageReward": "imagereward",
     "JPEGBytes": "pixels",
+    "Objectness": "objectness",
     "PickScore": "clip",
     "Reward": "base",
     "Symmetry": "pixels",
