@@ -9,7 +9,7 @@ import warnings
 import pytest
 import tiny_clip
 import torch
-from tiny_clip import PROMPTS, SIZE, edit, edit_tower, smooth_photo, to_pil
+from tiny_clip import PROMPTS, SIZE, edit, edit_tower, photo_like, to_pil
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
@@ -58,7 +58,7 @@ def test_score_is_the_official_forward(folder, score, images):
 
 
 def test_score_is_the_official_forward_on_a_large_oblong_image(folder, score):
-    images = smooth_photo(height=160, width=240).expand(2, -1, -1, -1)
+    images = photo_like(height=160, width=240).expand(2, -1, -1, -1)
     torch.testing.assert_close(score(images, PROMPTS), official_cosine(folder, images, PROMPTS), rtol=0, atol=2e-3)
 
 
@@ -70,7 +70,7 @@ def test_score_is_per_pair(score, images):
 
 def test_gradient_by_finite_differences(folder):
     score = rewards.CLIPScore(model=str(folder), dtype="float64")
-    images = smooth_photo(height=40, width=48).double() * 0.8 + 0.1  # away from the clamp after the resize
+    images = photo_like(height=40, width=48).double() * 0.8 + 0.1  # away from the clamp after the resize
     leaf = images.clone().requires_grad_()
     gradient = torch.autograd.grad(score(leaf, PROMPTS[:1]).sum(), leaf)[0]
     generator, h = torch.Generator().manual_seed(0), 1e-6
@@ -188,7 +188,7 @@ def test_logit_is_the_official_logit(folder, images):
 
 
 def test_hps_keeps_the_ends_of_an_oblong_image_and_clip_does_not(folder):
-    leaf = smooth_photo(height=40, width=120).requires_grad_()
+    leaf = photo_like(height=40, width=120).requires_grad_()
     covered = {}
     for make in FAMILY:
         reward = make(model=str(folder))

@@ -68,8 +68,13 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
 
 
-def smooth_photo(*, height: int, width: int) -> Tensor:
-    """(1, 3, H, W), 8-bit values in [0, 1] without much detail above the target size, as photographs are."""
-    noise = torch.rand(1, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(3))
-    smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic", antialias=True)
-    return smooth.clamp(0, 1).mul(255).round() / 255
+def photo_like(*, height: int, width: int) -> Tensor:
+    """(1, 3, H, W), 8-bit values in [0, 1]: colour noise with a photograph's spectrum (1/f^1.5) and one hard edge."""
+    generator = torch.Generator().manual_seed(3)
+    frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width) ** 2).sqrt()
+    noise = torch.fft.rfft2(torch.randn(4, height, width, generator=generator))
+    noise = torch.fft.irfft2(noise * frequency.clamp_min(1 / max(height, width)) ** -1.5, s=(height, width))
+    noise = noise / noise.std(dim=(1, 2), keepdim=True)
+    rgb = 0.5 + 0.18 * noise[:1] + 0.04 * noise[1:]
+    rgb[:, height // 3 : height // 2, width // 4 : width // 2] *= 0.4
+    return rgb.clamp(0, 1).mul(255).round()[None] / 255

@@ -56,7 +56,8 @@ class Preprocess:
     def __call__(self, images: Tensor) -> Tensor:
         height, width = self._resized(*images.shape[-2:])
         if self.random_shift and torch.is_grad_enabled() and images.requires_grad:
-            images = shift(images, down=_shifts(images.shape[-2] / height), right=_shifts(images.shape[-1] / width))
+            down, right = _shifts(images.shape[-2] / height), _shifts(images.shape[-1] / width)
+            images = shift(images, down=down, right=right) if down or right else images
         images = resize(images, height=height, width=width, antialias=self.antialias, clamp=self.clamp)
         images = letterbox(images, self.size) if self.fit == "letterbox" else centre_crop(images, self.size)
         return normalise(images, mean=self.mean, std=self.std)
