@@ -319,3 +319,48 @@ def test_a_negative_prompt_given_once_serves_every_sample(tmp_path):
     tuner(tmp_path / "with", plain(), call={"negative_prompt": "blue stars"}).train(1, lr=1e-3)
     tuner(tmp_path / "without", plain()).train(1, lr=1e-3)
     assert metrics(tmp_path / "with")[0]["reward"] != metrics(tmp_path / "without")[0]["reward"]
+
+
+def test_a_reward_waits_on_the_cpu_while_the_denoiser_is_replayed(tmp_path, monkeypatch):
+    """Spied: the reward is set aside after its gradient and before the sweep, and only when asked."""
+    from rewardtune.engine import Tape
+    from rewardtune.rewards import Reward
+
+    seen = []
+
+    class Redness(Reward):
+        def native(self, images, prompts):
+            seen.append("scored")
+            return redness(images, prompts)
+
+        def to(self, device):
+            seen.append(f"to {device}")
+            return self
+
+    backward = Tape.backward
+    monkeypatch.setattr(Tape, "backward", lambda tape, *a, **k: (seen.append("sweep"), backward(tape, *a, **k))[1])
+    updates = {}
+    for offload in (False, True):
+        tuner(tmp_path / str(offload), reward=Redness(), offload_reward=offload).train(1, lr=1e-3)
+        last = len(seen) - 1 - seen[::-1].index("sweep")  # the preflight sweeps too
+        updates[offload] = seen[last - 2 : last]
+        seen.clear()
+    assert updates[True] == ["scored", "to cpu"]
+    assert updates[False] == ["to cpu", "scored"]
+
+
+def test_random_numbers_of_a_reward_come_from_seed_and_step(tmp_path):
+    """A reward may shift its images at random: the same run twice draws the same, another seed another."""
+    drawn = {}
+
+    def jittery(images, prompts):
+        drawn[name].append(torch.rand(()).item())
+        return redness(images, prompts)
+
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        drawn[name] = []
+        torch.manual_seed(len(drawn))  # whatever the caller's generator holds
+        tuner(tmp_path / name, reward=jittery, seed=seed, micro_batch=2).train(2, lr=1e-3)
+    shared = set(drawn["one"]) & set(drawn["again"])
+    assert len(shared) >= 4  # two updates of two micro-batches; the checks and evaluations around them may draw others
+    assert not shared & set(drawn["other"])

@@ -112,6 +112,7 @@ class Optim(_Section):
     batch: int = Field(default=32, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
     workers: int | Literal["auto"] = Field(default=1, description="processes; only for small models on a Linux CPU")
+    offload_reward: bool = Field(default=False, description="its networks wait on the CPU while the denoiser works")
     max_seconds: float | None = Field(default=None, gt=0)
 
 

@@ -42,7 +42,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time."""
+    """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time.
+
+    offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
+    """
 
     pipe: Any
     reward: "Reward"
@@ -54,6 +57,7 @@ class Gradient:
     batch: int
     micro_batch: int
     call: dict[str, Any]
+    offload_reward: bool = False
 
     def plan(self, step: int) -> Plan:
         """Drawn from (seed, step) alone: all micro-batches and all processes share it."""
@@ -75,20 +79,26 @@ class Gradient:
         given = for_prompts(part, self.call)
         with rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given) as tape:
             check_images(tape.images, step)
-            total, natives = self.reward.parts(tape.images, tape.prompts)
+            with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random
+                torch.manual_seed(derive_seed(self.seed, "reward", step, first))
+                total, natives = self.reward.parts(tape.images, tape.prompts)
             check_scores({"the reward": total} | natives, step)
-            sweep = _backward(tape, -total.sum() / (self.batch * plan.draws), step)
+            if total.requires_grad:
+                (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
+            if self.offload_reward:
+                self.reward.to("cpu")
+            sweep = _sweep(tape, step)
         scores = {name: value.detach().float().cpu() for name, value in (natives | {"reward": total}).items()}
         return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep)
 
 
-def _backward(tape: Tape, loss: Tensor, step: int) -> Sweep:
+def _sweep(tape: Tape, step: int) -> Sweep:
     """The reward passed its check at start-up, so a missing gradient now is a training that went wrong.
 
     One micro-batch may be flat (a hinge that is satisfied); the trainer refuses a batch that is flat altogether.
     """
     try:
-        return tape.backward(loss, allow_zero=True)
+        return tape.backward(allow_zero=True)
     except (RewardError, TrainingStopped) as error:
         raise TrainingStopped(f"step {step}: {error}") from error
 

@@ -49,6 +49,7 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
         batch=config.optim.batch,
         micro_batch=config.optim.micro_batch,
         workers=_workers(config.optim.workers, pipe.device.type),
+        offload_reward=config.optim.offload_reward,
         seed=config.seed,
         eval_prompts=held_out,
         eval_count=config.eval.count,

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import adapters, evaluate
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .errors import ConfigError, RewardTuneError, TrainingStopped
-from .gradient import Gradient, derive_seed
+from .gradient import Gradient, check_images, derive_seed
 from .methods import Method
 from .progress import Progress
 from .prompts import load_prompts
@@ -61,6 +61,7 @@ class RewardTuner:
             `pipe(...)`; None leaves the pipeline's default.
         rank, alpha, targets: see `adapters.add_lora`.
         batch: samples an update; micro_batch: how many of them at a time (None = all).
+        offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
         workers: processes that share an update's micro-batches; only for small models on a CPU (see `workers.py`).
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
         allow_no_guidance: permit guidance_scale <= 1 on a pipeline made for guidance.
@@ -87,6 +88,7 @@ class RewardTuner:
         batch: int = 32,
         micro_batch: int | None = None,
         workers: int = 1,
+        offload_reward: bool = False,
         seed: int = 0,
         eval_prompts: str | Path | Sequence[str] | None = None,
         eval_count: int = 16,
@@ -111,7 +113,7 @@ class RewardTuner:
         check_sampling(pipe, self.call, allow_no_guidance=allow_no_guidance)
         if min(batch, micro_batch or 1, workers) < 1:
             raise ConfigError(f"batch={batch}, micro_batch={micro_batch}, workers={workers}: each must be at least 1")
-        self.batch, self.workers = batch, workers
+        self.batch, self.workers, self.offload_reward = batch, workers, offload_reward
         self.micro_batch = min(micro_batch or batch, math.ceil(batch / workers))
         self.lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
         self.denoiser = getattr(pipe, find_denoiser(pipe))
@@ -237,6 +239,7 @@ class RewardTuner:
             batch=self.batch,
             micro_batch=self.micro_batch,
             call=self.call,
+            offload_reward=self.offload_reward,
         )
         bar = Progress(steps, max_seconds=max_seconds, enabled=self.show_progress)
         with open_workers(gradient, self.workers) as team, bar as progress:
@@ -293,6 +296,7 @@ class RewardTuner:
         """Fixed prompts and seeds: pictures to samples/, scores to eval.jsonl."""
         seeds = [derive_seed(self.seed, "eval", index) for index in range(len(self.eval_prompts))]
         images = evaluate.sample(self.pipe, self.eval_prompts, seeds=seeds, call=self.call, batch=self.micro_batch)
+        check_images(images, self.step)
         values = evaluate.score(self.reward, images, self.eval_prompts, batch=self.micro_batch, device=self.device)
         scores = {name: evaluate.interval(value) for name, value in values.items()}
         evaluate.save_images(images, self.folder.path / "samples" / ("final" if final else f"step-{self.step:06d}"))
