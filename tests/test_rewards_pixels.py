@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,29 +16,27 @@ from rewardtune.rewards.jpeg import cubic_round, jpeg
 X = ["x"]
 
 
-def photo_like(seed: int, *, height: int, width: int) -> torch.Tensor:
-    """(3, H, W) 8-bit values in [0, 1]: colour noise with a photograph's spectrum (1/f^1.5) and one hard edge."""
-    generator = torch.Generator().manual_seed(seed)
-    frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width) ** 2).sqrt()
+PICTURES = ("grain", "sky", "market", "night")  # committed; tests/pictures/make.py drew them
 
-    def field(std):
-        noise = torch.fft.rfft2(torch.randn(height, width, generator=generator))
-        noise = torch.fft.irfft2(noise * frequency.clamp_min(1 / max(height, width)) ** -1.5, s=(height, width))
-        return noise * std / noise.std()
 
-    luma = field(0.18)
-    rgb = torch.stack([luma + field(0.04) + 0.5 for _ in range(3)])
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    disc = (y - 0.6 * height) ** 2 + (x - 0.4 * width) ** 2 < (0.2 * height) ** 2
-    rgb = torch.where(disc, 0.6 * rgb + torch.tensor([0.3, 0.05, 0.0]).view(3, 1, 1), rgb)
-    return rgb.clamp(0, 1).mul(255).round() / 255
+def picture(name: str) -> torch.Tensor:
+    """(3, H, W) 8-bit values in [0, 1]; about 160x160."""
+    return as_tensor(Image.open(Path(__file__).parent / "pictures" / f"{name}.png"))
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def pillow_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
     buffer = io.BytesIO()
     array = image.mul(255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(array).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1) / 255
+    return as_tensor(Image.open(buffer))
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return -10 * (a - b).square().mean().log10().item()
 
 
 def gradient_of(native, images):
@@ -106,31 +105,36 @@ def test_detach_std_keeps_the_value_and_earns_nothing_from_contrast():
 # -- JPEG and compressibility ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 256), (203, 250)])
+@pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("quality", [20, 50, 80])
-def test_jpeg_is_pillows_jpeg_to_43_db(height, width, quality):
-    images = torch.stack([photo_like(seed, height=height, width=width) for seed in range(3)])
-    real = torch.stack([pillow_jpeg(image, quality) for image in images])
-    ours = jpeg(images, quality)
-    psnr = -10 * (ours - real).square().mean(dim=(1, 2, 3)).log10()
-    assert psnr.min() >= 43, psnr.tolist()
-    real_error = (images - real).square().mean(dim=(1, 2, 3))
-    error = rewards.Compressibility(quality=quality).native(images, X)
-    torch.testing.assert_close(error, real_error, rtol=0.06, atol=0)
+def test_jpeg_is_pillows_jpeg_to_42_5_db(name, quality):
+    """43.5 to 52.4 dB: benchmarks/jpeg.py. The error that the reward measures is the real one to 3 percent."""
+    image = picture(name)
+    real, ours = pillow_jpeg(image, quality), jpeg(image[None], quality)[0]
+    assert ours.shape == image.shape
+    assert psnr(ours, real) >= 42.5
+    error = rewards.Compressibility(quality=quality).native(image[None], X).item()
+    assert error == pytest.approx((image - real).square().mean().item(), rel=0.03)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_worse_codec_would_be_noticed(name):
+    """42.5 dB is no loose bound: a quality of 45 for 50 misses it."""
+    image = picture(name)
+    real = pillow_jpeg(image, 50)
+    assert psnr(jpeg(image[None], 45)[0], real) < 42.5
 
 
 def test_jpeg_clips_between_the_transforms_as_decoders_do():
     """Over-exposed images ring past black and white; without the clipping of Y, Cb and Cr this is 2 dB worse."""
-    images = torch.stack([photo_like(seed, height=128, width=128) for seed in range(3)])
-    images = ((images - 0.5) * 6 + 0.5).clamp(0, 1).mul(255).round() / 255
-    real = torch.stack([pillow_jpeg(image, 20) for image in images])
-    psnr = -10 * (jpeg(images, 20) - real).square().mean(dim=(1, 2, 3)).log10()
-    assert psnr.min() >= 40, psnr.tolist()
+    for name in PICTURES:
+        image = ((picture(name) - 0.5) * 6 + 0.5).clamp(0, 1).mul(255).round() / 255
+        assert psnr(jpeg(image[None], 20)[0], pillow_jpeg(image, 20)) >= 40, name
 
 
 def small_photo() -> torch.Tensor:
     """64x64 in float64, off the 8-bit grid and away from black and white, where decoding would clip."""
-    return photo_like(5, height=64, width=64)[None].double() * 0.5 + 0.2503
+    return picture("grain")[None, :, 40:104, 40:104].double() * 0.5 + 0.2503
 
 
 def test_detach_is_the_exact_gradient_of_the_true_error():
@@ -163,7 +167,7 @@ def test_cubic_rounding_by_hand():
 
 
 def test_cubic_gradient_by_finite_differences():
-    images, h = small_photo(), 1e-6
+    images, h = small_photo(), 1e-7  # cubic rounding jumps at .5: so small a step meets none
     reward = rewards.Compressibility(quality=50, mode="cubic")
     gradient = gradient_of(lambda i: reward.native(i, X), images)
     direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -178,7 +182,7 @@ def test_why_there_is_no_straight_through_mode():
         return x + (x.round() - x).detach()
 
     def error(images, rounding):
-        return (images - jpeg(images, 50, rounding=rounding)).square().mean(dim=(1, 2, 3))
+        return (images - jpeg(images, 50, rounding=rounding, samples=rounding)).square().mean(dim=(1, 2, 3))
 
     images = small_photo()
     # The sum over channels is the derivative with respect to grey, that is, luma.
@@ -197,22 +201,32 @@ def test_compressibility_of_flat_images_is_small_and_finite(mode, level):
     assert gradient_of(lambda i: reward.native(i, X), flat).isfinite().all()
 
 
-def test_gradient_ascent_on_compressibility_lowers_the_true_error():
-    images = photo_like(1, height=64, width=64)[None]
-    reward = rewards.Compressibility(quality=50)
-    before = reward.native(images, X).item()
-    leaf = images.clone().requires_grad_()
-    optimiser = torch.optim.Adam([leaf], lr=2e-3)
-    for _ in range(30):
+def real_error(images: torch.Tensor, quality: int) -> float:
+    """What a user gets: the picture as 8 bits against the same picture through Pillow's JPEG."""
+    image = images[0].detach().clamp(0, 1).mul(255).round() / 255
+    return (image - pillow_jpeg(image, quality)).square().mean().item()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_optimising_pixels_lowers_the_real_error_50_fold(name):
+    leaf = picture(name)[None, :, -64:, -64:].clone().requires_grad_()
+    reward, optimiser = rewards.Compressibility(quality=50), torch.optim.Adam([leaf], lr=2e-3)
+    before = real_error(leaf, 50)
+    for _ in range(200):
         optimiser.zero_grad()
         (-reward(leaf.clamp(0, 1), X)).sum().backward()
         optimiser.step()
-    after = (leaf.detach() - pillow_jpeg(leaf.detach().clamp(0, 1)[0], 50)).square().mean().item()
-    assert after < 0.3 * before
+    assert real_error(leaf, 50) < before / 50
+
+
+def test_straight_through_is_never_offered():
+    for mode in ("ste", "straight-through", "identity", "hard", None):
+        with pytest.raises(ConfigError, match=r"legal: detach, cubic .straight-through would have no gradient"):
+            rewards.Compressibility(mode=mode)
 
 
 def test_jpeg_bytes_are_pillows():
-    image = photo_like(2, height=40, width=56)
+    image = picture("sky")[:, :40, :56]
     buffer = io.BytesIO()
     array = image.mul(255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(array).save(buffer, "JPEG", quality=80, subsampling="4:2:0")

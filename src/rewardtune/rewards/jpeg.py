@@ -1,7 +1,8 @@
 """JPEG as a function of tensors: I -> d(c(I)), baseline, 4:2:0, without the lossless entropy coding.
 
-Integer quantisation tables by libjpeg's formula, the JFIF colour matrix, chroma averaged over 2x2 pixels and brought
-back bilinearly (libjpeg's "fancy" up-sampling). Left out: the rounding of the decoded colours to 8 bits.
+Integer quantisation tables by libjpeg's formula, the JFIF colour matrix, samples of 8 bits on both ways, chroma
+averaged over 2x2 pixels and brought back bilinearly (libjpeg's "fancy" up-sampling). Left out: which way libjpeg's
+averages round at .5.
 """
 
 import io
@@ -30,16 +31,23 @@ CHROMA = [
 YCC = [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]]
 
 
-def jpeg(images: Tensor, quality: int, *, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
-    """Encode and decode images (B, 3, H, W) in [0, 1]; any H and W. `rounding` quantises the coefficients."""
+Rounding = Callable[[Tensor], Tensor]
+
+
+def jpeg(images: Tensor, quality: int, *, rounding: Rounding = torch.round, samples: Rounding = torch.round) -> Tensor:
+    """Encode and decode images (B, 3, H, W) in [0, 1]; any H and W.
+
+    rounding: of the coefficients. samples: of Y, Cb, Cr and RGB to 8 bits; `torch.positive` leaves them as they are.
+    """
     height, width = images.shape[-2:]
     pixels = F.pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate")  # whole blocks of chroma
     to_ycc = pixels.new_tensor(YCC)
-    ycc = torch.einsum("kc,bchw->bkhw", to_ycc, pixels)
-    luma = _quantise(ycc[:, :1] - 128, _table(LUMA, quality).to(ycc), rounding) + 128
-    chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2), _table(CHROMA, quality).to(ycc), rounding)
-    chroma = F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False)
-    rgb = torch.einsum("ck,bkhw->bchw", torch.linalg.inv(to_ycc), torch.cat([luma, chroma], dim=1))
+    ycc = samples(torch.einsum("kc,bchw->bkhw", to_ycc, pixels))
+    half = samples(F.avg_pool2d(ycc[:, 1:], 2))
+    luma = samples(_quantise(ycc[:, :1] - 128, _table(LUMA, quality).to(ycc), rounding)) + 128
+    chroma = samples(_quantise(half, _table(CHROMA, quality).to(ycc), rounding))
+    chroma = samples(F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False))
+    rgb = samples(torch.einsum("ck,bkhw->bchw", torch.linalg.inv(to_ycc), torch.cat([luma, chroma], dim=1)))
     return (rgb / 255).clamp(0, 1)[..., :height, :width]
 
 
@@ -73,7 +81,7 @@ def _table(base: list[list[int]], quality: int) -> Tensor:
     return torch.tensor(base).mul(scale).add(50).div(100, rounding_mode="floor").clamp(1, 255)
 
 
-def _quantise(planes: Tensor, table: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+def _quantise(planes: Tensor, table: Tensor, rounding: Rounding) -> Tensor:
     """8x8 DCT-II, round(c / q) * q, inverse DCT; planes (B, C, H, W) centred on 0, H and W multiples of 8."""
     n = torch.arange(8, dtype=planes.dtype, device=planes.device)
     dct = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
