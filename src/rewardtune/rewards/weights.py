@@ -8,6 +8,7 @@ safetensors in `cache_folder()`.
 import hashlib
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -49,10 +50,11 @@ def cache_folder() -> Path:
     return Path(constants.HF_HOME) / "rewardtune"
 
 
-def hub_file(source: Source, file: str, *, who: str) -> Path:
+def hub_file(source: Source, file: str, *, who: str, setting: str = "model") -> Path:
     """The path of `file`, downloaded if necessary, its checksum verified where one is known.
 
-    Raises ConfigError: which file, from where, and how to place it by hand.
+    setting: what takes the path of a local folder. Raises ConfigError: which file, from where, and how to place it by
+    hand.
     """
     from huggingface_hub import hf_hub_download
 
@@ -64,7 +66,7 @@ def hub_file(source: Source, file: str, *, who: str) -> Path:
             return local
         return Path(hf_hub_download(source.repo, file, revision=source.revision))
 
-    path = found(find, source.repo, who=who, needed=file, only=file)
+    path = found(find, source.repo, who=who, needed=file, only=file, setting=setting)
     for algorithm, digests in (("sha256", source.sha256), ("md5", source.md5)):
         if file in digests:
             check_digest(path, algorithm, digests[file], who=who)
@@ -98,9 +100,8 @@ def found(
     except ConfigError:
         raise
     except Exception as error:  # hub client, transformers, safetensors and pickle have no common base
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if _is_code(error):
-            raise ConfigError(_refused(f"a checkpoint in '{source}'", who=who, reason=reason)) from error
+        if foreign := _foreign(error):
+            raise ConfigError(_refused(f"a checkpoint in '{source}'", who=who, foreign=foreign)) from error
         if os.path.isdir(source):
             cure = f"put {needed} into that folder, complete and of the right kind"
         else:
@@ -109,7 +110,7 @@ def found(
                 f"it needs {needed} from https://huggingface.co/{source}; without network download it elsewhere by "
                 f"`{command}`, copy the folder here and give its path as {setting}"
             )
-        raise ConfigError(f"{who}: cannot load '{source}': {cure} ({reason})") from error
+        raise ConfigError(f"{who}: cannot load '{source}': {cure} ({_reason(error)})") from error
 
 
 def download(url: str, *, sha256: str, who: str, setting: str) -> Path:
@@ -166,12 +167,11 @@ def open_checkpoint(path: Path | str, *, who: str) -> State:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format and each way of being broken has its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if _is_code(error):
-            raise ConfigError(_refused(str(path), who=who, reason=reason)) from error
+        if foreign := _foreign(error):
+            raise ConfigError(_refused(str(path), who=who, foreign=foreign)) from error
         raise ConfigError(
             f"{who}: {path} ({path.stat().st_size:,} bytes) is no checkpoint or a truncated one; download it again "
-            f"({reason})"
+            f"({_reason(error)})"
         ) from error
     weights: Any = state.get("state_dict", state) if isinstance(state, dict) else {}
     odd = [key for key, value in weights.items() if not isinstance(value, Tensor)]
@@ -251,20 +251,29 @@ def load_tokenizer(
     return tokenizer
 
 
-def _is_code(error: BaseException | None) -> bool:
-    """Did the pickle ask for a function or class that is not on torch's list of harmless ones?"""
+def _foreign(error: BaseException | None) -> str:
+    """What a pickle asked for that is not on torch's list of harmless things; empty for another kind of error."""
     while error is not None:
-        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
-            return True
+        if isinstance(error, pickle.UnpicklingError):
+            match = re.search(r"GLOBAL ([\w.]+)|Can only (?:create new object|build) .* but got (.+)", str(error))
+            if match:
+                return match[1] or match[2]
         error = error.__cause__ or error.__context__
-    return False
+    return ""
 
 
-def _refused(what: str, *, who: str, reason: str) -> str:
+def _refused(what: str, *, who: str, foreign: str) -> str:
     return (
-        f"{who}: {what} holds more than weights and was not run; give a checkpoint of tensors, best as .safetensors "
-        f"({reason})"
+        f"{who}: {what} holds more than weights and was not run (it asks for {foreign}); give a checkpoint of tensors "
+        "alone, best as .safetensors"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, without torch's advice to switch its safety off."""
+    text = str(error).split("WeightsUnpickler error: ")[-1]
+    text = re.split(r"In PyTorch 2\.6|Check the documentation", text)[0]
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 
 def _identity(path: Path, *more: str) -> str:

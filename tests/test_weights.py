@@ -1,0 +1,305 @@
+"""Checkpoints: found, verified, opened, converted once, loaded strictly; and each way in which that fails."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rewardtune.errors import ConfigError
+from rewardtune.rewards import weights
+from rewardtune.rewards.weights import (
+    Source,
+    cache_folder,
+    check_digest,
+    converted,
+    download,
+    hub_file,
+    load_strictly,
+    load_tokenizer,
+    open_checkpoint,
+)
+
+STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([1.0, 2.0])}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty cache."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def assert_same(state, other):
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_safetensors_and_pickles_open_to_the_same_tensors(tmp_path, legacy):
+    save_file(STATE, tmp_path / "a.safetensors")
+    torch.save(STATE, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    torch.save({"state_dict": STATE, "epoch": 3}, tmp_path / "b.pth", _use_new_zipfile_serialization=not legacy)
+    for file in ("a.safetensors", "a.pt", "b.pth"):
+        assert_same(open_checkpoint(tmp_path / file, who="hpsv2"), STATE)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 0.5, 0.95])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_truncated_download_is_an_error(tmp_path, suffix, keep):
+    path = tmp_path / f"a.{suffix}"
+    big = {"weight": torch.rand(100, 100)}
+    save_file(big, path) if suffix == "safetensors" else torch.save(big, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(
+        ConfigError, match=r"^hpsv2: .* bytes\) is no checkpoint or a truncated one; download it"
+    ) as caught:
+        open_checkpoint(path, who="hpsv2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_web_page_in_place_of_a_checkpoint(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_text("<!DOCTYPE html><html>404: Not Found</html>")
+    with pytest.raises(ConfigError, match="is no checkpoint or a truncated one") as caught:
+        open_checkpoint(tmp_path / f"a.{suffix}", who="hpsv2")
+    assert "weights_only" not in str(caught.value)
+
+
+class Bomb:
+    """Pickled, it asks whoever opens it to make a folder."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
+    fuse = tmp_path / "the code ran"
+    path = tmp_path / "a.pt"
+    torch.save({"weight": torch.zeros(2), "extra": Bomb(fuse)}, path, _use_new_zipfile_serialization=not legacy)
+    words = r"holds more than weights and was not run \(it asks for \w+\.mkdir\); give a checkpoint of tensors alone"
+    with pytest.raises(ConfigError, match=words) as caught:
+        open_checkpoint(path, who="hpsv2")
+    assert "weights_only" not in str(caught.value)  # torch's message tells how to run it
+    assert not fuse.exists()
+    torch.load(path, weights_only=False)
+    assert fuse.exists()  # it is a bomb
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(("protocol", "words"), [(2, r"not run \(it asks for \w+\.mkdir\)"), (4, "is no checkpoint")])
+def test_a_plain_pickle_with_code_is_refused_and_not_run(tmp_path, protocol, words):
+    fuse = tmp_path / "the code ran"
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"weight": Bomb(fuse)}, protocol=protocol))
+    with pytest.raises(ConfigError, match=words):
+        open_checkpoint(tmp_path / "a.pkl", who="hpsv2")
+    assert not fuse.exists()
+
+
+def test_a_training_checkpoint_with_numpy_scalars_is_refused_by_name(tmp_path):
+    """As HPS_v2.pt, which carries its optimiser; the compressed file is the one to take."""
+    torch.save({"state_dict": STATE, "loss": np.float64(0.5)}, tmp_path / "HPS_v2.pt")
+    with pytest.raises(ConfigError, match=r"holds more than weights and was not run \(it asks for numpy\S*scalar\)"):
+        open_checkpoint(tmp_path / "HPS_v2.pt", who="hpsv2")
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        ([torch.zeros(2)], "holds no tensors by name; legal is the state_dict"),
+        ({}, "holds no tensors by name"),
+        ({"state_dict": {}}, "holds no tensors by name"),
+        ({"weight": torch.zeros(2), "epoch": 3}, r"\('epoch' is no tensor\)"),
+        (torch.zeros(2), "holds no tensors by name"),
+    ],
+)
+def test_other_payloads_are_refused(tmp_path, payload, words):
+    torch.save(payload, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=words):
+        open_checkpoint(tmp_path / "a.pt", who="hpsv2")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no file .*nothing\.pt"):
+        open_checkpoint(tmp_path / "nothing.pt", who="hpsv2")
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_is_used_as_it_is(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"content")
+    assert hub_file(Source(repo=str(tmp_path)), "a.pt", who="hpsv2") == tmp_path / "a.pt"
+    with pytest.raises(ConfigError, match=r"put b\.pt into that folder"):
+        hub_file(Source(repo=str(tmp_path)), "b.pt", who="hpsv2")
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        hub_file(Source(repo=str(tmp_path / "nothing")), "b.pt", who="hpsv2")
+
+
+def test_offline_it_says_which_file_from_where_and_how_to_place_it(offline):
+    words = (
+        r"hpsv2: cannot load 'xswu/HPSv2': it needs a\.pt from https://huggingface\.co/xswu/HPSv2; without network "
+        r"download it elsewhere by `hf download xswu/HPSv2 a\.pt --local-dir FOLDER`, copy the folder here and give "
+        "its path as model"
+    )
+    with pytest.raises(ConfigError, match=words):
+        hub_file(Source(repo="xswu/HPSv2"), "a.pt", who="hpsv2")
+
+
+def test_the_environment_variable_is_respected(tmp_path):
+    code = (
+        "from rewardtune.rewards.weights import Source, hub_file\n"
+        "try: hub_file(Source(repo='xswu/HPSv2'), 'a.pt', who='hpsv2')\n"
+        "except Exception as error: print(type(error).__name__, type(error.__cause__).__name__, error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ConfigError LocalEntryNotFoundError hpsv2: cannot load 'xswu/HPSv2': it needs a.pt")
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "md5"])
+def test_checksums(tmp_path, algorithm, monkeypatch):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"content")
+    digests = {"a.pt": hashlib.new(algorithm, b"content").hexdigest()}
+    source = Source(repo=str(tmp_path), **{algorithm: digests})
+    assert hub_file(source, "a.pt", who="hpsv2") == path
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", None)
+        assert hub_file(source, "a.pt", who="hpsv2") == path  # verified once, not read again
+    path.write_bytes(b"conten")
+    with pytest.raises(
+        ConfigError, match=rf"is not the published file \({algorithm} .*; delete it and download it again"
+    ):
+        hub_file(source, "a.pt", who="hpsv2")
+
+
+def test_downloads_are_verified_and_kept(tmp_path):
+    origin = tmp_path / "far" / "head.pth"
+    origin.parent.mkdir()
+    origin.write_bytes(b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    path = download(origin.as_uri(), sha256=sha256, who="aesthetic", setting="head")
+    assert path == cache_folder() / "head.pth"
+    assert path.read_bytes() == b"content"
+    origin.unlink()
+    assert download(origin.as_uri(), sha256=sha256, who="aesthetic", setting="head") == path
+
+
+def test_a_download_of_something_else_is_not_kept(tmp_path):
+    origin = tmp_path / "head.pth"
+    origin.write_bytes(b"another")
+    with pytest.raises(ConfigError, match=r"cannot download file:.*invalid hash value.*give its path as head"):
+        download(origin.as_uri(), sha256="0" * 64, who="aesthetic", setting="head")
+    assert not list(cache_folder().iterdir())
+
+
+def test_a_download_offline_says_where_to_put_the_file(offline):
+    with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE is set.*copy it to .*rewardtune/head\.pth or give its path"):
+        download("https://example.org/head.pth", sha256="0" * 64, who="aesthetic", setting="head")
+
+
+def test_a_file_placed_by_hand_is_verified(tmp_path):
+    cache_folder().mkdir(parents=True)
+    (cache_folder() / "head.pth").write_bytes(b"another")
+    with pytest.raises(ConfigError, match="is not the published file"):
+        download("https://example.org/head.pth", sha256="0" * 64, who="aesthetic", setting="head")
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
+    path = tmp_path / "a.pt"
+    torch.save(STATE, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert check_digest(path, "sha256", digest, who="hpsv2") == path
+    with pytest.warns(UserWarning, match="the converted checkpoint cannot be kept"):
+        assert_same(converted(path, dict, who="hpsv2"), STATE)
+
+
+# -- converting -------------------------------------------------------------------------------------------------------
+
+
+def double(state):
+    return {key.upper(): 2 * value for key, value in state.items()}
+
+
+def test_a_pickle_is_opened_and_converted_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    torch.save(STATE, path)
+    first = converted(path, double, who="hpsv2")
+    assert_same(first, double(STATE))
+    (kept,) = cache_folder().glob("*.safetensors")
+    assert_same(load_file(kept), first)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "open_checkpoint", None)
+        assert_same(converted(path, double, who="hpsv2"), first)
+    kept.write_bytes(kept.read_bytes()[:-4])  # a copy cut by a full disk
+    assert_same(converted(path, double, who="hpsv2"), first)
+    torch.save({"weight": torch.ones(1)}, path)  # another checkpoint in its place
+    assert_same(converted(path, double, who="hpsv2"), {"WEIGHT": 2 * torch.ones(1)})
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+
+def strictly(state):
+    return load_strictly(Net, state, who="hpsv2", what="a.pt")
+
+
+def test_a_strict_load_takes_every_weight_in_float32_and_keeps_buffers():
+    half = {f"linear.{key}": value.half() for key, value in STATE.items()}
+    net = strictly(half)
+    assert net.linear.weight.dtype == torch.float32
+    assert torch.equal(net.linear.weight, STATE["weight"])
+    assert net.scale.item() == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"linear.bias": None}, r"a\.pt is of another kind or incomplete: 1 weights are missing, linear\.bias first"),
+        ({"head.weight": torch.ones(1)}, r"1 of its weights have no place in a Net, head\.weight first"),
+        ({"linear.weight": torch.ones(3, 2)}, r"another size: linear\.weight is \(3, 2\), not \(2, 3\)"),
+    ],
+)
+def test_a_strict_load_refuses_what_does_not_fit(change, words):
+    state = {f"linear.{key}": value for key, value in STATE.items()} | change
+    with pytest.raises(ConfigError, match=words):
+        strictly({key: value for key, value in state.items() if value is not None})
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match=r"put tokenizer\.json .* into that folder"):
+        load_tokenizer(str(tmp_path), vocabulary=10, who="hpsv2")
