@@ -19,6 +19,8 @@ from torch import Tensor
 
 from rewardtune import rewards
 from rewardtune.rewards.convert import clip_from_open_clip
+from rewardtune.rewards.jpeg import jpeg
+from rewardtune.rewards.preprocess import Preprocess
 
 FOLDER = Path(__file__).parent / "golden"
 LETTERS = list(string.ascii_lowercase)
@@ -179,3 +181,32 @@ BUILDERS: dict[str, Callable[..., rewards.Reward]] = {
     "imagereward": imagereward,
     "objectness": objectness,
 }
+
+
+# -- the transforms ---------------------------------------------------------------------------------------------------
+
+# How each official way from a picture to the network's input is written here, and what it rounds to 8 bits between.
+WAYS = {
+    "openai_clip": {"fit": "crop"},
+    "transformers_clip": {"fit": "crop"},
+    "transformers_owlvit": {"fit": "squash"},
+    "hpsv2": {"fit": "letterbox", "clamp": "none"},
+}
+
+
+def transform_difference(golden: Golden, way: str, picture: str, **settings: Any) -> tuple[float, float]:
+    """max and mean |ours - official| over the network's input, in units of 1/255."""
+    about = golden.about
+    preprocess = Preprocess(
+        size=about["size"], mean=tuple(about["mean"]), std=tuple(about["std"]), **WAYS[way] | settings
+    )
+    ours = preprocess(golden.tensors[f"{picture}.picture"][None].float() / 255)[0]
+    gap = 255 * (ours - golden.tensors[f"{picture}.{way}"]).abs() * torch.tensor(about["std"]).view(3, 1, 1)
+    return gap.max().item(), gap.mean().item()
+
+
+def jpeg_psnr(golden: Golden, quality: int) -> Tensor:
+    """dB of our codec against Pillow's, by picture."""
+    ours = jpeg(golden.tensors["pictures"].float() / 255, quality)
+    error = (ours - golden.tensors[f"quality_{quality}"].float() / 255).square().mean(dim=(1, 2, 3))
+    return -10 * error.log10()

@@ -20,7 +20,7 @@ from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import State, imagereward_from_official
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import Source, converted, found, hub_file, load_strictly
+from rewardtune.rewards.weights import Source, converted, hub_file, load_strictly
 
 OFFICIAL = Source(
     repo="THUDM/ImageReward",
@@ -32,7 +32,7 @@ OFFICIAL = Source(
 BERT = Source(
     repo="bert-base-uncased",
     revision="86b5e0934494bd15c9632b12f734a8a67f723594",
-    files=("tokenizer.json", "vocab.txt"),
+    files=("vocab.txt", "tokenizer.json"),
     licence="Apache-2.0",
     size="1 MB",
 )
@@ -180,14 +180,9 @@ def _tokenizer(source: Source, *, vocabulary: int) -> Any:
     """BERT's. The official code adds [DEC] and [ENC], which ImageReward does not use, to its 30,522 tokens."""
     from transformers import BertTokenizer
 
-    tokenizer = found(
-        lambda: BertTokenizer.from_pretrained(source.repo, revision=source.revision),
-        source.repo,
-        who="imagereward",
-        needed=" or ".join(BERT.files),
-        any_of=BERT.files,
-        setting="tokenizer",
-    )
+    file = next((file for file in BERT.files if (Path(source.repo) / file).is_file()), BERT.files[0])
+    path = hub_file(source, file, who="imagereward", setting="tokenizer")  # without a file it would be made empty
+    tokenizer = BertTokenizer.from_pretrained(str(path.parent))
     if len(tokenizer) not in (vocabulary - 2, vocabulary):
         raise ConfigError(
             f"imagereward: the tokenizer of {source.repo} has {len(tokenizer)} tokens, the model {vocabulary} with two "
