@@ -21,10 +21,10 @@ Scorer = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Call:
-    """One evaluation on `images` and `prompts`: each reward is asked once, its native value is kept for the log."""
+    """One evaluation, on images in float32 or wider: each reward is asked once, its native value kept for the log."""
 
     def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
-        self.images, self.prompts = images, prompts
+        self.images, self.prompts = full(images), prompts
         self.measured: dict[int, tuple[Reward, Tensor]] = {}
         self._scores: dict[tuple[int, bool], Tensor] = {}
 
@@ -165,7 +165,7 @@ class Sum(Composition):
         return self._terms
 
     def _measure(self, call: Call) -> Tensor:
-        total = torch.zeros(len(call.images), dtype=full(call.images).dtype, device=call.images.device)
+        total = call.images.new_zeros(len(call.images))
         for weight, part in self._terms:
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
                 score = call.score(part)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rewardtune.errors import ConfigError, RewardError
 from rewardtune.rewards.base import Call, Composition, Reward, Scorer, as_reward
-from rewardtune.rewards.contract import full
 
 
 class _OfOne(Composition):
@@ -129,7 +128,7 @@ class Balance(_OfOne):
     def _measure(self, call: Call) -> Tensor:
         if not (torch.is_grad_enabled() and call.images.requires_grad):
             return call.score(self.reward)
-        images = full(call.images)
+        images = call.images
         total, gradients = images.new_zeros(len(images)), []
         for weight, part in self.reward.terms:
             if weight != 0:
@@ -146,7 +145,7 @@ class Balance(_OfOne):
 
 def _differentiate(part: Reward, call: Call) -> tuple[Tensor, Tensor]:
     """Scores (B,) without a graph and their gradients (B, 3, H, W) at the images; native values are kept in `call`."""
-    leaf = full(call.images).detach().requires_grad_()
+    leaf = call.images.detach().requires_grad_()
     inner = Call(leaf, call.prompts)
     score = inner.score(part)
     if not score.requires_grad:

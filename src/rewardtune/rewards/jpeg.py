@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.contract import full
 
 # ITU-T T.81, tables K.1 and K.2 (luma, chroma).
 LUMA = [
@@ -62,7 +63,7 @@ def jpeg_bytes(images: Tensor, quality: int) -> Tensor:
     from PIL import Image
 
     sizes = []
-    for image in images.detach().clamp(0, 1).mul(255).round().to("cpu", torch.uint8):
+    for image in full(images.detach()).clamp(0, 1).mul(255).round().to("cpu", torch.uint8):
         buffer = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
         sizes.append(float(buffer.tell()))
