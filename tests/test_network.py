@@ -58,10 +58,11 @@ def test_checkpointed_layers_give_the_same_bits_and_keep_less(folder, images):
     again = rewards.CLIPScore(model=str(folder))
     for ours, theirs in zip(score_and_gradient(again, images), score_and_gradient(plain, images), strict=True):
         assert torch.equal(ours, theirs)
-    (inside, total), (before, _) = saved(again, images), saved(plain, images)
+    (inside, _), (before, _) = saved(again, images), saved(plain, images)
     assert inside == 2 * 5 * 17 * 16 * 4  # layers, images, tokens, width, bytes: the input of each layer and no more
     assert before > 8 * inside
-    assert saved(rewards.CLIPScore(model=str(folder), micro_batch=1), images)[1] < 0.1 * total
+    pieces = rewards.CLIPScore(model=str(folder), micro_batch=1)
+    assert saved(pieces, images) == (0, 4 * images.numel())  # the pictures themselves and no more
 
 
 def test_layers_are_computed_again_only_for_a_gradient(folder, images, monkeypatch):
