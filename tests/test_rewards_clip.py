@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import types
 import warnings
@@ -13,7 +14,8 @@ from tiny_clip import PROMPTS, SIZE, edit, edit_tower, photo_like, to_pil
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
-from rewardtune.rewards.clipmodel import check_clip_config
+from rewardtune.rewards import clip, clipmodel
+from rewardtune.rewards.clipmodel import UNSEEN, check_clip_config
 from rewardtune.rewards.weights import Source
 
 FAMILY = [rewards.CLIPScore, rewards.PickScore, lambda model, **settings: rewards.HPSv2(model=model, **settings)]
@@ -245,6 +247,69 @@ def test_the_playgrounds_clip_opens_in_every_class(make):
     rewards.check_reward(reward, size=(64, 80), prompts=["a red circle", "two blue squares"])
 
 
+# -- HPS's own checkpoint -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hps(tmp_path, monkeypatch):
+    """(folder with the two checkpoints as hpsv2 publishes them, only small; the same model by transformers)."""
+    import golden_rewards
+    import huggingface_hub.constants
+    from transformers import CLIPConfig
+
+    golden = golden_rewards.read("hpsv2")
+    config = golden_rewards.config_of(golden.about["sizes"])
+    sides = {key: UNSEEN | config[key] for key in ("text_config", "vision_config")}
+    small = CLIPConfig(**sides, projection_dim=config["projection_dim"])
+    monkeypatch.setattr(clipmodel, "vit_h_config", lambda: small)
+    monkeypatch.setattr(clip, "HPS", Source(repo="xswu/HPSv2"))  # the checksums are those of the large files
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "pt").mkdir()
+    folder = golden_rewards.clip_folder(golden, tmp_path / "hf")
+    for file in [*folder.glob("*token*"), folder / "preprocessor_config.json"]:
+        (tmp_path / "pt" / file.name).write_bytes(file.read_bytes())
+    for version, factor in (("HPS_v2_compressed.pt", 0.5), ("HPS_v2.1_compressed.pt", 1)):
+        state = {key: (factor * value).half() for key, value in golden.weights.items()}
+        torch.save({"state_dict": state}, tmp_path / "pt" / version)
+    return tmp_path / "pt", folder
+
+
+def test_hps_own_checkpoint_is_converted_and_kept(hps, monkeypatch):
+    folder, transformers_folder = hps
+    images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    scores = rewards.HPSv2(model=str(folder))(images, PROMPTS)
+    expected = rewards.HPSv2(model=str(transformers_folder))(images, PROMPTS)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-3)  # the file is float16, as HPS's
+    assert (rewards.HPSv2("2.0", model=str(folder))(images, PROMPTS) - scores).abs().max() > 5e-3
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", None)  # the pickle is not opened again
+        again = rewards.HPSv2(model=str(folder))
+    assert torch.equal(again(images, PROMPTS), scores)
+    assert {p.dtype for p in again.model.parameters()} == {torch.float32}
+    file = rewards.HPSv2(model=str(folder / "HPS_v2.1_compressed.pt"), processor=str(folder))
+    assert torch.equal(file(images, PROMPTS), scores)
+
+
+def test_hps_checkpoints_are_checked(hps, monkeypatch):
+    folder, _ = hps
+    path = folder / "HPS_v2.1_compressed.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(ConfigError, match=r"hpsv2: .*HPS_v2\.1_compressed\.pt .* is no checkpoint or a truncated one"):
+        rewards.HPSv2(model=str(folder))
+    torch.save({"state_dict": {"fc.weight": torch.ones(2, 2)}}, path)
+    with pytest.raises(ConfigError, match=r"has 'fc\.weight', which open_clip's CLIP does not know"):
+        rewards.HPSv2(model=str(folder))
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"put HPS_v2\.1_compressed\.pt, or a transformers model: config\.json"):
+        rewards.HPSv2(model=str(folder))
+    monkeypatch.undo()
+    path.write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"is not the published file \(sha256 .*not c57a38fb"):
+        rewards.HPSv2(model=str(folder))
+
+
 # -- values that no weight's shape betrays --------------------------------------------------------------------------
 
 
@@ -336,6 +401,35 @@ def test_missing_weights_are_not_filled_with_random_numbers(copy):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 weights are missing, visual_projection\.weight first"):
         rewards.CLIPScore(model=str(copy))
+
+
+def test_a_model_of_another_kind(copy):
+    edit(copy / "config.json", {"model_type": "siglip"})
+    with pytest.raises(ConfigError, match=r"clipscore: .* is a model of type 'siglip'; legal: clip"):
+        rewards.CLIPScore(model=str(copy))
+
+
+def test_a_truncated_download(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match=r"put config\.json and model\.safetensors .* complete and of the right kind"):
+        rewards.CLIPScore(model=str(copy))
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(copy):
+    (copy / "model.safetensors").unlink()
+    torch.save({"logit_scale": torch.ones(()), "extra": Bomb(copy / "the code ran")}, copy / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"holds more than weights and was not run \(it asks for \w+\.mkdir\)"):
+        rewards.CLIPScore(model=str(copy))
+    assert not (copy / "the code ran").exists()
 
 
 @pytest.mark.parametrize(
