@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One BLAS thread for each test process: threads of two processes on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-slow lint bench clean help
+.PHONY: demo test test-slow lint bench parity clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,12 +19,22 @@ test-slow: .venv/installed  ## The long checks: training over several seeds, ful
 	$(PYTEST) -m slow
 
 lint: .venv/installed  ## Format, lint and type check
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples parity
+	$(BIN)/ruff check src tests benchmarks examples parity
 	$(BIN)/mypy
 
 bench: .venv/installed  ## Speed over the floor, memory against K
 	$(BIN)/python benchmarks/step.py
+
+parity: .venv/installed build/parity/installed  ## The rewards against the official packages, in an environment of their own
+	build/parity/venv/bin/python parity/official.py
+	$(BIN)/python parity/compare.py
+
+build/parity/installed: parity/requirements.txt parity/official.txt
+	$(PYTHON) -m venv build/parity/venv
+	build/parity/venv/bin/python -m pip install -q -r parity/requirements.txt
+	build/parity/venv/bin/python -m pip install -q --no-deps -r parity/official.txt
+	touch $@
 
 clean:  ## Remove the environment
 	rm -rf .venv

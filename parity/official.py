@@ -370,7 +370,27 @@ def jpeg() -> None:
     write("jpeg", tensors, official=f"Pillow {PIL.__version__}")
 
 
-# -- the checkpoints at full size -------------------------------------------------------------------------------------
+# -- the tokenizer and the checkpoints at full size -------------------------------------------------------------------
+
+
+TEXTS = [
+    "",
+    "a red fox",
+    "  Two BLUE books,on a   shelf!! ",
+    "an astronaut's dog, 4k (highly detailed:1.3), 85mm f/1.8 -- it's 50% off",
+    "東京の夜景, neon",
+    "café crème, naïve façade, señor",
+    "a cat 🐈‍⬛ and 3½ dogs 👨‍👩‍👧",
+    "under_score hyphen-ated semi;colon [brackets] <tag> #hash @at $5 a=b",
+    "word " * 100,
+]
+
+
+def tokens() -> None:
+    """open_clip's token ids of ordinary and awkward prompts, without the padding."""
+    ids = [[i for i in row if i] for row in open_clip.tokenize(TEXTS).tolist()]
+    (GOLDEN / "tokens.json").write_text(json.dumps({"texts": TEXTS, "ids": ids}, ensure_ascii=False) + "\n")
+    print("tokens.json:", [len(row) for row in ids])
 
 
 def keys() -> None:
@@ -396,7 +416,7 @@ def keys() -> None:
     print("keys.json:", {name: len(found) for name, found in shapes.items()})
 
 
-ALL = [keys, clipscore, pickscore, hpsv2, aesthetic, imagereward, objectness, preprocessing, jpeg]
+ALL = [keys, tokens, clipscore, pickscore, hpsv2, aesthetic, imagereward, objectness, preprocessing, jpeg]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

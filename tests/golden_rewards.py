@@ -1,11 +1,10 @@
 """Our rewards opened on the official code's fixtures (tests/golden), and how far they are from it.
 
-    python tests/golden_rewards.py          # writes docs/results/parity.md; `make parity` makes the fixtures anew first
-
-parity/official.py says what a fixture holds. The checkpoint goes through the same converter, files and loader as a
-downloaded one; the tests of test_golden.py assert what the table prints.
+parity/official.py says what a fixture holds. The checkpoint goes through the same key table, files and loader as a
+downloaded one. test_golden.py asserts the differences, parity/compare.py prints them.
 """
 
+import gzip
 import json
 import string
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rewardtune import rewards
-from rewardtune.rewards.convert import clip_from_open_clip
+from rewardtune.rewards.clipmodel import vit_h_config
+from rewardtune.rewards.convert import clip_from_open_clip, imagereward_from_official
+from rewardtune.rewards.imagereward import text_config, vision_config
 from rewardtune.rewards.jpeg import jpeg
 from rewardtune.rewards.preprocess import Preprocess
 
@@ -210,3 +211,68 @@ def jpeg_psnr(golden: Golden, quality: int) -> Tensor:
     ours = jpeg(golden.tensors["pictures"].float() / 255, quality)
     error = (ours - golden.tensors[f"quality_{quality}"].float() / 255).square().mean(dim=(1, 2, 3))
     return -10 * error.log10()
+
+
+# -- names, shapes and tokens at full size ----------------------------------------------------------------------------
+
+
+def official_shapes(name: str) -> dict[str, Tensor]:
+    """The full-size official checkpoint of a reward, without its numbers."""
+    shapes = json.loads((FOLDER / "keys.json").read_text())[name]
+    return {
+        key: torch.empty([int(side) for side in shape.split("x") if side], device="meta")
+        for key, shape in shapes.items()
+    }
+
+
+def full_size(name: str) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """(names and shapes that the key table makes of the official checkpoint, those of the transformers model)."""
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
+
+    if name == "imagereward":
+        state = imagereward_from_official(official_shapes(name))
+        settings = json.loads((FOLDER / "keys.json").read_text())["med_config"]
+        vision = vision_config(state, settings)
+        text = text_config(settings, width=vision["hidden_size"])
+        with torch.device("meta"):
+            towers = {
+                "vision": BlipVisionModel(BlipVisionConfig(**vision)),
+                "text": BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False),
+            }
+        wanted = {
+            f"{tower}.{key}": value.shape
+            for tower, model in towers.items()
+            for key, value in model.state_dict().items()
+        }
+        wanted |= {"head.weight": torch.Size([768]), "head.bias": torch.Size([])}
+    else:
+        state = clip_from_open_clip(official_shapes(name))
+        large = CLIPConfig(
+            text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+            vision_config={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+            },
+            projection_dim=768,
+        )
+        with torch.device("meta"):
+            model = CLIPModel(large if name == "aesthetic" else vit_h_config())
+        wanted = {key: value.shape for key, value in model.state_dict().items()}
+    return {key: value.shape for key, value in state.items()}, wanted
+
+
+def bpe_tokenizer(file: Path) -> Any:
+    """transformers' CLIPTokenizer of the official byte pairs, as open_clip reads its file."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [tuple(line.split()) for line in lines]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges=merges
+    )

@@ -78,6 +78,15 @@ def test_imagereward_with_another_eps_is_far_outside_the_tolerance(monkeypatch, 
     assert gradient > 20 * GRADIENT
 
 
+# -- the checkpoints at full size -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clipscore", "hpsv2", "aesthetic", "imagereward"])
+def test_key_tables_make_the_names_and_shapes_of_transformers_at_full_size(name):
+    ours, wanted = golden_rewards.full_size(name)
+    assert ours == wanted
+
+
 # -- the transforms and JPEG ------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
-"""ImageReward's files: the key table at full size, the traps of its config, its tokens, and bad folders.
+"""ImageReward's files: the key table, the traps of its config, its tokens, and bad folders.
 
-That scores and gradients are the official ones: tests/test_golden.py.
+That scores, gradients and full-size names are the official ones: tests/test_golden.py.
 """
 
 import json
@@ -17,7 +17,7 @@ from rewardtune.rewards import imagereward
 from rewardtune.rewards.convert import IMAGE_REWARD_MEAN, IMAGE_REWARD_STD, imagereward_from_official
 
 GOLDEN = golden_rewards.read("imagereward")
-KEYS = json.loads((golden_rewards.FOLDER / "keys.json").read_text())
+MED_CONFIG = json.loads((golden_rewards.FOLDER / "keys.json").read_text())["med_config"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,40 +36,13 @@ def folder(tmp_path):
     return path
 
 
-def full_size():
-    """The official checkpoint's names and shapes, without its numbers."""
-    return {
-        key: torch.empty([int(side) for side in shape.split("x") if side], device="meta")
-        for key, shape in KEYS["imagereward"].items()
-    }
-
-
 # -- the key table ----------------------------------------------------------------------------------------------------
 
 
-def test_full_size_names_and_shapes_are_those_of_transformers_blip():
-    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-    state = imagereward_from_official(full_size())
-    vision = imagereward.vision_config(state, KEYS["med_config"])
-    text = imagereward.text_config(KEYS["med_config"], width=vision["hidden_size"])
-    with torch.device("meta"):
-        towers = {
-            "vision": BlipVisionModel(BlipVisionConfig(**vision)),
-            "text": BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False),
-        }
-    wanted = {
-        f"{name}.{key}": value.shape for name, tower in towers.items() for key, value in tower.state_dict().items()
-    }
-    wanted |= {"head.weight": torch.Size([768]), "head.bias": torch.Size([])}
-    assert {key: value.shape for key, value in state.items()} == wanted
-    assert sum(shape.numel() for shape in wanted.values()) > 445e6
-
-
 def test_what_no_shape_betrays_is_right_at_full_size():
-    state = imagereward_from_official(full_size())
-    vision = imagereward.vision_config(state, KEYS["med_config"])
-    text = imagereward.text_config(KEYS["med_config"], width=1024)
+    state = imagereward_from_official(golden_rewards.official_shapes("imagereward"))
+    vision = imagereward.vision_config(state, MED_CONFIG)
+    text = imagereward.text_config(MED_CONFIG, width=1024)
     seen = {key: (vision[key], text[key]) for key in ("num_attention_heads", "layer_norm_eps", "hidden_act")}
     assert seen == {"num_attention_heads": (16, 12), "layer_norm_eps": (1e-6, 1e-12), "hidden_act": ("gelu", "gelu")}
     assert (vision["image_size"], vision["patch_size"]) == (224, 16)
@@ -77,7 +50,7 @@ def test_what_no_shape_betrays_is_right_at_full_size():
 
 
 def test_every_key_is_used_exactly_once():
-    state = full_size()
+    state = golden_rewards.official_shapes("imagereward")
     assert len(state) == 625
     with pytest.raises(ConfigError, match=r"'blip.visual_encoder.new.weight', which ImageReward.pt does not know"):
         imagereward_from_official(state | {"blip.visual_encoder.new.weight": torch.empty(1, device="meta")})
@@ -119,7 +92,8 @@ def test_the_head_is_one_affine_map():
     ],
 )
 def test_full_size_traps_are_refused(change, words):
-    state, settings = imagereward_from_official(full_size()), KEYS["med_config"] | change
+    state = imagereward_from_official(golden_rewards.official_shapes("imagereward"))
+    settings = MED_CONFIG | change
     with pytest.raises(ConfigError, match=words):
         imagereward.vision_config(state, settings) | imagereward.text_config(settings, width=1024)
 
