@@ -139,7 +139,7 @@ def _named(name: str, options: dict[str, Any], loaded: dict[str, "Reward"]) -> "
     key = repr((name, options))
     if key not in loaded:
         if options.get("model") == "playground":
-            options = options | {"model": str(playground.clip_path())}
+            options = options | {"model": str(playground.reward_path(name.lower()))}
         loaded[key] = rewards.load(name, options)
     return loaded[key]
 

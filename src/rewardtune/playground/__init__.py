@@ -20,11 +20,20 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 
+REWARDS = {  # reward: its folder under WEIGHTS
+    "clipscore": "clip",
+    "pickscore": "pickscore",
+    "hpsv2": "hpsv2",
+    "aesthetic": "aesthetic",
+    "objectness": "objectness",
+}
+
 _READER = ("Match", "Reading", "Seen", "count_objects", "matches", "read")
 _SCENES = ("Description", "Mention", "Object", "Scene", "draw_scenes", "parse", "render")
 __all__ = [  # noqa: RUF022 - the functions of this file first
     "path",
     "clip_path",
+    "reward_path",
     "pipeline",
     "prompts",
     "Match",
@@ -60,6 +69,17 @@ def path() -> Path:
 def clip_path() -> Path:
     """The folder that `CLIPModel.from_pretrained` opens; ConfigError where it is missing."""
     return _found("clip", "config.json")
+
+
+def reward_path(name: str) -> Path:
+    """The folder that the reward `name` takes as its `model`; ConfigError for a reward without a network of the
+    playground's own, and where the folder is missing."""
+    if name not in REWARDS:
+        raise ConfigError(
+            f"the playground has no network for the reward {name!r}; it has {', '.join(REWARDS)}: "
+            "leave `model: playground` out or name one of these"
+        )
+    return _found(REWARDS[name], "config.json")
 
 
 def pipeline(dtype: Any = None) -> Any:

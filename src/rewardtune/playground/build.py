@@ -1,10 +1,11 @@
 """The scripts that made the playground's weights, as one command.
 
-    python -m rewardtune.playground.build --output DIR [--stage text clip vae unet assemble] [--quick]
+    python -m rewardtune.playground.build --output DIR [--stage text clip vae unet pickscore ... assemble] [--quick]
 
 Stages continue where they were stopped (checkpoints lie in DIR/checkpoints) and train what they need first, so
-`--stage assemble` alone builds everything. The result is DIR/clip and DIR/pipeline, ordinary folders for
-`CLIPModel.from_pretrained` and `StableDiffusionPipeline.from_pretrained`, all weights in float16.
+`--stage assemble` alone builds the pipeline. The result is DIR/clip and DIR/pipeline, ordinary folders for
+`CLIPModel.from_pretrained` and `StableDiffusionPipeline.from_pretrained`, and a folder for each reward model
+(pickscore, hpsv2, aesthetic, objectness), all weights in float16.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 
 from rewardtune.errors import ConfigError
 
-from . import autoencoder, clip, denoiser
+from . import aesthetic, autoencoder, clip, denoiser, detector, preference
 from .heads import Heads
 from .training import Schedule
 from .words import write_tokenizer
 
-STAGES = ("text", "clip", "vae", "unet", "assemble")
+STAGES = ("text", "clip", "vae", "unet", "pickscore", "hpsv2", "aesthetic", "objectness", "assemble")
 QUICK = {"steps": 2, "batch": 4, "warmup": 1}
+OPENED = {"dtype": "float32"}  # unless asked otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,35 @@ class _Build:
         return denoiser.train_unet(self.vae, self.text.clip, tokenizer, self._checkpoint("unet"), **settings)
 
     @cached_property
+    def pickscore(self) -> None:
+        self._preference("pickscore")
+
+    @cached_property
+    def hpsv2(self) -> None:
+        self._preference("hpsv2")
+
+    def _preference(self, name: str) -> None:
+        tokenizer = write_tokenizer(self.output / "clip")
+        arguments = name, self.clip, tokenizer, self._checkpoint(name)
+        model = preference.train_preference(*arguments, **self._settings(name))
+        preference.write_preference(_emptied(self.output / name), model)
+        _edit(self.output / name / "config.json", **OPENED)
+
+    @cached_property
+    def aesthetic(self) -> None:
+        head = aesthetic.fit_head(self.clip, scenes=min(self.scenes, aesthetic.SCENES), seed=self.seed)
+        aesthetic.write_aesthetic(_emptied(self.output / "aesthetic"), self.clip, head)
+        _edit(self.output / "aesthetic" / "config.json", **OPENED)
+
+    @cached_property
+    def objectness(self) -> None:
+        tokenizer = write_tokenizer(self.output / "clip")
+        arguments = self.clip, tokenizer, self._checkpoint("objectness")
+        model = detector.train_detector(*arguments, **self._settings("objectness"))
+        detector.write_detector(_emptied(self.output / "objectness"), model)
+        _edit(self.output / "objectness" / "config.json", **OPENED)
+
+    @cached_property
     def assemble(self) -> None:
         write_folders(self.output, clip_model=self.clip, vae=self.vae, unet=self.unet)
 
@@ -77,7 +108,7 @@ def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None
     from diffusers import StableDiffusionPipeline
 
     for folder in (output / "clip", output / "pipeline"):
-        shutil.rmtree(folder, ignore_errors=True)
+        _emptied(folder)
     tokenizer = write_tokenizer(output / "clip")
     clip.write_processor(output / "clip")
     clip_model.to(torch.float16).save_pretrained(output / "clip")
@@ -94,10 +125,14 @@ def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None
     pipeline.save_pretrained(output / "pipeline")
     write_tokenizer(output / "pipeline" / "tokenizer")
     for config in (output / "clip" / "config.json", output / "pipeline" / "text_encoder" / "config.json"):
-        _edit(config, dtype="float32")  # opened in float32 unless asked otherwise
+        _edit(config, **OPENED)
     _edit(output / "pipeline" / "vae" / "config.json", block_out_channels=None)  # derived; warned about when stored
-    for file in output.rglob("*.safetensors"):
-        file.chmod(0o644)
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder without what an earlier build left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def _edit(config: Path, **changes: Any) -> None:
@@ -117,10 +152,11 @@ def build(
     stop_after: int | None = None,
     workers: int = 1,
 ) -> Path:
-    """Train the world's networks and assemble them; returns the pipeline's folder.
+    """Train the world's networks and its rewards' and assemble them; returns the pipeline's folder.
 
-    steps: training steps by training ("text", "clip", "vae", "unet") in place of the recipe's. quick: a build of
-    seconds that shows only that everything fits together. stop_after: interrupt each training after so many steps.
+    steps: training steps in place of the recipe's, by training ("text", "clip", "vae", "unet", "pickscore", "hpsv2",
+    "objectness"). quick: a build of seconds that shows only that everything fits together. stop_after: interrupt each
+    training after so many steps.
     workers: threads that share each step of the UNet; they change its speed and not its result.
     ConfigError for an unknown stage or network, and for checkpoints that belong to other settings.
     """
@@ -129,6 +165,9 @@ def build(
         "clip": clip.SCHEDULE,
         "vae": autoencoder.SCHEDULE,
         "unet": denoiser.SCHEDULE,
+        "pickscore": preference.SCHEDULE,
+        "hpsv2": preference.SCHEDULE,
+        "objectness": detector.SCHEDULE,
     }
     unknown = [*(s for s in stages if s not in STAGES), *(s for s in steps or {} if s not in schedules)]
     if unknown:
@@ -143,6 +182,8 @@ def build(
     for stage in STAGES:
         if stage in stages:
             getattr(job, stage)
+    for file in job.output.rglob("*.safetensors"):
+        file.chmod(0o644)
     return job.output / "pipeline"
 
 
