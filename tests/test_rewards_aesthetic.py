@@ -260,6 +260,13 @@ def test_a_head_for_another_width(copy):
         rewards.Aesthetic(str(copy))
 
 
+def test_a_head_with_relus_is_known_by_its_name(copy):
+    """LAION's ava+logos-l14-reluMSE.pth has the keys and shapes of the linear one."""
+    (copy / "head.safetensors").rename(copy / "ava+logos-l14-reluMSE.safetensors")
+    with pytest.raises(ConfigError, match="is by its name an MLP with ReLUs"):
+        rewards.Aesthetic(str(copy), head=str(copy / "ava+logos-l14-reluMSE.safetensors"))
+
+
 def test_a_model_of_another_kind(copy):
     edit(copy / "config.json", {"model_type": "bert"})
     with pytest.raises(ConfigError, match="is a model of type 'bert'; legal: clip, clip_vision_model, siglip"):

@@ -30,8 +30,8 @@ OPENAI = Source(
     size="1.7 GB",
 )
 HEAD = (
-    "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/main/"
-    "sac+logos+ava1-l14-linearMSE.pth"
+    "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"
+    "6934dd81792f086e613a121dbce43082cb8be85e/sac+logos+ava1-l14-linearMSE.pth"
 )
 HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 # The embedding that LAION's head was fitted to; LAION's own ViT-L/14 has the same shapes and another activation.
@@ -50,8 +50,8 @@ class AffineEmbedding(NetworkReward):
     """w.e/|e| + b for the image embedding e of a CLIP or SigLIP; more is better.
 
     model: hub id or folder of a transformers CLIP or SigLIP. head: a file of a linear layer (`weight`, `bias`) or of
-    an MLP without activations (`layers.0.weight`, ...). What activations it had is not in the file: with any, the
-    score is wrong. revision: of the model's hub repository.
+    an MLP without activations (`layers.0.weight`, ...). What activations it had is not in the file, only, for LAION's,
+    in its name: `ava+logos-l14-reluMSE.pth` is refused. revision: of the model's hub repository.
     antialias, clamp, random_shift: see `Preprocess`. dtype, micro_batch, checkpointing: see `NetworkReward`.
     """
 
@@ -73,6 +73,11 @@ class AffineEmbedding(NetworkReward):
         super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
         source = OPENAI if str(model) == OPENAI.repo else Source(repo=str(model))
         source = replace(source, revision=revision or source.revision)
+        if "relu" in os.path.basename(head).lower():
+            raise ConfigError(
+                f"{self.name}: {head} is by its name an MLP with ReLUs, and no affine map; legal is one without "
+                "activations, as sac+logos+ava1-l14-linearMSE.pth"
+            )
         weight, bias = affine(open_checkpoint(head, who=self.name), what=str(head), who=self.name)
         network, self.output, fit = _vision(source, who=self.name)
         config = network.config
