@@ -130,6 +130,42 @@ def score(
         write_text(json_file, as_json(pictures, choices))
 
 
+@app.command("audit")
+def audit(
+    reward: Annotated[str, typer.Argument(help="As in run files.")],
+    option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="e.g. -o version=2.0")] = None,
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="Your files, folders or globs instead of drawn scenes.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Of --images: .txt, .csv or .jsonl; a column category is compared too.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all --images.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Drawn scenes.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the drawn scenes.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder for audit.md and audit.json.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+) -> None:
+    """What a reward likes: brightness, colours, counts, borders, ...; and whether it reads the prompt."""
+    from .audit import as_text, run, write
+
+    report = run(
+        reward,
+        option or [],
+        images=images,
+        prompts=prompts,
+        prompt=prompt,
+        count=count,
+        seed=seed,
+        batch=batch,
+        device=device,
+    )
+    print(as_text(report), end="")
+    if output is not None:
+        write(report, output)
+
+
 @app.command("ls")
 def ls(
     what: Annotated[str, typer.Argument(help="rewards, methods, recipes, models, or all")] = "all",
