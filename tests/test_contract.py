@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reward_table import BUILT_IN, PROMPTS, ROWS, images
+from reward_table import BUILT_IN, PROMPTS, ROWS, Row, images
 from torch import Tensor, nn
 
 from rewardtune import rewards
@@ -63,7 +63,9 @@ def test_gradient_is_not_zero_at_any_covered_pixel_and_reaches_no_other_image(na
 def test_a_score_depends_on_its_own_image_and_prompt_alone(name, pixels):
     reward = ROWS[name].make()
     before = reward(pixels, PROMPTS)
-    after = reward(pixels[[0, 2, 1]], [PROMPTS[0], "a tree", "blue"])
+    changed = pixels.clone()
+    changed[1:] = changed[1:].square() + 0.2
+    after = reward(changed, [PROMPTS[0], "a tree", "blue"])
     torch.testing.assert_close(after[0], before[0], rtol=ROWS[name].rtol, atol=1e-7)
     assert not torch.equal(after[1:], before[1:])
 
@@ -82,7 +84,7 @@ def test_a_batch_of_one_scores_as_a_batch_of_three(name, pixels):
 
 
 @EVERY
-def test_scores_and_gradients_are_the_same_bits_again_and_leave_random_numbers_alone(name, pixels):
+def test_same_bits_again_and_random_numbers_left_alone(name, pixels):
     reward = ROWS[name].make()
     state = torch.get_rng_state()
     first = reward.parts(pixels, PROMPTS)
@@ -99,7 +101,7 @@ def test_scores_and_gradients_are_the_same_bits_again_and_leave_random_numbers_a
 
 
 @EVERY
-def test_nothing_is_trained_and_the_input_is_left_as_it_was(name, pixels):
+def test_nothing_is_trained_or_written(name, pixels):
     reward, prompts = ROWS[name].make(), list(PROMPTS)
     leaf, version = pixels.requires_grad_(ROWS[name].differentiable), pixels._version
     copy = pixels.detach().clone()
@@ -140,3 +142,43 @@ def test_half_precision_images_are_scored_in_float32_and_autocast_changes_nothin
 @DIFFERENTIABLE
 def test_the_check_before_training_passes(name):
     rewards.check_reward(ROWS[name].make(), size=(40, 56), prompts=PROMPTS)
+
+
+# -- the laws notice what breaks them -------------------------------------------------------------------------------
+
+
+class Trained(Reward):
+    def __init__(self):
+        self.net = nn.Linear(3, 1)
+
+    def native(self, images, prompts):
+        return self.net(images.mean(dim=(2, 3)))[:, 0]
+
+
+def value(images: Tensor) -> Tensor:
+    return images.square().mean(dim=(1, 2, 3))
+
+
+BROKEN = [
+    (lambda i, p: value(i) * float("nan"), test_scores_are_one_finite_float_for_each_image),
+    (lambda i, p: value(i[:1]).expand(len(i)), test_scores_are_one_finite_float_for_each_image),
+    (lambda i, p: value(i[..., :-1]), test_gradient_is_not_zero_at_any_covered_pixel_and_reaches_no_other_image),
+    (lambda i, p: value(i) + i.mean(), test_gradient_is_not_zero_at_any_covered_pixel_and_reaches_no_other_image),
+    (lambda i, p: value(i - i.detach().mean()), test_a_score_depends_on_its_own_image_and_prompt_alone),
+    (lambda i, p: value(i) + len(p[1:2]), test_a_batch_of_one_scores_as_a_batch_of_three),
+    (lambda i, p: value(i) + torch.rand(len(i)), test_same_bits_again_and_random_numbers_left_alone),
+    (lambda i, p: value(i) + 0 * torch.rand(len(i)), test_same_bits_again_and_random_numbers_left_alone),
+    (lambda i, p: value(i) * (1 + i.requires_grad), test_same_bits_again_and_random_numbers_left_alone),
+    (lambda i, p: i.mean(dim=(1, 2, 3)) + i.detach().mul_(0.5).mean(), test_nothing_is_trained_or_written),
+    (lambda i, p: value(i) + len(p.pop()), test_nothing_is_trained_or_written),
+    (Trained(), test_nothing_is_trained_or_written),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(BROKEN)))
+def test_a_broken_reward_fails_its_law(case, monkeypatch, pixels):
+    broken, law = BROKEN[case]
+    reward = broken if isinstance(broken, Reward) else rewards.from_callable(broken)
+    monkeypatch.setitem(ROWS, "broken", Row(make=lambda: reward))
+    with pytest.raises(AssertionError):
+        law("broken", pixels)

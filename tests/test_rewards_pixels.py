@@ -85,6 +85,17 @@ def test_symmetry_of_a_flat_image_is_finite(detach_std, level):
     assert gradient_of(lambda i: symmetry.native(i, X), flat).isfinite().all()
 
 
+def test_symmetry_of_an_odd_width_leaves_the_middle_column_to_the_std():
+    """The middle mirrors itself: it can only change the denominator, and nothing where that is held."""
+    images = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(0))
+    free, held = (
+        gradient_of(lambda i, r=reward: r.native(i, X), images)[..., 3]
+        for reward in (rewards.Symmetry(), rewards.Symmetry(detach_std=True))
+    )
+    assert (free != 0).all()
+    assert not held.any()
+
+
 def test_symmetry_gradient_by_finite_differences():
     images = torch.rand(2, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda i: rewards.Symmetry().native(i, X), images)
