@@ -1,5 +1,8 @@
 """The run file: strict, every problem at once with its line, numbers and overrides as people write them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -152,6 +155,15 @@ def test_compositions_are_built_as_written(tmp_path):
     assert list(natives) == ["brightness", "symmetry", "colour", "mean_of", "minimum_of", "symmetry_2"]
     assert load_config(write(tmp_path, dump_config(config))) == config
     assert "null" not in dump_config(config).partition("method:")[0]
+
+
+def test_the_example_of_the_docs_is_a_run_file(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(reward:.*?)```", text, flags=re.DOTALL)
+    config = load_config(write(tmp_path, GOOD.replace("reward: symmetry\n", example)))
+    assert [part.hinge for part in config.reward] == [2.0, None, None]
+    assert [part.name for part in config.reward[1].minimum_of] == ["hpsv2", "pickscore"]
+    assert config.reward[2].balance[1].options == {"detach_std": True}
 
 
 def test_wrong_compositions_are_named_with_their_line(tmp_path):
