@@ -120,6 +120,24 @@ def test_bfloat16_rounds_the_towers_and_not_the_head(folder):
     assert 0 < (a - b).abs().max() < 0.1
 
 
+def test_a_checkpoint_in_half_precision_is_float32_here_and_float64_goes_as_well(folder):
+    torch.save({key: value.half() if value.is_floating_point() else value for key, value in GOLDEN.weights.items()},
+               folder / "ImageReward.pt")  # fmt: skip
+    reward = rewards.ImageReward(model=str(folder))
+    assert reward.vision.dtype == reward.text.dtype == torch.float32
+    double = rewards.ImageReward(model=str(folder), dtype="float64")
+    scores = double(GOLDEN.images.double(), GOLDEN.prompts)
+    assert scores.dtype == torch.float64
+    torch.testing.assert_close(scores.float(), reward(GOLDEN.images, GOLDEN.prompts), rtol=1e-5, atol=1e-5)
+
+
+def test_settings_reach_the_preprocessing(folder):
+    reward = rewards.ImageReward(model=str(folder), antialias=False, clamp="ste", random_shift=True)
+    given = reward.preprocess
+    assert (given.fit, given.size) == ("crop", 32)
+    assert (given.antialias, given.clamp, given.random_shift) == (False, "ste", True)
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,25 @@ def test_oblong_images_are_squashed(reward):
     torch.testing.assert_close(reward(images, [""]), reward(squashed, [""]))
 
 
+def test_a_checkpoint_in_half_precision_is_float32_here_and_float64_goes_as_well(broken, folder, images):
+    from transformers import OwlViTForObjectDetection
+
+    OwlViTForObjectDetection.from_pretrained(folder, dtype=torch.float16).save_pretrained(broken)
+    assert json.loads((broken / "config.json").read_text())["dtype"] == "float16"
+    reward = rewards.Objectness("book", model=str(broken))
+    assert reward.model.dtype == torch.float32
+    double = rewards.Objectness("book", model=str(broken), dtype="float64")
+    scores = double(images.double(), ["", ""])
+    assert scores.dtype == torch.float64
+    torch.testing.assert_close(scores.float(), reward(images, ["", ""]), rtol=1e-5, atol=1e-5)
+
+
+def test_settings_reach_the_preprocessing(folder):
+    given = rewards.Objectness("book", model=str(folder), antialias=False, clamp="ste", random_shift=True).preprocess
+    assert (given.fit, given.size) == ("squash", 32)
+    assert (given.antialias, given.clamp, given.random_shift) == (False, "ste", True)
+
+
 # -- bad settings and folders -----------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,7 @@ class ImageReward(NetworkReward):
         ids, mask = self.tokens.stack(prompts, images.device).unbind(1)
         seen = self.vision(pixel_values=self.preprocess(images).to(self.vision.dtype)).last_hidden_state
         read = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
-        return full(read) @ self.weight + self.bias
+        return (full(read) * self.weight).sum(-1) + self.bias
 
 
 def vision_config(state: State, settings: dict[str, Any]) -> dict[str, Any]:
