@@ -255,6 +255,7 @@ def test_a_pickle_is_opened_and_converted_once(tmp_path, monkeypatch):
     assert_same(first, double(STATE))
     (kept,) = cache_folder().glob("*.safetensors")
     assert_same(load_file(kept), first)
+    assert kept.stat().st_mode == path.stat().st_mode  # others may read a shared cache
     with monkeypatch.context() as patch:
         patch.setattr(weights, "open_checkpoint", None)
         assert_same(converted(path, double, who="hpsv2"), first)

@@ -195,7 +195,10 @@ def converted(path: Path | str, convert: Callable[[State], State], *, who: str) 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.partial")
+        partial.touch()
+        mode = partial.stat().st_mode  # by the umask; safetensors keeps its files to the owner
         save_file(state, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
         os.replace(partial, target)
     except OSError as error:
         warnings.warn(f"{who}: the converted checkpoint cannot be kept in {target.parent}: {error}", stacklevel=2)
