@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 # ruff: noqa: E402 - the folder of the tests comes first
 import golden_rewards
 from huggingface_hub import constants
+from transformers.utils import logging
 
 from rewardtune.rewards import imagereward
 
@@ -93,6 +94,7 @@ TRAPS = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".* reads the first .* tokens of a prompt")
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pillow"))
     parts = [HEADER.format(versions=f"Ours: Python {platform.python_version()}, {names}"), REWARDS]
