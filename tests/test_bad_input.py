@@ -112,7 +112,7 @@ def test_rewards_that_cannot_be_trained_on(case, train, tmp_path):
 def test_unknown_names(train, tmp_path):
     for changes, message in (
         ({"reward": "simmetry"}, "did you mean 'symmetry'?"),
-        ({"method": "drtuned"}, "unknown method 'drtuned'; did you mean 'drtune'?"),
+        ({"method": "drtuned"}, "unknown method 'drtuned' (did you mean 'drtune'?)"),
         ({"model": "no/such-model"}, "model 'no/such-model' cannot be loaded"),
         ({"sampling": BASE["sampling"] | {"scheduler": "DDIMSheduler"}}, "did you mean 'DDIMScheduler'?"),
         ({"lora": {"rank": 4, "targets": ["to_w"]}}, "to_w match no layer; legal suffixes here: "),

@@ -64,14 +64,14 @@ prompts: 3
 """
     found = problems(tmp_path, text, ["optim.clop=3"])
     for expected in (
-        "line 3: unknown key 'reward.0.weigth'; did you mean 'weight'? legal here: name, mean_of",
+        "line 3: unknown key 'reward.0.weigth' (did you mean 'weight'?); legal here: name, mean_of",
         "line 5: reward.1.weight = 'heavy': must be a valid number",
-        "line 7: unknown key 'optim.lrr'; did you mean 'lr'?",
+        "line 7: unknown key 'optim.lrr' (did you mean 'lr'?)",
         "line 8: optim.steps = 0: must be greater than or equal to 1",
         "line 9: optim.lr = '1e-4x': must be a valid number",
-        "line 10: unknown key 'sampling.stpes'; did you mean 'steps'?",
+        "line 10: unknown key 'sampling.stpes' (did you mean 'steps'?)",
         "line 11: prompts = 3: must be a valid string",
-        "override optim.clop: unknown key 'optim.clop'; did you mean 'clip'?",
+        "override optim.clop: unknown key 'optim.clop' (did you mean 'clip'?)",
         "'output_dir' is missing",
     ):
         assert any(expected in line for line in found), (expected, found)
@@ -191,9 +191,9 @@ reward:
         "hinge and target given; legal is at most one of hinge, target, standardise",
         "line 8: reward.3.hinge = 'high': must be a valid number",
         "line 9: reward.4.mean_of = ['a']: List should have at least 2 items",
-        "line 11: unknown key 'reward.5.mean_of.0.wieght'; did you mean 'weight'?",
+        "line 11: unknown key 'reward.5.mean_of.0.wieght' (did you mean 'weight'?)",
         "line 12: reward.5.mean_of.1 = 3: must be a valid mapping",
-        "line 13: unknown key 'reward.6.standardise.stdd'; did you mean 'std'? legal here: mean, std",
+        "line 13: unknown key 'reward.6.standardise.stdd' (did you mean 'std'?); legal here: mean, std",
         "line 14: reward.7.standardise.std = 0: must be greater than 0",
         "options are for a reward by name; a group has none",
     ):

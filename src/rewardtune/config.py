@@ -4,7 +4,6 @@ omegaconf reads the numbers (PyYAML takes `1e-4` for a string) and the `key=valu
 Imports nothing heavy.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from .errors import ConfigError
+from .spelling import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -219,9 +219,8 @@ def _explain(problem: Any, path: Path, lines: dict[tuple, int], overrides: Seque
         place = f"override {dotted}"
     if problem["type"] == "extra_forbidden":
         legal = _keys(where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), legal, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{place}: unknown key {dotted!r}; {hint}legal here: {', '.join(legal)}"
+        hint = nearest(str(where[-1]), legal)
+        return f"{place}: unknown key {dotted!r}{hint}; legal here: {', '.join(legal)}"
     if problem["type"] == "missing":
         return f"{place}: {dotted!r} is missing (`rewardtune ls recipes` names complete run files to start from)"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

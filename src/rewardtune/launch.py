@@ -1,6 +1,5 @@
 """From a run file to a RewardTuner: the model, the reward and the method that its words name."""
 
-import difflib
 import inspect
 import os
 import sys
@@ -14,6 +13,7 @@ from . import methods
 from .config import MethodChoice, Model, Part, RunConfig, dump_config
 from .errors import ConfigError
 from .methods import Method
+from .spelling import nearest
 
 if TYPE_CHECKING:
     from .rewards import Reward
@@ -85,12 +85,14 @@ def _workers(asked: int | str, device: str) -> int:
 def make_method(choice: MethodChoice) -> Method:
     """ConfigError for an unknown method or option, naming the nearest."""
     if choice.name not in methods.ALL:
-        raise ConfigError(f"unknown method {choice.name!r}{near(choice.name, list(methods.ALL))}")
+        hint = nearest(choice.name, methods.ALL)
+        raise ConfigError(f"unknown method {choice.name!r}{hint}; legal: {', '.join(methods.ALL)}")
     factory = methods.ALL[choice.name]
     legal = list(inspect.signature(factory).parameters)
     for option in choice.options:
         if option not in legal:
-            raise ConfigError(f"method {choice.name} has no option {option!r}{near(option, legal)}")
+            hint = nearest(option, legal)
+            raise ConfigError(f"method {choice.name} has no option {option!r}{hint}; legal: {', '.join(legal)}")
     try:
         return factory(**choice.options)
     except TypeError as error:
@@ -202,12 +204,7 @@ def _scheduler(name: str, old: Any) -> Any:
     legal = [word for word in dir(diffusers) if word.endswith("Scheduler")]
     cls = getattr(diffusers, name, None) if name in legal else None
     if cls is None:
-        raise ConfigError(f"unknown scheduler {name!r}{near(name, legal, show=False)}")
+        raise ConfigError(
+            f"unknown scheduler {name!r}{nearest(name, legal)}; legal: the scheduler classes of diffusers"
+        )
     return cls.from_config(old.config)
-
-
-def near(word: str, legal: list[str], *, show: bool = True) -> str:
-    """`; did you mean 'x'?` and, with `show`, the legal words."""
-    close = difflib.get_close_matches(word, legal, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return hint + (f" Legal: {', '.join(legal)}" if show and close else f"; legal: {', '.join(legal)}" if show else "")

@@ -19,10 +19,10 @@ from torch import Tensor
 from rewardtune.errors import ConfigError
 from rewardtune.rewards.clipmodel import clean_text, embedding, image_settings, pretrained_clip, vit_h_from_open_clip
 from rewardtune.rewards.contract import full
-from rewardtune.rewards.loading import nearest
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
 from rewardtune.rewards.weights import Source, hub_file, load_tokenizer
+from rewardtune.spelling import nearest
 
 LAION = Source(
     repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",

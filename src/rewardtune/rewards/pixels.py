@@ -9,7 +9,7 @@ from rewardtune.errors import ConfigError
 from rewardtune.rewards.base import Reward
 from rewardtune.rewards.contract import check_size, full
 from rewardtune.rewards.jpeg import check_quality, cubic_round, jpeg, jpeg_bytes
-from rewardtune.rewards.loading import nearest
+from rewardtune.spelling import nearest
 
 
 class Symmetry(Reward):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rewardtune.errors import ConfigError
 from rewardtune.rewards.contract import full
-from rewardtune.rewards.loading import nearest
+from rewardtune.spelling import nearest
 
 FITS = ("crop", "letterbox", "squash")
 CLAMPS = ("hard", "ste", "none")
