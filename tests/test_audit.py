@@ -140,17 +140,17 @@ def brightness(images, prompts):
 
 def test_brightness_is_found_out():
     effects = by_name(judged(brightness))
-    assert effects["brighter pictures"].verdict == "prefers brighter pictures"
-    assert "dislikes darker pictures" in effects["darker pictures"].verdict
-    assert "prefers a white border" in effects["a white border"].verdict
-    assert "prefers background sand" in effects["background sand"].verdict
-    assert "dislikes background night" in effects["background night"].verdict
-    assert "prefers colour white" in effects["colour white"].verdict
+    assert effects["brighter pictures"].verdict == "prefers"
+    assert "dislikes" in effects["darker pictures"].verdict
+    assert "prefers" in effects["a white border"].verdict
+    assert "prefers" in effects["background sand"].verdict
+    assert "dislikes" in effects["background night"].verdict
+    assert "prefers" in effects["colour white"].verdict
     for same in ("mirrored pictures", "pictures upside down", "blurred pictures"):
         assert effects[same].verdict == "no effect shown"
     assert effects["mirrored pictures"].change == pytest.approx(0, abs=1e-4)
     for words in ("another picture's prompt", "a wrong colour"):
-        assert effects[words].verdict.startswith("is not shown to notice")
+        assert effects[words].verdict == "not shown to notice"
         assert effects[words].change == 0
 
 
@@ -193,8 +193,7 @@ def test_symmetry_does_not_care_for_mirrors():
     effects = by_name(audit.audit_scenes(judge, count=16))
     assert effects["mirrored pictures"].verdict == "no effect shown"
     assert effects["less contrast"].change == pytest.approx(0, abs=0.05)  # unchanged by a scale of the pixels
-    assert "strongly dislikes shifted" not in effects["shifted pictures"].verdict
-    assert "prefers one object instead of two" in effects["one object instead of two"].verdict
+    assert "prefers" in effects["one object instead of two"].verdict
 
 
 def test_the_playgrounds_clipscore_reads_the_prompt():
@@ -203,7 +202,7 @@ def test_the_playgrounds_clipscore_reads_the_prompt():
     judge = audit.Judge(rewards.CLIPScore(str(clip_path())), name="clipscore", batch=64, device="cpu")
     effects = by_name(audit.audit_scenes(judge, count=10))
     for words in ("another picture's prompt", "a wrong colour", "a wrong background", "a missing object"):
-        assert effects[words].verdict == f"notices {words}"
+        assert effects[words].verdict == "notices"
         assert effects[words].change < -0.8
 
 
@@ -212,8 +211,8 @@ def test_a_reward_for_wrong_prompts_is_said_so():
         return -torch.tensor([float(len(prompt)) for prompt in prompts])
 
     effects = by_name(judged(length))
-    assert effects["an object that the caption leaves out"].verdict == "prefers an object that the caption leaves out"
-    assert effects["a missing object"].verdict == "notices a missing object"
+    assert effects["an object that the caption leaves out"].verdict.endswith("prefers")
+    assert effects["a missing object"].verdict == "notices"
 
 
 # -- pictures from files --------------------------------------------------------------------------------------------
@@ -243,12 +242,12 @@ def test_categories_are_compared_by_welch(folder):
     welch = stats.ttest_ind(scores[1::2], scores[::2], equal_var=False).confidence_interval(0.95)
     sd = scores.std(ddof=1)
     effect = by_name(report)["category painting"]
-    assert effect.verdict == "strongly prefers category painting"
+    assert effect.verdict == "strongly prefers"
     assert effect.change == pytest.approx((scores[1::2].mean() - scores[::2].mean()) / sd, rel=1e-4)
     assert (effect.low, effect.high) == pytest.approx((welch.low / sd, welch.high / sd), rel=0.01)
     assert effect.mean == pytest.approx(scores[1::2].mean(), rel=1e-5)
     assert math.isnan(effect.rises)
-    assert by_name(report)["category photo"].verdict == "strongly dislikes category photo"
+    assert by_name(report)["category photo"].verdict == "strongly dislikes"
     darker = by_name(report)["darker pictures"]  # sizes are mixed, pictures keep their places
     assert darker.change == pytest.approx(-0.2 * scores.mean() / sd, rel=1e-3)
 
@@ -293,9 +292,11 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert (report["reward"], report["pictures"]) == ("brightness", 12)
     assert f"{len(report['effects'])} comparisons" in text
     clear = [effect for effect in report["effects"] if effect["clear"]]
-    assert text.count("\n- ") == len(clear) + 1  # one line each, and one for all others
+    assert len(clear) > 5
     for effect in clear:
-        assert effect["verdict"] in text
+        assert f"- {effect['verdict']} {effect['name']}: {effect['change']:+.2f} sd [" in text
+    others = text.partition("- no effect shown: ")[2]
+    assert all(effect["name"] in others for effect in report["effects"] if not effect["clear"])
     again = tmp_path / "again"
     assert main(["audit", "brightness", "--count", "12", "--output", str(again), "--batch", "5"]) == 0
     assert (again / "audit.md").read_text() == text

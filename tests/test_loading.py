@@ -12,6 +12,7 @@ import torch
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
 from rewardtune.rewards.catalogue import REWARDS, Weights
+from rewardtune.rewards.weights import Source
 from rewardtune.spelling import nearest
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,6 +37,23 @@ def test_a_row_says_what_its_class_says(entry):
     assert (entry.better == "less") == cls.minimise
     for source in entry.weights:
         assert source.setting in settings
+
+
+@pytest.mark.parametrize("entry", [entry for entry in REWARDS if entry.weights], ids=lambda entry: entry.name)
+def test_a_row_names_the_files_that_its_class_downloads(entry):
+    module = vars(import_module(entry.path.partition(":")[0]))
+    sources = {source.repo: source for source in module.values() if isinstance(source, Source)}
+    for row in entry.weights:
+        if "://" in row.repo:
+            assert f"{row.repo}/{row.files[0]}" in [value for value in module.values() if isinstance(value, str)]
+            continue
+        source = sources[row.repo]
+        assert source.revision == row.revision
+        assert len(row.revision) == 40  # a commit, no branch that moves
+        assert source.licence.startswith(row.licence.split()[0])
+        if row.setting == "model":
+            assert source.size == row.size
+    assert entry.weights[0].setting == "model"
 
 
 def test_the_catalogue_needs_no_torch():

@@ -72,15 +72,14 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """In words: "strongly prefers brighter pictures", or "no effect shown"."""
-        if self.group == "prompt":
-            if self.clear and self.change > 0:
-                return f"prefers {self.name}"
-            return f"{'notices' if self.clear else 'is not shown to notice'} {self.name}"
+        """strongly dislikes, dislikes, slightly dislikes, no effect shown, slightly prefers, ...; of another prompt:
+        notices it, or not shown to notice it."""
         if not self.clear:
-            return "no effect shown"
+            return "not shown to notice" if self.group == "prompt" else "no effect shown"
+        if self.group == "prompt" and self.change < 0:
+            return "notices"
         degree = "slightly " if abs(self.change) < 0.2 else "strongly " if abs(self.change) >= 0.8 else ""
-        return f"{degree}{'prefers' if self.change > 0 else 'dislikes'} {self.name}"
+        return f"{degree}{'prefers' if self.change > 0 else 'dislikes'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,9 +332,10 @@ def _rows(audit: Audit, group: str) -> list[list[str]]:
 def verdicts(audit: Audit) -> list[str]:
     """The clear effects, largest first, and last a line with what was not shown."""
     clear = sorted((effect for effect in audit.effects if effect.clear), key=lambda effect: -abs(effect.change))
-    lines = [f"{e.verdict}: {e.change:+.2f} sd [{e.low:+.2f}, {e.high:+.2f}]" for e in clear]
-    if unclear := [effect.name for effect in audit.effects if not effect.clear]:
-        lines.append(f"no effect shown: {', '.join(unclear)}")
+    lines = [f"{e.verdict} {e.name}: {e.change:+.2f} sd [{e.low:+.2f}, {e.high:+.2f}]" for e in clear]
+    for verdict in ("no effect shown", "not shown to notice"):
+        if names := [effect.name for effect in audit.effects if effect.verdict == verdict]:
+            lines.append(f"{verdict}: {', '.join(names)}")
     return lines
 
 
@@ -359,7 +359,7 @@ def as_text(audit: Audit) -> str:
     """For the terminal."""
 
     def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        return text_table(headings, rows, flexible=6, numbers=(2, 4, 5))
+        return text_table(headings, rows, flexible=0, numbers=(2, 4, 5))
 
     return _document(audit, lambda level, text: text if level == 1 else f"{text}:", table)
 

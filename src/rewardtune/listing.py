@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -14,7 +15,7 @@ from .config import recipes
 from .errors import ConfigError
 from .rewards.catalogue import REWARDS, Entry
 from .spelling import nearest
-from .tables import text_table
+from .tables import WIDTH, text_table
 
 
 def _rewards() -> list[tuple[str, str]]:
@@ -75,7 +76,8 @@ def reward_page(name: str) -> str:
         raise ConfigError(f"unknown reward {name!r}{nearest(name.lower(), names)}; legal: {', '.join(names)}")
     facts = {
         "measures": entry.meaning,
-        "range": f"{entry.range}; {entry.better} is better" + (f"; {entry.note}" if entry.note else ""),
+        "range": f"{entry.range}; {entry.better} is better",
+        **({"note": entry.note} if entry.note else {}),
         "reads": "image and prompt" if entry.reads_prompt else "the image alone",
         "gradient": "yes" if entry.differentiable else "no: log it with weight 0",
         "proved": entry.proof,
@@ -83,12 +85,13 @@ def reward_page(name: str) -> str:
         "class": entry.path,
         "settings": _settings(entry),
     }
-    lines = [entry.name, *(f"  {key:<14}  {value}" for key, value in facts.items())]
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=18 * " ", break_on_hyphens=False)
+    lines = [entry.name, *(wrap.fill(f"  {key:<14}  {value}") for key, value in facts.items())]
     if not entry.weights:
         return "\n".join([*lines, "  weights         none"])
     lines.append("  weights         downloaded on first use; without network, on a machine that has one:")
     for source in entry.weights:
-        lines.append(f"    {source.repo} @ {source.revision}: {source.size}, licence {source.licence}")
+        lines.append(f"    {source.size}, licence {source.licence}:")
         lines.append(f"      {source.by_hand()}")
     return "\n".join(lines)
 

@@ -66,7 +66,10 @@ class Entry:
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _PROCESSOR = (*_TOKENIZER, "preprocessor_config.json")
 _LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_LAION_PROCESSOR = Weights(repo=_LAION, files=_PROCESSOR, licence="MIT", size="4 MB", setting="processor")
+_LAION_COMMIT = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+_LAION_PROCESSOR = Weights(
+    repo=_LAION, revision=_LAION_COMMIT, files=_PROCESSOR, licence="MIT", size="4 MB", setting="processor"
+)
 
 REWARDS = (
     Entry(
@@ -79,7 +82,13 @@ REWARDS = (
         proof="score and gradient on equal random weights",
         reads_prompt=True,
         weights=(
-            Weights(repo=_LAION, files=("config.json", "pytorch_model.bin", *_PROCESSOR), licence="MIT", size="3.9 GB"),
+            Weights(
+                repo=_LAION,
+                revision=_LAION_COMMIT,
+                files=("config.json", "pytorch_model.bin", *_PROCESSOR),
+                licence="MIT",
+                size="3.9 GB",
+            ),
         ),
     ),
     Entry(
@@ -88,12 +97,13 @@ REWARDS = (
         meaning="cosine of image and prompt (ViT-H tuned on human choices, Pick-a-Pic)",
         range="0.18 to 0.25",
         better="more",
-        oracle="open_clip",
+        oracle="transformers",
         proof="score and gradient on equal random weights",
         reads_prompt=True,
         weights=(
             Weights(
                 repo="yuvalkirstain/PickScore_v1",
+                revision="a4e4367c6dfa7288a00c550414478f865b875800",
                 files=("config.json", "model.safetensors"),
                 licence="MIT (GitHub)",
                 size="3.9 GB",
@@ -113,7 +123,13 @@ REWARDS = (
         proof="score and gradient on equal random weights; its letterbox",
         reads_prompt=True,
         weights=(
-            Weights(repo="xswu/HPSv2", files=("HPS_v2.1_compressed.pt",), licence="Apache-2.0", size="2.0 GB"),
+            Weights(
+                repo="xswu/HPSv2",
+                revision="697403c78157020a1ae59d23f111aa58ced35b0a",
+                files=("HPS_v2.1_compressed.pt",),
+                licence="Apache-2.0",
+                size="2.0 GB",
+            ),
             _LAION_PROCESSOR,
         ),
         note="versions 2.1 (default) and 2.0; papers print it times 100",
@@ -129,12 +145,13 @@ REWARDS = (
         weights=(
             Weights(
                 repo="openai/clip-vit-large-patch14",
+                revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
                 files=("config.json", "model.safetensors", "preprocessor_config.json"),
                 licence="MIT",
                 size="1.7 GB",
             ),
             Weights(
-                repo="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main",
+                repo="https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e",
                 files=("sac+logos+ava1-l14-linearMSE.pth",),
                 licence="Apache-2.0",
                 size="4 MB",
@@ -155,12 +172,14 @@ REWARDS = (
         weights=(
             Weights(
                 repo="THUDM/ImageReward",
+                revision="5736be03b2652728fb87788c9797b0570450ab72",
                 files=("ImageReward.pt", "med_config.json"),
                 licence="Apache-2.0",
                 size="1.8 GB",
             ),
             Weights(
                 repo="bert-base-uncased",
+                revision="86b5e0934494bd15c9632b12f734a8a67f723594",
                 files=("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
                 licence="Apache-2.0",
                 size="1 MB",
@@ -175,11 +194,12 @@ REWARDS = (
         range="0 to 1",
         better="less",
         oracle="transformers",
-        proof="cached text gives the logits of the full forward pass",
+        proof="score and gradient on equal random weights, against the full forward pass",
         note="optimised before the sigmoid, which saturates",
         weights=(
             Weights(
                 repo="google/owlvit-base-patch32",
+                revision="cbc355fb364588351c5d51c7f74465e8e7ec6f72",
                 files=("config.json", "pytorch_model.bin", *_PROCESSOR),
                 licence="Apache-2.0",
                 size="0.6 GB",
