@@ -5,15 +5,18 @@ import subprocess
 import sys
 import textwrap
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
+from rewardtune.listing import REWARD_HEADINGS, reward_rows
 from rewardtune.rewards.catalogue import REWARDS, Weights
 from rewardtune.rewards.weights import Source
 from rewardtune.spelling import nearest
+from rewardtune.tables import markdown_table
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["one", "two"]
@@ -59,6 +62,11 @@ def test_a_row_names_the_files_that_its_class_downloads(entry):
 def test_the_catalogue_needs_no_torch():
     code = "import sys, rewardtune.listing as l; l.rewards_table(); l.rewards_json(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_docs_show_the_catalogue():
+    page = Path(__file__).parent.parent / "docs" / "rewards.md"
+    assert markdown_table(REWARD_HEADINGS, reward_rows()) in page.read_text(encoding="utf-8")
 
 
 def test_builtin_is_the_catalogue():

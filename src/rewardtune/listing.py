@@ -58,14 +58,20 @@ def listing(names: Sequence[str]) -> str:
     return "\n\n".join(blocks)
 
 
-def rewards_table() -> str:
-    """All rewards, a row each."""
-    headings = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "proved against")
-    rows = [
+REWARD_HEADINGS = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "proved against")
+
+
+def reward_rows() -> list[tuple[str, ...]]:
+    """A row of text for each reward, under REWARD_HEADINGS."""
+    return [
         (e.name, e.meaning, e.range, e.better, "yes" if e.differentiable else "no", e.size, e.licence, e.oracle)
         for e in REWARDS
     ]
-    return f"{text_table(headings, rows, flexible=1)}\n\nAll about one: rewardtune ls rewards NAME"
+
+
+def rewards_table() -> str:
+    """All rewards, a row each."""
+    return f"{text_table(REWARD_HEADINGS, reward_rows(), flexible=1)}\n\nAll about one: rewardtune ls rewards NAME"
 
 
 def reward_page(name: str) -> str:
