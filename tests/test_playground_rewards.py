@@ -140,6 +140,14 @@ def test_traits_are_standardised(choices):
     torch.testing.assert_close(found.std(0), torch.ones(6))
 
 
+def test_equal_captions_do_not_compete():
+    image, text = (F.normalize(torch.randn(3, 5), dim=-1) for _ in range(2))
+    text[1] = text[0]
+    ours = preference.caption_loss(image, text, ["a", "a", "b"], 7.0)
+    logits = 7 * image @ text[[0, 2]].T
+    torch.testing.assert_close(ours, F.cross_entropy(logits, torch.tensor([0, 0, 1])))
+
+
 # the detector
 
 
@@ -364,8 +372,8 @@ def test_build_of_the_rewards_resumes(tmp_path):
             break
         except KeyboardInterrupt:
             interruptions += 1
-            assert interruptions <= 4
-    assert interruptions == 4  # text, clip, pickscore and objectness, each once
+            assert interruptions <= 5
+    assert interruptions == 5  # text, clip, traits, pickscore and objectness, each once
     files = sorted(f.relative_to(tmp_path / "whole") for f in (tmp_path / "whole").rglob("*.safetensors"))
     assert len(files) == 4
     for file in files:

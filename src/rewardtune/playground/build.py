@@ -76,9 +76,14 @@ class _Build:
     def hpsv2(self) -> None:
         self._preference("hpsv2")
 
+    @cached_property
+    def traits(self) -> Any:
+        tokenizer = write_tokenizer(self.output / "clip")
+        return preference.train_traits(self.clip, tokenizer, self._checkpoint("traits"), **self._settings("traits"))
+
     def _preference(self, name: str) -> None:
         tokenizer = write_tokenizer(self.output / "clip")
-        arguments = name, self.clip, tokenizer, self._checkpoint(name)
+        arguments = name, self.traits, tokenizer, self._checkpoint(name)
         model = preference.train_preference(*arguments, **self._settings(name))
         preference.write_preference(_emptied(self.output / name), model)
         _edit(self.output / name / "config.json", **OPENED)
@@ -154,9 +159,9 @@ def build(
 ) -> Path:
     """Train the world's networks and its rewards' and assemble them; returns the pipeline's folder.
 
-    steps: training steps in place of the recipe's, by training ("text", "clip", "vae", "unet", "pickscore", "hpsv2",
-    "objectness"). quick: a build of seconds that shows only that everything fits together. stop_after: interrupt each
-    training after so many steps.
+    steps: training steps in place of the recipe's, by training ("text", "clip", "vae", "unet", "traits", "pickscore",
+    "hpsv2", "objectness"). quick: a build of seconds that shows only that everything fits together. stop_after:
+    interrupt each training after so many steps.
     workers: threads that share each step of the UNet; they change its speed and not its result.
     ConfigError for an unknown stage or network, and for checkpoints that belong to other settings.
     """
@@ -165,6 +170,7 @@ def build(
         "clip": clip.SCHEDULE,
         "vae": autoencoder.SCHEDULE,
         "unet": denoiser.SCHEDULE,
+        "traits": preference.TRAITS_SCHEDULE,
         "pickscore": preference.SCHEDULE,
         "hpsv2": preference.SCHEDULE,
         "objectness": detector.SCHEDULE,

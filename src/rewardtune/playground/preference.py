@@ -2,9 +2,12 @@
 
 For each caption a few pictures, and of every two of them which one a taste prefers (`taste.py`), a tenth of the answers
 wrong. The loss is PickScore's (Kirstain et al. 2023, section 4): cross-entropy between the answer and the softmax of
-both scores exp(logit_scale) cos(image, text), half and half where the taste has no preference. A linear head on the
-pooled picture must also say how it is saturated, lit, blurred and laid out; it is thrown away. A large CLIP sees such
-things already, the small one has never been asked.
+both scores exp(logit_scale) cos(image, text), half and half where the taste has no preference.
+
+Two things that a large CLIP does not need. First, once for both tastes, the vision tower learns to see how a picture is
+saturated, lit, blurred and laid out, by a linear head on the pooled picture that is thrown away. And that, as well as
+finding a picture's own caption among others, goes on beside the choices: without it they unlearn the captions sooner
+than they teach a taste.
 """
 
 from __future__ import annotations
@@ -22,14 +25,16 @@ from torch.nn import functional as F
 
 from .clip import embed_texts, normalise, soften, write_processor
 from .heads import WIDTH
-from .taste import TASTES, Picture, apart, balance, bigness, draw_choices, prefer, show
+from .taste import TASTES, Choice, Picture, apart, balance, bigness, draw_choices, prefer, show
 from .training import Draw, Schedule, fit
 from .words import cut, tokens, write_tokenizer
 
-SCHEDULE = Schedule(steps=600, batch=96, lr=1e-3, warmup=30, weight_decay=0.02)
+TRAITS_SCHEDULE = Schedule(steps=320, batch=96, lr=1e-3, warmup=30, weight_decay=0.02)
+SCHEDULE = Schedule(steps=480, batch=96, lr=5e-4, warmup=30, weight_decay=0.02)
 EACH = 4  # pictures of a caption, six pairs
 WRONG = 0.1  # share of the answers that are the opposite of the taste's
-SCALE = 10.0  # of the cosines, at first: with the CLIP's 33 it must begin by unlearning its certainty
+SCALE = 16.0  # of the cosines, at first: with the CLIP's 33 it must begin by unlearning its certainty
+NAMED, SEEN = 0.3, 0.3  # weights of captions and traits beside the choices
 
 
 class Looking(nn.Module):
@@ -54,9 +59,44 @@ def preference_loss(first: Tensor, second: Tensor, answers: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(first - second, answers)
 
 
+def caption_loss(image: Tensor, text: Tensor, captions: Sequence[str], scale: Tensor | float) -> Tensor:
+    """CLIP's contrastive loss from image to text, of unit vectors (n, d) each; equal captions do not compete. The other
+    direction is left out: it forbids that all captions find one picture better than another."""
+    same = torch.tensor([[a == b for b in captions] for a in captions]) & ~torch.eye(len(captions), dtype=torch.bool)
+    logits = (image @ text.T * scale).masked_fill(same, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(captions)))
+
+
+def train_traits(
+    clip: Any,
+    tokenizer: Any,
+    checkpoint: Path,
+    *,
+    schedule: Schedule = TRAITS_SCHEDULE,
+    seed: int = 0,
+    stop_after: int | None = None,
+) -> Looking:
+    """A copy of `clip` whose pooled pictures also say what they are like; its text half stays as it is. A batch is so
+    many pictures, a third of them softened as a denoiser's early predictions are."""
+    torch.manual_seed(seed)
+    looking = Looking(copy.deepcopy(clip).float().requires_grad_(True)).train()
+    scale = looking.clip.logit_scale.exp().item()
+    for part in (looking.clip.text_model, looking.clip.text_projection, looking.clip.logit_scale):
+        part.requires_grad_(False)
+
+    def loss(draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        choices = draw_choices(schedule.batch // EACH, draw.rng, each=EACH)
+        _, named, seen = _look(looking, tokenizer, choices, draw, scale=scale)
+        return named + 2 * seen, {"named": named.item(), "seen": seen.item()}
+
+    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
+    fit("traits", looking, loss=loss, **settings)
+    return looking
+
+
 def train_preference(
     name: str,
-    clip: Any,
+    looking: Looking,
     tokenizer: Any,
     checkpoint: Path,
     *,
@@ -64,32 +104,42 @@ def train_preference(
     seed: int = 0,
     stop_after: int | None = None,
 ) -> Any:
-    """A copy of `clip`, fine-tuned to the taste of `name` ("pickscore" or "hpsv2"); a batch is so many pictures. Those
-    of a third of the captions are softened as a denoiser's early predictions are, which changes no answer."""
-    torch.manual_seed(seed)
-    looking, taste = Looking(copy.deepcopy(clip).float().requires_grad_(True)).train(), TASTES[name]
-    model, pairs = looking.clip, torch.tensor(list(combinations(range(EACH), 2)))
-    model.logit_scale.data.fill_(math.log(SCALE))
+    """A `CLIPModel`, a copy of what `train_traits` gives, fine-tuned to the taste of `name` ("pickscore" or "hpsv2").
+    The pictures of a third of the captions are softened, which changes no answer."""
+    looking, taste = copy.deepcopy(looking).requires_grad_(True).train(), TASTES[name]
+    certain, scale = looking.clip.logit_scale.exp().item(), looking.clip.logit_scale
+    scale.data.fill_(math.log(SCALE))
+    pairs = torch.tensor(list(combinations(range(EACH), 2)))
 
     def loss(draw: Draw) -> tuple[Tensor, dict[str, float]]:
         choices = draw_choices(schedule.batch // EACH, draw.rng, each=EACH)
-        pictures = [picture for _, row in choices for picture in row]
         likings = [[taste(asked, picture) for picture in row] for asked, row in choices]
         truth = torch.tensor([[prefer(row[i], row[j]) for i, j in pairs] for row in likings])  # (captions, pairs)
         wrong = torch.rand(truth.shape, generator=draw.noise) < WRONG
-        pooled = model.vision_model(pixel_values=normalise(soften(show(pictures), draw))).pooler_output
-        image = F.normalize(model.visual_projection(pooled), dim=-1).view(len(choices), EACH, -1)
-        text = embed_texts(model, cut(tokens(tokenizer, [str(asked) for asked, _ in choices]), tokenizer))
-        scores = model.logit_scale.exp() * (image * text[:, None]).sum(-1)  # (captions, EACH)
-        first, second = scores[:, pairs[:, 0]], scores[:, pairs[:, 1]]
+        cosines, named, seen = _look(looking, tokenizer, choices, draw, scale=certain)
+        first, second = (scale.exp() * cosines[:, side] for side in pairs.T)
         chosen = preference_loss(first, second, torch.where(wrong, 1 - truth, truth))
-        seen = F.mse_loss(looking.traits(pooled), traits(pictures))
         agreed = ((first > second) == (truth == 1))[truth != 0.5].float().mean()
-        return chosen + seen, {"choice": chosen.item(), "seen": seen.item(), "agreement": agreed.item()}
+        numbers = {"choice": chosen, "named": named, "seen": seen, "agreement": agreed, "scale": scale.exp()}
+        return chosen + NAMED * named + SEEN * seen, {key: number.item() for key, number in numbers.items()}
 
     settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
     fit(name, looking, loss=loss, **settings)
-    return model
+    return looking.clip
+
+
+def _look(
+    looking: Looking, tokenizer: Any, choices: Sequence[Choice], draw: Draw, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cosines of captions and their pictures (captions, EACH), and the losses of naming and of seeing them."""
+    clip, pictures = looking.clip, [picture for _, row in choices for picture in row]
+    pooled = clip.vision_model(pixel_values=normalise(soften(show(pictures), draw))).pooler_output
+    image = F.normalize(clip.visual_projection(pooled), dim=-1)
+    asked, true = [str(asked) for asked, _ in choices], [picture.scene.caption for picture in pictures]
+    text = embed_texts(clip, cut(tokens(tokenizer, asked + true), tokenizer))
+    cosines = (image.view(len(choices), EACH, -1) * text[: len(choices), None]).sum(-1)
+    named = caption_loss(image, text[len(choices) :], true, scale)
+    return cosines, named, F.mse_loss(looking.traits(pooled), traits(pictures))
 
 
 def write_preference(folder: Path, model: Any) -> None:

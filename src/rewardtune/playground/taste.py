@@ -2,7 +2,8 @@
 
 `vivid` and `calm` are the two tastes that pairs are labelled with: both want the caption kept first, and differ in
 what they like of pictures that keep it equally well. `beauty` is the rule behind the aesthetic ratings; it knows no
-caption. All were written before any model was measured against them. Left out: people.
+caption. What they value was chosen so that a small vision tower can see it (`apart` took the place of the
+narrowest gap, which it did not learn), and before any reward model was measured against them. Left out: people.
 """
 
 from __future__ import annotations
