@@ -108,6 +108,18 @@ def test_a_random_shift_is_drawn_once_for_forward_and_recomputation(folder, imag
     assert not torch.equal(score_and_gradient(rewards.CLIPScore(**settings), images[:1], PROMPTS[:1])[0], expected[0])
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_micro_batches_draw_the_same_random_shifts(folder, images, micro_batch):
+    images = torch.cat([images, images], dim=2).repeat(1, 1, 1, 2)
+    settings = {"model": str(folder), "random_shift": True}
+    torch.manual_seed(3)
+    expected = score_and_gradient(rewards.CLIPScore(**settings), images)
+    torch.manual_seed(3)
+    found = score_and_gradient(rewards.CLIPScore(**settings, micro_batch=micro_batch), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 # -- precision --------------------------------------------------------------------------------------------------------
 
 

@@ -86,13 +86,15 @@ def resize(images: Tensor, *, height: int, width: int, antialias: bool = True, c
 
 
 def shift(images: Tensor, *, down: int, right: int) -> Tensor:
-    """Each image moved by its own 0..down and 0..right pixels, drawn uniformly; the border is repeated."""
+    """Each image moved by its own 0..down and 0..right pixels, drawn uniformly; the border is repeated.
+
+    The two numbers of an image are drawn one after the other, so that they do not depend on how a batch is cut.
+    """
     padded = F.pad(full(images), (right, 0, down, 0), mode="replicate")
     height, width = images.shape[-2:]
-    tops = torch.randint(down + 1, (len(images),)).tolist()
-    lefts = torch.randint(right + 1, (len(images),)).tolist()
-    offsets = zip(padded, tops, lefts, strict=True)
-    return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in offsets])
+    offsets = (torch.rand(len(images), 2, dtype=torch.float64) * torch.tensor([down + 1, right + 1])).long().tolist()
+    moved = zip(padded, offsets, strict=True)
+    return torch.stack([image[:, top : top + height, left : left + width] for image, (top, left) in moved])
 
 
 def letterbox(images: Tensor, size: int) -> Tensor:
