@@ -236,6 +236,8 @@ def test_offline_the_head_and_the_model_say_how_to_be_placed(published, monkeypa
         ({"bias": torch.ones(1)}, "the weight of layer 0 is None"),
         ({"0.weight": torch.ones(3, 4), "1.weight": torch.ones(1, 2)}, r"layer 1 is \(1, 2\); legal are linear layers"),
         ({"0.weight": torch.ones(4), "1.weight": torch.ones(1, 4)}, r"layer 0 is \(4,\)"),
+        ({"weight": torch.ones(1, 4), "bias": torch.ones(7)}, r"bias of layer 0 is \(7,\); legal is \(1,\)"),
+        ({"a.0.weight": torch.ones(1, 4), "b.0.weight": torch.ones(1, 4)}, "the weight of layer 0 twice"),
     ],
 )
 def test_heads_of_another_kind_are_refused(state, words):

@@ -10,6 +10,7 @@ import warnings
 import golden_rewards
 import pytest
 import torch
+from tiny_clip import edit
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
@@ -190,6 +191,11 @@ def test_the_prompt_matters_and_belongs_to_its_image(folder):
             "'visual.proj', which ImageRew",
         ),
         (lambda f: torch.save({"step": 3}, f / "ImageReward.pt"), "holds no tensors by name"),
+        (lambda f: without(f / "ImageReward.pt", "pos_embed"), "lacks embeddings.position_embedding of the vision"),
+        (lambda f: without(f / "ImageReward.pt", "patch_embed"), "lacks embeddings.patch_embedding.weight of the vis"),
+        (lambda f: without(f / "ImageReward.pt", "0.mlp.fc1"), "lacks encoder.layers.0.mlp.fc1.weight of the vision"),
+        (lambda f: edit(f / "med_config.json", {"num_attention_heads": 0}), "num_attention_heads 0; legal is a whole"),
+        (lambda f: edit(f / "med_config.json", {"vocab_size": None}), "vocab_size None; legal is a whole number"),
         (lambda f: cut(f / "ImageReward.pt"), "no checkpoint or a truncated one"),
         (lambda f: drop_words(f / "vocab.txt"), "has 30 tokens, the model 59 .*legal is bert-base-uncased"),
         (lambda f: (f / "vocab.txt").unlink(), "needs vocab.txt from .*/bert-base-uncased; .*its path as tokenizer"),
@@ -203,6 +209,11 @@ def test_bad_folders_say_what_is_wrong(folder, spoil, words):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:5000])
+
+
+def without(path, word):
+    state = torch.load(path, weights_only=True)
+    torch.save({key: value for key, value in state.items() if word not in key}, path)
 
 
 def drop_words(path):

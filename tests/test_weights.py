@@ -1,6 +1,7 @@
 """Checkpoints: found, verified, opened, converted once, loaded strictly; and each way in which that fails."""
 
 import hashlib
+import http.client
 import os
 import pickle
 import subprocess
@@ -131,7 +132,9 @@ def test_a_training_checkpoint_with_numpy_scalars_is_refused_by_name(tmp_path):
         ([torch.zeros(2)], "holds no tensors by name; legal is the state_dict"),
         ({}, "holds no tensors by name"),
         ({"state_dict": {}}, "holds no tensors by name"),
-        ({"weight": torch.zeros(2), "epoch": 3}, r"\('epoch' is no tensor\)"),
+        ({"state_dict": torch.zeros(2)}, "holds no tensors by name"),
+        ({"weight": torch.zeros(2), "epoch": 3}, r"\('epoch' is no tensor with a name\)"),
+        ({0: torch.zeros(2)}, r"\(0 is no tensor with a name\)"),
         (torch.zeros(2), "holds no tensors by name"),
     ],
 )
@@ -216,6 +219,15 @@ def test_a_download_of_something_else_is_not_kept(tmp_path):
     assert not list(cache_folder().iterdir())
 
 
+def test_a_download_that_breaks_off_is_not_kept(monkeypatch):
+    def broken(*args, **settings):
+        raise http.client.IncompleteRead(b"cont")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    with pytest.raises(ConfigError, match=r"cannot download https:.*IncompleteRead.*give its path as head"):
+        download("https://example.org/head.pth", sha256="0" * 64, who="aesthetic", setting="head")
+
+
 def test_a_download_offline_says_where_to_put_the_file(offline):
     with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE is set.*copy it to .*rewardtune/head\.pth or give its path"):
         download("https://example.org/head.pth", sha256="0" * 64, who="aesthetic", setting="head")
@@ -263,6 +275,23 @@ def test_a_pickle_is_opened_and_converted_once(tmp_path, monkeypatch):
     assert_same(converted(path, double, who="hpsv2"), first)
     torch.save({"weight": torch.ones(1)}, path)  # another checkpoint in its place
     assert_same(converted(path, double, who="hpsv2"), {"WEIGHT": 2 * torch.ones(1)})
+
+
+def test_a_full_disk_costs_time_only_and_leaves_nothing_behind(tmp_path):
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from rewardtune.rewards.weights import converted\n"
+        "torch.save({'weight': torch.ones(100, 100)}, sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "print(converted(sys.argv[1], dict, who='hpsv2')['weight'].sum().item())\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", code, str(tmp_path / "a.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "10000.0\n"
+    assert "the converted checkpoint cannot be kept" in done.stderr
+    assert not list((tmp_path / "home" / "rewardtune").iterdir())
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

@@ -161,7 +161,10 @@ def affine(state: dict[str, Tensor], *, what: str, who: str) -> tuple[Tensor, Te
         match = re.fullmatch(r"(?:(?:.*\.)?(\d+)\.)?(weight|bias)", key)
         if match is None:
             raise ConfigError(f"{who}: {what} has '{key}'; legal are weight and bias, or layers.0.weight and so on")
-        layers.setdefault(int(match[1] or 0), {})[match[2]] = value
+        layer = layers.setdefault(int(match[1] or 0), {})
+        if match[2] in layer:
+            raise ConfigError(f"{who}: {what} has the {match[2]} of layer {match[1] or 0} twice; legal is one head")
+        layer[match[2]] = value
     chain: list[tuple[Tensor, Tensor]] = []
     for index in sorted(layers):
         weight = layers[index].get("weight")
@@ -170,7 +173,12 @@ def affine(state: dict[str, Tensor], *, what: str, who: str) -> tuple[Tensor, Te
             raise ConfigError(
                 f"{who}: {what}: the weight of layer {index} is {shape}; legal are linear layers in a row"
             )
-        chain.append((weight, layers[index].get("bias", weight.new_zeros(len(weight)))))
+        bias = layers[index].get("bias", weight.new_zeros(len(weight)))
+        if bias.shape != (len(weight),):
+            raise ConfigError(
+                f"{who}: {what}: the bias of layer {index} is {tuple(bias.shape)}; legal is ({len(weight)},)"
+            )
+        chain.append((weight, bias))
     if len(chain[-1][0]) != 1:
         raise ConfigError(f"{who}: {what} gives {len(chain[-1][0])} numbers; legal is one, the score")
     w, b = collapse(chain)

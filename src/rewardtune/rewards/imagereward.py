@@ -98,11 +98,17 @@ class ImageReward(NetworkReward):
 
 def vision_config(state: State, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of the `BlipVisionModel` that holds `state`: its sizes read off the tensors, its heads by its width."""
-    patches, width = state["vision.embeddings.position_embedding"].shape[1:]
-    patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
+    sized = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
+    if missing := [key for key in sized if f"vision.{key}" not in state]:
+        raise ConfigError(
+            f"imagereward: the checkpoint lacks {missing[0]} of the vision tower; it is cut or another kind"
+        )
+    position, patch_weight, fc1 = (state[f"vision.{key}"] for key in sized)
+    patches, width = position.shape[1:]
+    patch = patch_weight.shape[-1]
     return {
         "hidden_size": width,
-        "intermediate_size": state["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": fc1.shape[0],
         "num_hidden_layers": sum(key.endswith(".mlp.fc1.weight") for key in state),
         "num_attention_heads": _heads("vision tower", VISION_HEADS, width, settings.get(VISION_HEADS)),
         "image_size": patch * isqrt(patches - 1),  # one more for the class token
@@ -154,6 +160,10 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"imagereward: {path} is no JSON object ({error}); download it again") from error
     if missing:
         raise ConfigError(f"imagereward: {path} lacks {', '.join(missing)}; legal is ImageReward's med_config.json")
+    sizes = {key: settings[key] for key in needed if key not in ("hidden_act", "layer_norm_eps")}
+    sizes |= {VISION_HEADS: settings[VISION_HEADS]} if settings.get(VISION_HEADS) is not None else {}
+    if odd := [f"{key} {size!r}" for key, size in sizes.items() if not isinstance(size, int) or size < 1]:
+        raise ConfigError(f"imagereward: {path} has {odd[0]}; legal is a whole number from 1 on")
     return settings
 
 

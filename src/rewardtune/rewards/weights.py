@@ -6,6 +6,7 @@ safetensors in `cache_folder()`.
 """
 
 import hashlib
+import http.client
 import os
 import pickle
 import re
@@ -124,7 +125,7 @@ def download(url: str, *, sha256: str, who: str, setting: str) -> Path:
                 raise OSError("HF_HUB_OFFLINE is set")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, a wrong checksum, a cut
             raise ConfigError(
                 f"{who}: cannot download {url} ({type(error).__name__}: {error}); download it elsewhere, then copy it "
                 f"to {path} or give its path as {setting}"
@@ -174,17 +175,19 @@ def open_checkpoint(path: Path | str, *, who: str) -> State:
             f"({_reason(error)})"
         ) from error
     weights: Any = state.get("state_dict", state) if isinstance(state, dict) else {}
-    odd = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    weights = weights if isinstance(weights, dict) else {}
+    odd = [key for key, value in weights.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if odd or not weights:
         raise ConfigError(
             f"{who}: {path} holds no tensors by name; legal is the state_dict of a network"
-            + (f" ({odd[0]!r} is no tensor)" if odd else "")
+            + (f" ({odd[0]!r} is no tensor with a name)" if odd else "")
         )
     return dict(weights)
 
 
 def converted(path: Path | str, convert: Callable[[State], State], *, who: str) -> State:
     """convert(open_checkpoint(path)), kept as safetensors in `cache_folder()`, so that the pickle is opened once."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     path = Path(path)
@@ -192,15 +195,17 @@ def converted(path: Path | str, convert: Callable[[State], State], *, who: str) 
     with suppress(Exception):  # not there, or cut by a full disk: convert again
         return load_file(target)
     state = {key: value.contiguous() for key, value in convert(open_checkpoint(path, who=who)).items()}
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
         partial.touch()
         mode = partial.stat().st_mode  # by the umask; safetensors keeps its files to the owner
         save_file(state, partial, metadata={"format": "pt"})
         partial.chmod(mode)
         os.replace(partial, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        with suppress(OSError):
+            partial.unlink()
         warnings.warn(f"{who}: the converted checkpoint cannot be kept in {target.parent}: {error}", stacklevel=2)
     return state
 
