@@ -439,6 +439,12 @@ def test_a_pickle_with_code_is_refused_and_not_run(copy):
         ({"do_resize": False}, "legal is resize"),
         ({"resample": 2}, "by filter 2 .*legal is resize by filter 3"),
         ({"size": 40, "crop_size": 40}, "resizes to 40 pixels but .* reads 32"),
+        ({"size": {"height": 32, "width": 32}}, "legal is resize by filter 3 .* of the short side"),  # a squash
+        ({"size": [32, 32]}, "legal is resize"),
+        ({"size": {"longest_edge": 32}}, "legal is resize"),
+        ({"crop_size": {"height": 32, "width": 48}}, "legal is resize"),
+        ({"image_mean": [0.5]}, r"image_mean \[0\.5\]; legal are three numbers"),
+        ({"image_std": "0.5"}, r"image_std '0\.5'; legal are three numbers"),
     ],
 )
 def test_foreign_image_settings_are_refused(copy, change, words):
@@ -478,6 +484,16 @@ def test_a_foreign_tokenizer_is_refused(copy, folder):
     (copy / "tokenizer.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="has 12 tokens but the model reads 54"):
         rewards.CLIPScore(model=str(folder), processor=str(copy))
+
+
+@pytest.mark.parametrize("end", [20, 49407])
+def test_a_model_that_would_read_another_token_than_the_end(copy, end):
+    rewards.CLIPScore(model=str(copy))
+    edit_tower(copy, "text_config", eos_token_id=end)
+    with pytest.raises(ConfigError, match=rf"'book'; legal .* end with the one id {end}, eos_token_id of"):
+        rewards.CLIPScore(model=str(copy))
+    edit_tower(copy, "text_config", eos_token_id=2)  # as in LAION's config: the highest id, whichever that is
+    rewards.CLIPScore(model=str(copy))
 
 
 @pytest.mark.parametrize("dtype", ["float33", "int64", "nn"])

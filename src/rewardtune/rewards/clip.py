@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
-from rewardtune.rewards.clipmodel import clean_text, embedding, image_settings, pretrained_clip, vit_h_from_open_clip
+from rewardtune.rewards.clipmodel import (
+    check_end_token,
+    clean_text,
+    embedding,
+    image_settings,
+    pretrained_clip,
+    vit_h_from_open_clip,
+)
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
@@ -96,6 +103,7 @@ class CLIPSimilarity(NetworkReward):
         tokenizer = load_tokenizer(
             tokens.repo, revision=tokens.revision, vocabulary=config.text_config.vocab_size, who=self.name
         )
+        check_end_token(tokenizer, config.text_config.eos_token_id, who=self.name, repo=tokens.repo)
         size, mean, std = image_settings(tokens, who=self.name)
         if size != config.vision_config.image_size:
             raise ConfigError(
@@ -128,7 +136,7 @@ class CLIPSimilarity(NetworkReward):
 
     def _processor(self, model: Source, processor: str | None) -> Source:
         if processor is not None:
-            return Source(repo=str(processor))
+            return LAION if processor == LAION.repo else Source(repo=str(processor))
         own = any(os.path.isfile(os.path.join(model.repo, file)) for file in ("tokenizer.json", "vocab.json"))
         return model if own or self.spare_processor is None else self.spare_processor
 

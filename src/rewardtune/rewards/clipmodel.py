@@ -7,6 +7,8 @@ heads that transformers fills in, a network left in the checkpoint's half precis
 import html
 import os
 import warnings
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -113,21 +115,41 @@ def image_settings(source: Source, *, who: str, crop: bool = True) -> tuple[int,
 
     files = ("preprocessor_config.json", "processor_config.json")
     settings = found(load, source.repo, who=who, needed=" (or ".join(files) + ")", any_of=files, setting="processor")
-    size, cut = _side(settings.get("size", 224)), _side(settings.get("crop_size", 224)) if crop else None
+    size, cut = _side(settings.get("size", 224), short=crop), _side(settings.get("crop_size", 224))
     steps = ("do_resize", "do_normalize", *(("do_center_crop",) if crop else ()))
     if (
-        (size != cut if crop else settings.get("do_center_crop", False))
+        size is None
+        or (size != cut if crop else settings.get("do_center_crop", False))
         or not all(settings.get(step, True) for step in steps)
         or settings.get("resample", 3) != 3
     ):
         raise ConfigError(
             f"{who}: {source.repo} resizes to {settings.get('size')} by filter {settings.get('resample', 3)} and crops "
             f"to {settings.get('crop_size') if settings.get('do_center_crop', True) else None}; legal is resize by "
-            f"filter 3 (bicubic), {'centre crop to the same size' if crop else 'no crop'}, normalise"
+            f"filter 3 (bicubic), {'of the short side, centre crop to the same size' if crop else 'of both, no crop'}, "
+            "normalise"
         )
     mean = settings.get("image_mean") or (CLIPImageProcessorPil.image_mean if crop else [0.5] * 3)
     std = settings.get("image_std") or (CLIPImageProcessorPil.image_std if crop else [0.5] * 3)
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if not isinstance(values, Sequence) or len(values) != 3 or not all(isinstance(x, Real) for x in values):
+            raise ConfigError(f"{who}: {source.repo} has {name} {values!r}; legal are three numbers")
     return size, tuple(mean), tuple(std)
+
+
+def check_end_token(tokenizer: Any, end: int | None, *, who: str, repo: str) -> None:
+    """ConfigError unless a text ends with the one token at which the model reads it, else it would read another one.
+
+    end: eos_token_id of the text config. 2, of old configs, stands for the highest id, as None does.
+    """
+    ids = list(tokenizer("book").input_ids)
+    legal = max(ids) if end in (None, 2) else end
+    if ids[-1] != legal or ids.count(legal) != 1:
+        which = "the one highest id" if end in (None, 2) else f"the one id {end}, eos_token_id of its text config"
+        raise ConfigError(
+            f"{who}: the tokenizer of {repo} makes {ids} of 'book'; legal is a CLIP tokenizer, whose texts end with "
+            f"{which}: the model reads a text there"
+        )
 
 
 def embedding(output: Any) -> Tensor:
@@ -150,5 +172,9 @@ def clean_text(prompt: str, *, who: str) -> str:
     return html.unescape(html.unescape(fix_text(prompt))).strip()
 
 
-def _side(size: int | dict[str, int]) -> int:
-    return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+def _side(size: object, *, short: bool = False) -> int | None:
+    """n of n, of {"height": n, "width": n} and, if `short`, of {"shortest_edge": n} instead; None for anything else."""
+    if isinstance(size, dict):
+        sides = {size.get("shortest_edge")} if short else {size.get("height"), size.get("width")}
+        size = sides.pop() if len(sides) == 1 else None
+    return size if isinstance(size, int) else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.clipmodel import check_end_token
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
@@ -79,7 +80,7 @@ class Objectness(NetworkReward):
         tokenizer = load_tokenizer(
             source.repo, revision=source.revision, vocabulary=config.text_config.vocab_size, who=self.name
         )
-        _check_end_token(tokenizer, source.repo)
+        check_end_token(tokenizer, None, who=self.name, repo=source.repo)  # OWL-ViT reads at the highest id, always
         mean, std = _image_settings(source)
         self.preprocess = Preprocess(
             size=config.vision_config.image_size, mean=mean, std=std, fit="squash",
@@ -128,16 +129,6 @@ def _detector(source: Source) -> Any:
             f"missing, {missing[0]} first"
         )
     return model
-
-
-def _check_end_token(tokenizer: Any, source: str) -> None:
-    """OWL-ViT reads a query at the highest token id, which must therefore be the end token's."""
-    ids = tokenizer("book").input_ids
-    if max(ids) != ids[-1] or ids.count(ids[-1]) != 1:
-        raise ConfigError(
-            f"objectness: the tokenizer of {source} makes {ids} of 'book'; legal is a CLIP tokenizer, whose texts end "
-            "with the one highest id: OWL-ViT reads a query there"
-        )
 
 
 def _image_settings(source: Source) -> tuple[Any, Any]:
