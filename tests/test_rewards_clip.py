@@ -456,9 +456,9 @@ def test_foreign_image_settings_are_refused(copy, change, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (rewards.CLIPScore, r"huggingface.co/laion/CLIP-ViT-H.*`hf download laion/\S* --local-dir.*path as model"),
-        (rewards.PickScore, r"huggingface.co/yuvalkirstain/PickScore_v1;.*`hf download yuvalkirstain/PickScore_v1 --l"),
-        (rewards.HPSv2, r"needs HPS_v2.1_compressed.pt from .*`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --loc"),
+        (rewards.CLIPScore, r"huggingface.co/laion/CLIP-ViT-H.*`hf download laion/\S* config.*--local-dir.*as model"),
+        (rewards.PickScore, r"`hf download yuvalkirstain/PickScore_v1 config.json model.safetensors --revision a4e436"),
+        (rewards.HPSv2, r"needs HPS_v2.1_compressed.pt from .*`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --rev"),
         (lambda: rewards.HPSv2("2.0"), r"needs HPS_v2_compressed.pt from .*co/xswu/HPSv2"),
     ],
 )

@@ -222,7 +222,8 @@ def drop_words(path):
 
 def test_a_missing_download_says_what_to_place_by_hand():
     with pytest.raises(
-        ConfigError, match=r"med_config.json from https://huggingface.co/THUDM/ImageReward.*hf download"
+        ConfigError,
+        match=r"med_config.json from .*co/THUDM/ImageReward.*`hf download THUDM/ImageReward ImageReward.pt med_conf",
     ):
         rewards.ImageReward()
 

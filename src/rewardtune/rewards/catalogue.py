@@ -24,15 +24,20 @@ class Weights:
 
     def by_hand(self) -> str:
         """What to do on a machine without network."""
-        folder = self.repo.rstrip("/").rpartition("/")[2]
         if "://" in self.repo:
             fetch = " ".join(f"{self.repo.rstrip('/')}/{file}" for file in self.files)
             return f"download {fetch}, then {self.setting}=PATH"
+        return f"{self.command}, then {self.setting}=./{self._folder}"
+
+    @property
+    def command(self) -> str:
+        """Downloads from the hub what is read of it and no more, which for some is a quarter."""
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
-        return (
-            f"hf download {self.repo} {' '.join(self.files)}{revision} --local-dir {folder}, "
-            f"then {self.setting}=./{folder}"
-        )
+        return f"hf download {self.repo} {' '.join(self.files)}{revision} --local-dir {self._folder}"
+
+    @property
+    def _folder(self) -> str:
+        return self.repo.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ REWARDS = (
             Weights(
                 repo=_LAION,
                 revision=_LAION_COMMIT,
-                files=("config.json", "pytorch_model.bin", *_PROCESSOR),
+                files=("config.json", "model.safetensors", *_PROCESSOR),
                 licence="MIT",
                 size="3.9 GB",
             ),

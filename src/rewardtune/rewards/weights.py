@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.catalogue import REWARDS
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
@@ -106,7 +107,9 @@ def found(
         if os.path.isdir(source):
             cure = f"put {needed} into that folder, complete and of the right kind"
         else:
-            command = " ".join(["hf download", source, *filter(None, [only]), "--local-dir FOLDER"])
+            rows = [row for entry in REWARDS for row in entry.weights if (row.repo, row.setting) == (source, setting)]
+            known = next((row.command for row in rows if not only or only in row.files), "")
+            command = known or " ".join(["hf download", source, *filter(None, [only]), "--local-dir FOLDER"])
             cure = (
                 f"it needs {needed} from https://huggingface.co/{source}; without network download it elsewhere by "
                 f"`{command}`, copy the folder here and give its path as {setting}"
