@@ -127,6 +127,13 @@ def test_a_damaged_picture_and_one_of_unknown_range(tmp_path):
         open_image(tmp_path / "f.tif")
 
 
+def test_a_picture_too_large_for_pillow(tmp_path, monkeypatch):
+    save(tmp_path / "x.png", size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's limit is 179 million pixels, twice that an error
+    with pytest.raises(ConfigError, match=r"cannot read the image .*x.png: Image size \(4096 pixels\) exceeds"):
+        find_images([str(tmp_path)])
+
+
 # -- prompts --------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +333,17 @@ def test_a_score_that_is_no_number_is_an_error(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(["score", "a.png", "-r", "nan_reward:f", "--prompt", ""]) == 3
     assert "scored a.png nan" in capsys.readouterr().err
+
+
+def test_a_score_without_bound_is_an_error_also_where_its_native_value_is_finite(folder, monkeypatch, capsys):
+    (folder / "log_reward.py").write_text(
+        "from rewardtune.rewards import Reward\n"
+        "class R(Reward):\n"
+        "    def evaluate(self, images, prompts): return (0 * images.mean((1, 2, 3))).log(), images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.chdir(folder)
+    assert main(["score", "a.png", "-r", "log_reward:R", "--prompt", "", "--json", "-"]) == 3
+    assert "scored a.png -inf" in capsys.readouterr().err
 
 
 def test_options_go_to_their_reward():

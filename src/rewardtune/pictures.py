@@ -86,7 +86,7 @@ def _opened(path: Path) -> Any:
 
     try:
         return Image.open(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"cannot read the image {path}: {error}; give an image file") from error
 
 

@@ -129,13 +129,17 @@ def _score(
                 total, natives = reward.parts(images, given)
             columns = natives if len(natives) == 1 else natives | {name: total}
             for row, (picture, _) in enumerate(group):
-                picture.score[name] = float(total[row])
+                picture.score[name] = _finite(total[row], name, picture)
                 for column, values in columns.items():
-                    value = float(values[row])
-                    if not math.isfinite(value):
-                        raise RewardError(f"reward '{name}' scored {picture.file} {value}; legal is a finite number")
+                    value = _finite(values[row], name, picture)
                     picture.native[f"{name}.{column}" if column in picture.native else column] = value
         yield from (picture for picture, _ in group)
+
+
+def _finite(value: Tensor, name: str, picture: Picture) -> float:
+    if not value.isfinite():
+        raise RewardError(f"reward '{name}' scored {picture.file} {value.item()}; legal is a finite number")
+    return float(value)
 
 
 def equal_sizes(items: Iterable[tuple[T, Tensor]], batch: int) -> Iterator[list[tuple[T, Tensor]]]:
