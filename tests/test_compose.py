@@ -6,6 +6,7 @@ import torch
 from rewardtune import rewards
 from rewardtune.errors import ConfigError, RewardError
 from rewardtune.rewards import balance, hinge, mean_of, minimum_of, standardise, target
+from rewardtune.rewards.base import Composition
 
 PROMPTS = ["a", "b", "c"]
 BRIGHT, SYMMETRY, TEAL = rewards.Brightness(), rewards.Symmetry(), rewards.Colour("teal")
@@ -101,6 +102,14 @@ def test_the_minimum_pulls_at_its_worst_member_alone(images):
     got = gradient(minimum_of(BRIGHT, lambda i, p: 0.3 + 0 * i.sum((1, 2, 3))), images)
     torch.testing.assert_close(got[0], gradient(BRIGHT, images)[0])
     assert not got[1:].any()
+
+
+def test_a_reward_made_in_passing_is_not_taken_for_an_earlier_one(images):
+    class Both(Composition):
+        def _measure(self, call):
+            return sum(call.score(weight * BRIGHT) for weight in (2.0, 3.0, 4.0))
+
+    torch.testing.assert_close(Both()(images, PROMPTS), 9 * BRIGHT(images, PROMPTS))
 
 
 def test_each_reward_is_evaluated_once_however_often_it_occurs(images):

@@ -496,6 +496,11 @@ def test_a_model_that_would_read_another_token_than_the_end(copy, end):
     rewards.CLIPScore(model=str(copy))
 
 
+def test_clean_is_a_switch(folder):
+    with pytest.raises(ConfigError, match="clipscore: clean is 'no'; legal: true, false"):
+        rewards.CLIPScore(model=str(folder), clean="no")
+
+
 @pytest.mark.parametrize("dtype", ["float33", "int64", "nn"])
 def test_bad_dtype(folder, dtype):
     with pytest.raises(ConfigError, match="legal: auto, float32, bfloat16"):

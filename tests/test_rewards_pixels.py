@@ -267,6 +267,7 @@ def test_brightness_and_colour_by_hand():
         (lambda: rewards.JPEGBytes(quality=101), "quality is 101"),
         (lambda: rewards.Compressibility(mode="cubik"), "did you mean 'cubic'"),
         (lambda: rewards.Symmetry(eps=0), "eps is 0; legal is above 0"),
+        (lambda: rewards.Symmetry(detach_std="no"), "detach_std is 'no'; legal: true, false"),
         (lambda: rewards.Colour("tael"), "did you mean 'teal'"),
         (lambda: rewards.Colour((255, 0, 0)), "divide by 255"),
         (lambda: rewards.Colour((0.1, 0.2)), r"legal is \(r, g, b\)"),

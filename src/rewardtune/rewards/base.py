@@ -26,14 +26,14 @@ class Call:
     def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
         self.images, self.prompts = full(images), prompts
         self.measured: dict[int, tuple[Reward, Tensor]] = {}
-        self._scores: dict[tuple[int, bool], Tensor] = {}
+        self._scores: dict[tuple[int, bool], tuple[Reward, Tensor]] = {}  # held, so that no other reward gets its id
 
     def score(self, reward: "Reward") -> Tensor:
         """Scores (B,) of `reward` or of a reward inside it, float32 or wider."""
         key = id(reward), torch.is_grad_enabled()  # what was only logged has no graph to lend
         if key not in self._scores:
-            self._scores[key] = full(reward._measure(self))
-        return self._scores[key]
+            self._scores[key] = reward, full(reward._measure(self))
+        return self._scores[key][1]
 
     def keep(self, reward: "Reward", native: Tensor) -> None:
         """Native values (B,) for the log, in the order in which they are kept."""

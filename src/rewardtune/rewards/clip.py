@@ -95,6 +95,8 @@ class CLIPSimilarity(NetworkReward):
         if scale not in ("cosine", "logit"):
             hint = nearest(str(scale), ["cosine", "logit"])
             raise ConfigError(f"{self.name}: scale is {scale!r}{hint}; legal: cosine, logit")
+        if not isinstance(clean, bool):
+            raise ConfigError(f"{self.name}: clean is {clean!r}; legal: true, false")
         source = self.source if model in (None, self.source.repo) else Source(repo=str(model))
         source = replace(source, revision=revision or source.revision)
         tokens = self._processor(source, processor)

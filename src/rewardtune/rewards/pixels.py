@@ -27,6 +27,8 @@ class Symmetry(Reward):
     minimise = True
 
     def __init__(self, *, detach_std: bool = False, eps: float = 1e-8) -> None:
+        if not isinstance(detach_std, bool):
+            raise ConfigError(f"symmetry: detach_std is {detach_std!r}; legal: true, false")
         if not eps > 0:
             raise ConfigError(f"symmetry: eps is {eps!r}; legal is above 0 (1e-8), or a flat image gives NaN")
         self.detach_std, self.eps = detach_std, eps
