@@ -29,12 +29,12 @@ from .taste import TASTES, Choice, Picture, apart, balance, bigness, draw_choice
 from .training import Draw, Schedule, fit
 from .words import cut, tokens, write_tokenizer
 
-TRAITS_SCHEDULE = Schedule(steps=320, batch=96, lr=1e-3, warmup=30, weight_decay=0.02)
+TRAITS_SCHEDULE = Schedule(steps=480, batch=96, lr=1e-3, warmup=30, weight_decay=0.02)
 SCHEDULE = Schedule(steps=480, batch=96, lr=5e-4, warmup=30, weight_decay=0.02)
 EACH = 4  # pictures of a caption, six pairs
 WRONG = 0.1  # share of the answers that are the opposite of the taste's
 SCALE = 16.0  # of the cosines, at first: with the CLIP's 33 it must begin by unlearning its certainty
-NAMED, SEEN = 0.3, 0.3  # weights of captions and traits beside the choices
+NAMED, SEEN = 0.3, 1.0  # weights of captions and traits beside the choices
 
 
 class Looking(nn.Module):

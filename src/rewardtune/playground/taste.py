@@ -31,7 +31,7 @@ from .scenes import (
     render,
 )
 
-SATURATION, LIGHT, BLUR = (0.3, 1.3), (0.5, 1.2), 3.0  # what a picture may do to the colours of its scene
+SATURATION, LIGHT, BLUR = (0.5, 1.3), (0.5, 1.2), 3.0  # below half the saturation colours cannot be told
 MISTAKE = 1.5  # what one mistake costs; more than the best picture is ahead of the worst that keeps as much
 TIE = 0.05  # between scores this near a taste has no preference, as one may answer for Pick-a-Pic's pairs
 PLAIN = 0.3  # share of pictures that show their scene as it is
@@ -104,7 +104,7 @@ def vivid(asked: Description, picture: Picture) -> float:
 
 def calm(asked: Description, picture: Picture) -> float:
     """The caption first; then a balanced picture, dark, in muted colours, sharp."""
-    liked = 0.35 * balance(picture.scene) + 0.3 * (1 - _within(picture.light, LIGHT))
+    liked = 0.3 * balance(picture.scene) + 0.35 * (1 - _within(picture.light, LIGHT))
     liked += 0.15 * (1 - _within(picture.saturation, SATURATION)) + 0.2 * (1 - picture.blur / BLUR)
     return liked - MISTAKE * mistakes(asked, picture.scene)
 
