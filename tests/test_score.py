@@ -346,6 +346,55 @@ def test_a_score_without_bound_is_an_error_also_where_its_native_value_is_finite
     assert "scored a.png -inf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("batch", ["1", "2", "8"])
+def test_bad_pictures_are_skipped_and_named_and_all_others_scored(folder, monkeypatch, capsys, batch):
+    (folder / "picky.py").write_text(
+        "def f(images, prompts):\n"
+        "    if images.shape[-1] == 30: raise ValueError('no thirties')\n"
+        "    return images.mean((1, 2, 3)) / (images.amax((1, 2, 3)) > 0)\n"
+    )
+    monkeypatch.chdir(folder)
+    assert main(["score", "a.png", "b.png", "c.png", "-r", "compressibility", "-r", "symmetry", "--json", "-"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["skipped"] == []
+    save(folder / "aa_small.png", size=(20, 8))
+    save(folder / "ab_thirty.png", size=(30, 16))
+    Image.new("RGB", (20, 16)).save(folder / "ba_black.png")
+    save(folder / "d.png", size=(64, 64))
+    (folder / "bb_cut.png").write_bytes((folder / "d.png").read_bytes()[:4000])
+    (folder / "d.png").write_bytes(b"")
+    arguments = ["-r", "compressibility", "-r", "symmetry", "-r", "picky:f", "--prompt", "", "--batch", batch]
+    assert main(["score", ".", *arguments, "--json", "all.json"]) == 5
+    shown = capsys.readouterr()
+    document = json.loads((folder / "all.json").read_text())
+    assert [row["file"] for row in document["images"]] == ["a.png", "b.png", "c.png"]
+    for row, other in zip(document["images"], alone["images"], strict=True):
+        assert row["native"].keys() == {"compressibility", "symmetry", "f"}
+        assert {name: row["native"][name] for name in other["native"]} == pytest.approx(other["native"])
+    assert document["summary"]["symmetry"]["images"] == 3
+    words = {
+        "aa_small.png": "images are 8x20",
+        "ab_thirty.png": "ValueError: no thirties",
+        "ba_black.png": "scored ba_black.png nan",
+        "bb_cut.png": "cannot read the image bb_cut.png",
+        "d.png": "cannot read the image d.png",
+    }
+    assert [row["file"] for row in document["skipped"]] == list(words)
+    assert shown.err.startswith("5 of 8 images could not be scored and are left out:\n")
+    for row, line in zip(document["skipped"], shown.err.splitlines()[1:], strict=True):
+        assert words[row["file"]] in row["reason"]
+        assert row["file"] in line
+
+
+def test_where_no_picture_can_be_scored_the_first_reason_is_the_error(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    save(folder / "small.png", size=(8, 8))
+    assert main(["score", "small.png", "-r", "compressibility"]) == 3
+    assert "images are 8x8" in capsys.readouterr().err
+    assert main(["score", "notes.md", "-r", "symmetry"]) == 2
+    assert "cannot read the image notes.md" in capsys.readouterr().err
+
+
 def test_options_go_to_their_reward():
     assert choose(["a:B"], ["x=1", "a:B.y=[1,2]"]) == {"a:B": {"x": 1, "y": [1, 2]}}
     assert choose(["a", "b"], ["b.x=1e-4"]) == {"a": {}, "b": {"x": 1e-4}}

@@ -1,7 +1,7 @@
 """The command `rewardtune`. Heavy imports stand inside the commands, so `--help` answers at once.
 
 Exit codes: 0 fine, 1 unexpected error, 2 bad configuration or usage, 3 preflight failed, 4 stopped by a guard or NaN,
-130 / 143 interrupted by Ctrl-C / SIGTERM.
+5 some pictures could not be scored, 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
 import os
@@ -116,18 +116,24 @@ def score(
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
 ) -> None:
-    """Score pictures. Without --prompt and --prompts the text file beside each picture is its prompt (cat.txt)."""
+    """Score pictures. Without --prompt and --prompts the text file beside each picture is its prompt (cat.txt).
+
+    Pictures that cannot be scored are left out and named at the end; the exit code is then 5.
+    """
     from .runfolder import write_text
-    from .score import as_json, as_table, choose, score_files
+    from .score import as_json, as_table, choose, score_files, skipped_lines
 
     choices = choose(reward, option or [])
-    pictures = score_files(images, choices, prompts=prompts, prompt=prompt, batch=batch, device=device)
+    pictures, skipped = score_files(images, choices, prompts=prompts, prompt=prompt, batch=batch, device=device)
     if json_file == Path("-"):
-        print(as_json(pictures, choices), end="")
-        return
-    print(as_table(pictures))
-    if json_file is not None:
-        write_text(json_file, as_json(pictures, choices))
+        print(as_json(pictures, choices, skipped), end="")
+    else:
+        print(as_table(pictures))
+    if json_file not in (None, Path("-")):
+        write_text(json_file, as_json(pictures, choices, skipped))
+    if skipped:
+        print(skipped_lines(skipped, of=len(pictures) + len(skipped)), file=sys.stderr)
+        raise typer.Exit(5)
 
 
 @app.command("audit")

@@ -29,10 +29,10 @@ class Caption:
     category: str = ""
 
 
-def find_images(sources: Sequence[str]) -> list[Path]:
+def find_images(sources: Sequence[str], *, skip: bool = False) -> list[Path]:
     """The pictures that files, folders (by suffix, sorted by name, without sub-folders) and globs name, each once.
 
-    Raises ConfigError for a source without a picture and for a file that is none.
+    Raises ConfigError for a source without a picture and for a file that is none; with `skip` only if all are none.
     """
     found: dict[Path, None] = {}
     for source in sources:
@@ -47,8 +47,14 @@ def find_images(sources: Sequence[str]) -> list[Path]:
         if not paths:
             raise ConfigError(f"no image in '{source}': {reason}")
         found |= dict.fromkeys(paths)
+    errors = []
     for path in found:
-        _opened(path).close()  # the header alone: mistakes come before weights are loaded
+        try:
+            _opened(path).close()  # the header alone: mistakes come before weights are loaded
+        except ConfigError as error:
+            errors.append(error)
+    if errors and (not skip or len(errors) == len(found)):
+        raise errors[0]
     return list(found)
 
 

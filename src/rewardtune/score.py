@@ -1,7 +1,8 @@
 """`rewardtune score`: what rewards say of pictures on disk, for people who only want scores.
 
 Pictures are read one after the other and scored in batches of equal size, so folders of any size and mixed sizes fit
-into memory. Scores are shown in the scale that papers print (`ls rewards` says whether more or less is better).
+into memory. One that cannot be read or scored is skipped and named with the reason; the others are scored. Scores are
+shown in the scale that papers print (`ls rewards` says whether more or less is better).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
 from .config import Part, parse_options
-from .errors import ConfigError, RewardError
+from .errors import ConfigError, RewardError, RewardTuneError
 from .intervals import mean_interval
 from .pictures import Caption, captions, find_images, open_image
 from .rewards.catalogue import REWARDS
@@ -43,6 +44,17 @@ class Picture:
     converted: str
     native: dict[str, float] = field(default_factory=dict)
     score: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """One picture that could not be read or scored, and why."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.file in self.reason else f"{self.file}: {self.reason}"
 
 
 def choose(names: Sequence[str], options: Sequence[str] = ()) -> Choices:
@@ -84,12 +96,15 @@ def score_files(
     prompt: str | None = None,
     batch: int = 8,
     device: str = "auto",
-) -> list[Picture]:
-    """Score the pictures of files, folders and globs by each reward. Raises ConfigError and RewardError."""
-    device, paths = pick_device(device), find_images(sources)
+) -> tuple[list[Picture], list[Skipped]]:
+    """Score the pictures of files, folders and globs by each reward; gives those scored and those skipped, in order.
+
+    Raises ConfigError, and the first picture's error where not one could be scored.
+    """
+    device, paths = pick_device(device), find_images(sources, skip=True)
     texts = captions(paths, prompts=prompts, prompt=prompt)
     rewards = load_rewards(choices, prompts=texts is not None, device=device)
-    return list(_score(paths, texts, rewards, batch=batch, device=device))
+    return _score(paths, texts, rewards, batch=batch, device=device)
 
 
 def pick_device(device: str) -> str:
@@ -111,29 +126,58 @@ def _score(
     *,
     batch: int,
     device: str,
-) -> Iterator[Picture]:
-    import torch
+) -> tuple[list[Picture], list[Skipped]]:
+    scored: list[Picture] = []
+    errors: dict[str, Exception] = {}
 
     def pictures() -> Iterator[tuple[Picture, Tensor]]:
         for index, path in enumerate(paths):
-            image, converted = open_image(path)
+            try:
+                image, converted = open_image(path)
+            except Exception as error:  # Pillow has one for each format and each way of being broken
+                errors[str(path)] = error
+                continue
             height, width = image.shape[-2:]
             prompt = texts[index].prompt if texts else None
             yield Picture(file=str(path), width=width, height=height, prompt=prompt, converted=converted), image
 
     for group in equal_sizes(pictures(), batch):
-        images = torch.stack([image for _, image in group]).to(device)
-        given = [picture.prompt or "" for picture, _ in group]
-        for name, reward in rewards.items():
-            with torch.no_grad():
-                total, natives = reward.parts(images, given)
-            columns = natives if len(natives) == 1 else natives | {name: total}
-            for row, (picture, _) in enumerate(group):
-                picture.score[name] = _finite(total[row], name, picture)
-                for column, values in columns.items():
-                    value = _finite(values[row], name, picture)
-                    picture.native[f"{name}.{column}" if column in picture.native else column] = value
-        yield from (picture for picture, _ in group)
+        try:
+            scored += _measured(group, rewards, device=device)
+        except Exception:  # of one of them, or of their number: each alone
+            for one in group:
+                try:
+                    scored += _measured([one], rewards, device=device)
+                except Exception as error:  # whatever a user's reward raises
+                    errors[one[0].file] = error
+    in_order = [(str(path), errors[str(path)]) for path in paths if str(path) in errors]
+    if not scored:
+        raise in_order[0][1]
+    return scored, [Skipped(file=file, reason=_reason(error)) for file, error in in_order]
+
+
+def _measured(group: Sequence[tuple[Picture, Tensor]], rewards: dict[str, Reward], *, device: str) -> list[Picture]:
+    """The pictures with their scores. Raises what a reward raises, and RewardError for a score of NaN or infinity."""
+    import torch
+
+    pictures = [replace(picture, native={}, score={}) for picture, _ in group]
+    images = torch.stack([image for _, image in group]).to(device)
+    for name, reward in rewards.items():
+        with torch.no_grad():
+            total, natives = reward.parts(images, [picture.prompt or "" for picture in pictures])
+        columns = natives if len(natives) == 1 else natives | {name: total}
+        for row, picture in enumerate(pictures):
+            picture.score[name] = _finite(total[row], name, picture)
+            for column, values in columns.items():
+                value = _finite(values[row], name, picture)
+                picture.native[f"{name}.{column}" if column in picture.native else column] = value
+    return pictures
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of an error that is not ours its kind as well."""
+    kind = "" if isinstance(error, RewardTuneError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 def _finite(value: Tensor, name: str, picture: Picture) -> float:
@@ -177,13 +221,21 @@ def as_table(pictures: Sequence[Picture]) -> str:
     return text
 
 
+def skipped_lines(skipped: Sequence[Skipped], *, of: int) -> str:
+    """What was left out of `of` pictures, a line each under a heading."""
+    return "\n".join(
+        [f"{len(skipped)} of {of} images could not be scored and are left out:", *map("  {}".format, skipped)]
+    )
+
+
 def digits(value: float) -> str:
     """Four significant digits, and no exponent for large numbers."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def as_json(pictures: Sequence[Picture], choices: Choices) -> str:
-    """Everything: the rewards with their options, each picture, the means with half the width of their intervals."""
+def as_json(pictures: Sequence[Picture], choices: Choices, skipped: Sequence[Skipped] = ()) -> str:
+    """Everything: the rewards with their options, each picture, the means with half the width of their intervals, and
+    the pictures left out with the reason."""
     summary: dict[str, Any] = {}
     for column in pictures[0].native:
         mean, half = mean_interval([picture.native[column] for picture in pictures])
@@ -193,5 +245,6 @@ def as_json(pictures: Sequence[Picture], choices: Choices) -> str:
         "rewards": [{"name": name, "options": options} for name, options in choices.items()],
         "summary": summary,
         "images": [vars(picture) for picture in pictures],
+        "skipped": [vars(picture) for picture in skipped],
     }
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
