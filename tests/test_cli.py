@@ -99,9 +99,11 @@ def test_ls_rewards_is_the_catalogue(capsys):
     assert [row["name"] for row in rows] == list(rewardtune.rewards.BUILTIN)
     for row in rows:
         (line,) = (line for line in out.splitlines() if line.startswith(f"{row['name']} "))
-        for key in ("range", "better", "size", "licence", "oracle"):
-            assert f" {row[key]}" in line
-    assert out.count(" no ") == [row["differentiable"] for row in rows].count(False)
+        for key in ("range", "better", "size", "licence"):
+            assert f" {row[key]} " in line
+        assert row["status"].startswith(line.rsplit("  ", 1)[1])  # the status of proof; the rest of it wraps
+        assert row["status"].startswith(f"proved: {row['oracle']}")
+        assert row["status"].endswith("equal random weights") == bool(row["weights"])
 
 
 def test_ls_one_reward_tells_its_settings_and_how_to_place_its_weights(capsys):

@@ -223,6 +223,15 @@ def test_tables_stay_within_the_terminal(monkeypatch):
     assert lines[1].endswith("  1.5")
 
 
+def test_several_columns_of_a_table_share_what_is_left(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = text_table(["a", "b", "c"], [["w " * 60, "n", "many words " * 9]], flexible=(0, 2)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert min(lines[1].index("n "), 80 - lines[1].index("many")) > 35
+    words = " ".join(lines[1:]).split()
+    assert [words.count(word) for word in ("w", "n", "many", "words")] == [60, 1, 9, 9]
+
+
 # -- the command ----------------------------------------------------------------------------------------------------
 
 

@@ -58,20 +58,17 @@ def listing(names: Sequence[str]) -> str:
     return "\n\n".join(blocks)
 
 
-REWARD_HEADINGS = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "proved against")
+REWARD_HEADINGS = ("reward", "native value", "range", "better", "weights", "licence", "status of proof")
 
 
 def reward_rows() -> list[tuple[str, ...]]:
     """A row of text for each reward, under REWARD_HEADINGS."""
-    return [
-        (e.name, e.meaning, e.range, e.better, "yes" if e.differentiable else "no", e.size, e.licence, e.oracle)
-        for e in REWARDS
-    ]
+    return [(e.name, e.meaning, e.range, e.better, e.size, e.licence, e.status) for e in REWARDS]
 
 
 def rewards_table() -> str:
     """All rewards, a row each."""
-    return f"{text_table(REWARD_HEADINGS, reward_rows(), flexible=1)}\n\nAll about one: rewardtune ls rewards NAME"
+    return f"{text_table(REWARD_HEADINGS, reward_rows(), flexible=(1, 6))}\n\nAll about one: rewardtune ls rewards NAME"
 
 
 def reward_page(name: str) -> str:
@@ -86,8 +83,9 @@ def reward_page(name: str) -> str:
         **({"note": entry.note} if entry.note else {}),
         "reads": "image and prompt" if entry.reads_prompt else "the image alone",
         "gradient": "yes" if entry.differentiable else "no: log it with weight 0",
-        "proved": entry.proof,
-        "proved against": entry.oracle,
+        "status": entry.status,
+        **({"proved": entry.proof} if entry.oracle else {}),
+        **({"not proved": "the published weights, which no test loads"} if entry.weights else {}),
         "class": entry.path,
         "settings": _settings(entry),
     }
@@ -110,7 +108,9 @@ def _settings(entry: Entry) -> str:
 
 def rewards_json() -> str:
     """The catalogue as JSON, a list of objects."""
-    rows = [{**asdict(entry), "size": entry.size, "licence": entry.licence} for entry in REWARDS]
+    rows = [
+        {**asdict(entry), "size": entry.size, "licence": entry.licence, "status": entry.status} for entry in REWARDS
+    ]
     return json.dumps(rows, indent=2, ensure_ascii=False)
 
 

@@ -9,20 +9,29 @@ WIDTH = 120  # columns at most
 
 
 def text_table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], *, flexible: int, numbers: Collection[int] = ()
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    flexible: int | Sequence[int],
+    numbers: Collection[int] = (),
 ) -> str:
     """Rows under their headings, as wide as the terminal but at most 120 columns.
 
-    flexible: the column that wraps where space is short. numbers: the columns that are aligned to the right.
+    flexible: the column, or columns, that wrap where space is short; they share what the others leave. numbers: the
+    columns that are aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    others = sum(widths) - widths[flexible] + 2 * (len(widths) - 1)
-    room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-    widths[flexible] = max(12, min(widths[flexible], room - others))
+    wraps = [flexible] if isinstance(flexible, int) else list(flexible)
+    room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 2 * (len(widths) - 1)
+    room -= sum(width for column, width in enumerate(widths) if column not in wraps)
+    for left, column in zip(range(len(wraps), 0, -1), sorted(wraps, key=widths.__getitem__), strict=True):
+        widths[column] = max(12, min(widths[column], room // left))  # what a narrow one does not need goes to the next
+        room -= widths[column]
     lines = []
     for row in (headings, *rows):
         wrapped = [[cell] for cell in row]
-        wrapped[flexible] = textwrap.wrap(row[flexible], widths[flexible], break_on_hyphens=False)
+        for column in wraps:
+            wrapped[column] = textwrap.wrap(row[column], widths[column], break_on_hyphens=False)
         for parts in itertools.zip_longest(*wrapped, fillvalue=""):
             cells = (
                 f"{part:>{width}}" if index in numbers else f"{part:<{width}}"

@@ -49,12 +49,19 @@ class Entry:
     meaning: str  # of the native value, in a line
     range: str  # of the native value
     better: Literal["more", "less"]
-    oracle: str  # what it is proved against
-    proof: str  # what is proved
+    oracle: str  # what it is proved against; empty where it is not
+    proof: str  # what is proved; without an oracle, why nothing is
     weights: tuple[Weights, ...] = ()
     differentiable: bool = True
     reads_prompt: bool = False
     note: str = ""
+
+    @property
+    def status(self) -> str:
+        """Of the proof, in a few words."""
+        if not self.oracle:
+            return f"unproved: {self.proof}"
+        return f"proved: {self.oracle}" + (", equal random weights" if self.weights else "")
 
     @property
     def size(self) -> str:
@@ -233,7 +240,7 @@ REWARDS = (
     Entry(
         name="jpeg_bytes",
         path="rewardtune.rewards.pixels:JPEGBytes",
-        meaning="size of the image as a JPEG file",
+        meaning="size of the image as a JPEG file (no gradient)",
         range="bytes",
         better="less",
         oracle="Pillow",
