@@ -16,24 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.catalogue import AESTHETIC_HEAD, OPENAI, Source
 from rewardtune.rewards.clipmodel import check_clip_config, image_settings
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import collapse
 from rewardtune.rewards.network import NetworkReward
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import Source, download, found, open_checkpoint
+from rewardtune.rewards.weights import download, found, open_checkpoint
 
-OPENAI = Source(
-    repo="openai/clip-vit-large-patch14",
-    revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
-    licence="MIT (CLIP), Apache-2.0 (head)",
-    size="1.7 GB",
-)
-HEAD = (
-    "https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"
-    "6934dd81792f086e613a121dbce43082cb8be85e/sac+logos+ava1-l14-linearMSE.pth"
-)
-HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+HEAD = AESTHETIC_HEAD.url(AESTHETIC_HEAD.files[0])
+HEAD_SHA256 = AESTHETIC_HEAD.sha256[AESTHETIC_HEAD.files[0]]
 # The embedding that LAION's head was fitted to; LAION's own ViT-L/14 has the same shapes and another activation.
 OPENAI_VIT_L = {"hidden_act": "quick_gelu", "num_attention_heads": 16, "layer_norm_eps": 1e-5, "patch_size": 14}
 

@@ -1,33 +1,40 @@
 """One table of all rewards: what each measures, what it needs, and what is proved of it.
 
-The names of run files, `rewards.BUILTIN` and `rewardtune ls rewards` derive from it. Data only: it imports no network
-and no torch, so a list answers at once; tests hold it against the classes.
+The names of run files, `rewards.BUILTIN`, `rewardtune ls rewards` and what the classes download derive from it. Data
+only: it imports no network and no torch, so a list answers at once; tests hold it against the classes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Files of one repository that a reward downloads on first use.
+class Source:
+    """Where a checkpoint lives: a hub id, a local folder, or the URL of a folder of files.
 
-    repo: a Hugging Face hub id, or a URL. setting: the setting of the reward that takes a local copy instead.
+    revision: of the hub. files: what is read there. sha256, md5: by file name, where known. licence, size: for
+    `rewardtune ls rewards`. setting: of the reward, the one that takes a local copy instead.
     """
 
     repo: str
-    files: tuple[str, ...]
-    licence: str
-    size: str
     revision: str = "main"
+    files: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    md5: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
+    size: str = ""
     setting: str = "model"
 
     def by_hand(self) -> str:
         """What to do on a machine without network."""
         if "://" in self.repo:
-            fetch = " ".join(f"{self.repo.rstrip('/')}/{file}" for file in self.files)
-            return f"download {fetch}, then {self.setting}=PATH"
+            return f"download {' '.join(map(self.url, self.files))}, then {self.setting}=PATH"
         return f"{self.command}, then {self.setting}=./{self._folder}"
+
+    def url(self, file: str) -> str:
+        """Of a file in a folder that is a URL."""
+        return f"{self.repo.rstrip('/')}/{file}"
 
     @property
     def command(self) -> str:
@@ -51,7 +58,7 @@ class Entry:
     better: Literal["more", "less"]
     oracle: str  # what it is proved against; empty where it is not
     proof: str  # what is proved; without an oracle, why nothing is
-    weights: tuple[Weights, ...] = ()
+    weights: tuple[Source, ...] = ()
     differentiable: bool = True
     reads_prompt: bool = False
     note: str = ""
@@ -77,10 +84,71 @@ class Entry:
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _PROCESSOR = (*_TOKENIZER, "preprocessor_config.json")
-_LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_LAION_COMMIT = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
-_LAION_PROCESSOR = Weights(
-    repo=_LAION, revision=_LAION_COMMIT, files=_PROCESSOR, licence="MIT", size="4 MB", setting="processor"
+
+LAION = Source(
+    repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    files=("config.json", "model.safetensors", *_PROCESSOR),
+    licence="MIT",
+    size="3.9 GB",
+)
+LAION_PROCESSOR = replace(LAION, files=_PROCESSOR, size="4 MB", setting="processor")
+PICKSCORE = Source(
+    repo="yuvalkirstain/PickScore_v1",
+    revision="a4e4367c6dfa7288a00c550414478f865b875800",
+    files=("config.json", "model.safetensors"),
+    licence="MIT (GitHub)",
+    size="3.9 GB",
+)
+HPS_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+HPS = Source(
+    repo="xswu/HPSv2",
+    revision="697403c78157020a1ae59d23f111aa58ced35b0a",
+    files=(HPS_FILES["2.1"],),  # of the default version
+    sha256={HPS_FILES["2.1"]: "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"},
+    md5={
+        HPS_FILES["2.0"]: "fd9180de357abf01fdb4eaad64631db4",
+        HPS_FILES["2.1"]: "4067542e34ba2553a738c5ac6c1d75c0",
+    },
+    licence="Apache-2.0",
+    size="2.0 GB",
+)
+OPENAI = Source(
+    repo="openai/clip-vit-large-patch14",
+    revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+    files=("config.json", "model.safetensors", "preprocessor_config.json"),
+    licence="MIT",
+    size="1.7 GB",
+)
+AESTHETIC_HEAD = Source(
+    repo="https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e",
+    files=("sac+logos+ava1-l14-linearMSE.pth",),
+    sha256={"sac+logos+ava1-l14-linearMSE.pth": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"},
+    licence="Apache-2.0",
+    size="4 MB",
+    setting="head",
+)
+IMAGEREWARD = Source(
+    repo="THUDM/ImageReward",
+    revision="5736be03b2652728fb87788c9797b0570450ab72",
+    files=("ImageReward.pt", "med_config.json"),
+    licence="Apache-2.0",
+    size="1.8 GB",
+)
+BERT = Source(
+    repo="bert-base-uncased",
+    revision="86b5e0934494bd15c9632b12f734a8a67f723594",
+    files=("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    licence="Apache-2.0",
+    size="1 MB",
+    setting="tokenizer",
+)
+OWLVIT = Source(
+    repo="google/owlvit-base-patch32",
+    revision="cbc355fb364588351c5d51c7f74465e8e7ec6f72",
+    files=("config.json", "pytorch_model.bin", *_PROCESSOR),
+    licence="Apache-2.0",
+    size="0.6 GB",
 )
 
 REWARDS = (
@@ -93,15 +161,7 @@ REWARDS = (
         oracle="open_clip",
         proof="score and gradient on equal random weights",
         reads_prompt=True,
-        weights=(
-            Weights(
-                repo=_LAION,
-                revision=_LAION_COMMIT,
-                files=("config.json", "model.safetensors", *_PROCESSOR),
-                licence="MIT",
-                size="3.9 GB",
-            ),
-        ),
+        weights=(LAION,),
     ),
     Entry(
         name="pickscore",
@@ -112,16 +172,7 @@ REWARDS = (
         oracle="transformers",
         proof="score and gradient on equal random weights",
         reads_prompt=True,
-        weights=(
-            Weights(
-                repo="yuvalkirstain/PickScore_v1",
-                revision="a4e4367c6dfa7288a00c550414478f865b875800",
-                files=("config.json", "model.safetensors"),
-                licence="MIT (GitHub)",
-                size="3.9 GB",
-            ),
-            _LAION_PROCESSOR,
-        ),
+        weights=(PICKSCORE, LAION_PROCESSOR),
         note="papers print the cosine, or exp(logit_scale) * cosine, about 100 times as much; "
         "MIT is the licence of its GitHub repository, the hub's card has no licence field",
     ),
@@ -134,16 +185,7 @@ REWARDS = (
         oracle="hpsv2",
         proof="score and gradient on equal random weights; its letterbox",
         reads_prompt=True,
-        weights=(
-            Weights(
-                repo="xswu/HPSv2",
-                revision="697403c78157020a1ae59d23f111aa58ced35b0a",
-                files=("HPS_v2.1_compressed.pt",),
-                licence="Apache-2.0",
-                size="2.0 GB",
-            ),
-            _LAION_PROCESSOR,
-        ),
+        weights=(HPS, LAION_PROCESSOR),
         note="versions 2.1 (default) and 2.0; papers print it times 100",
     ),
     Entry(
@@ -154,22 +196,7 @@ REWARDS = (
         better="more",
         oracle="openai-clip",
         proof="score and gradient on equal random weights; the MLP head as one affine map",
-        weights=(
-            Weights(
-                repo="openai/clip-vit-large-patch14",
-                revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
-                files=("config.json", "model.safetensors", "preprocessor_config.json"),
-                licence="MIT",
-                size="1.7 GB",
-            ),
-            Weights(
-                repo="https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e",
-                files=("sac+logos+ava1-l14-linearMSE.pth",),
-                licence="Apache-2.0",
-                size="4 MB",
-                setting="head",
-            ),
-        ),
+        weights=(OPENAI, AESTHETIC_HEAD),
         note="nominal: the head is affine and unbounded",
     ),
     Entry(
@@ -181,23 +208,7 @@ REWARDS = (
         oracle="image-reward",
         proof="score and gradient on equal random weights",
         reads_prompt=True,
-        weights=(
-            Weights(
-                repo="THUDM/ImageReward",
-                revision="5736be03b2652728fb87788c9797b0570450ab72",
-                files=("ImageReward.pt", "med_config.json"),
-                licence="Apache-2.0",
-                size="1.8 GB",
-            ),
-            Weights(
-                repo="bert-base-uncased",
-                revision="86b5e0934494bd15c9632b12f734a8a67f723594",
-                files=("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
-                licence="Apache-2.0",
-                size="1 MB",
-                setting="tokenizer",
-            ),
-        ),
+        weights=(IMAGEREWARD, BERT),
     ),
     Entry(
         name="objectness",
@@ -208,15 +219,7 @@ REWARDS = (
         oracle="transformers",
         proof="score and gradient on equal random weights, against the full forward pass",
         note="optimised before the sigmoid, which saturates",
-        weights=(
-            Weights(
-                repo="google/owlvit-base-patch32",
-                revision="cbc355fb364588351c5d51c7f74465e8e7ec6f72",
-                files=("config.json", "pytorch_model.bin", *_PROCESSOR),
-                licence="Apache-2.0",
-                size="0.6 GB",
-            ),
-        ),
+        weights=(OWLVIT,),
     ),
     Entry(
         name="symmetry",

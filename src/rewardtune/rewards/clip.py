@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.catalogue import HPS, HPS_FILES, LAION, LAION_PROCESSOR, PICKSCORE, Source
 from rewardtune.rewards.clipmodel import (
     check_end_token,
     clean_text,
@@ -28,34 +29,8 @@ from rewardtune.rewards.clipmodel import (
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import Source, hub_file, load_tokenizer
+from rewardtune.rewards.weights import hub_file, load_tokenizer
 from rewardtune.spelling import nearest
-
-LAION = Source(
-    repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
-    licence="MIT",
-    size="3.9 GB",
-)
-PICKSCORE = Source(
-    repo="yuvalkirstain/PickScore_v1",
-    revision="a4e4367c6dfa7288a00c550414478f865b875800",
-    licence="MIT (GitHub; the hub card names none)",
-    size="3.9 GB",
-)
-HPS_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
-HPS = Source(
-    repo="xswu/HPSv2",
-    revision="697403c78157020a1ae59d23f111aa58ced35b0a",
-    files=tuple(HPS_FILES.values()),
-    sha256={HPS_FILES["2.1"]: "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"},
-    md5={
-        HPS_FILES["2.0"]: "fd9180de357abf01fdb4eaad64631db4",
-        HPS_FILES["2.1"]: "4067542e34ba2553a738c5ac6c1d75c0",
-    },
-    licence="Apache-2.0",
-    size="2.0 GB",
-)
 
 
 class CLIPSimilarity(NetworkReward):
@@ -138,7 +113,7 @@ class CLIPSimilarity(NetworkReward):
 
     def _processor(self, model: Source, processor: str | None) -> Source:
         if processor is not None:
-            return LAION if processor == LAION.repo else Source(repo=str(processor))
+            return LAION_PROCESSOR if processor == LAION.repo else Source(repo=str(processor))
         own = any(os.path.isfile(os.path.join(model.repo, file)) for file in ("tokenizer.json", "vocab.json"))
         return model if own or self.spare_processor is None else self.spare_processor
 
@@ -161,7 +136,7 @@ class PickScore(CLIPSimilarity):
 
     name = "pickscore"
     source = PICKSCORE
-    spare_processor = LAION  # as the official example does
+    spare_processor = LAION_PROCESSOR  # as the official example does
     laion_vit_h = True
 
 
@@ -176,7 +151,7 @@ class HPSv2(CLIPSimilarity):
 
     name = "hpsv2"
     source = HPS
-    spare_processor = LAION
+    spare_processor = LAION_PROCESSOR
     laion_vit_h = True
     fit = "letterbox"
 

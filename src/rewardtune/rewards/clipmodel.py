@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.catalogue import Source
 from rewardtune.rewards.convert import clip_from_open_clip
-from rewardtune.rewards.weights import Source, converted, found, load_strictly
+from rewardtune.rewards.weights import converted, found, load_strictly
 
 Channels = tuple[float, float, float]
 

@@ -16,32 +16,19 @@ import torch
 from torch import Tensor
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.catalogue import BERT, IMAGEREWARD, Source
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import State, imagereward_from_official
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import Source, converted, hub_file, load_strictly
-
-OFFICIAL = Source(
-    repo="THUDM/ImageReward",
-    revision="5736be03b2652728fb87788c9797b0570450ab72",
-    files=("ImageReward.pt", "med_config.json"),
-    licence="Apache-2.0",
-    size="1.8 GB",
-)
-BERT = Source(
-    repo="bert-base-uncased",
-    revision="86b5e0934494bd15c9632b12f734a8a67f723594",
-    files=("vocab.txt", "tokenizer.json"),
-    licence="Apache-2.0",
-    size="1 MB",
-)
+from rewardtune.rewards.weights import converted, hub_file, load_strictly
 
 TOKENS = 35  # of a prompt, with [CLS] and [SEP]; also the length of the padding, as the official code has it
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_EPS, TEXT_EPS = 1e-6, 1e-12  # of the layer norms; transformers' BLIP has 1e-5 for the first
 HEADS = {768: 12, 1024: 16}  # of a tower by its width, as BERT-base and ViT-L were trained; transformers' BLIP has 8
+VOCABULARIES = ("vocab.txt", "tokenizer.json")  # either holds BERT's tokens
 VISION_HEADS = "vision_num_attention_heads"
 
 
@@ -72,7 +59,7 @@ class ImageReward(NetworkReward):
         revision: str | None = None,
     ) -> None:
         super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
-        source = OFFICIAL if model in (None, OFFICIAL.repo) else Source(repo=str(model))
+        source = IMAGEREWARD if model in (None, IMAGEREWARD.repo) else Source(repo=str(model))
         source = replace(source, revision=revision or source.revision)
         settings = _settings(hub_file(source, "med_config.json", who=self.name))
         path = hub_file(source, "ImageReward.pt", who=self.name)
@@ -183,14 +170,14 @@ def _tokens(model: Source, tokenizer: str | None) -> Source:
     """Where the tokenizer is: where it was said to be, else in the model's folder, else on the hub."""
     if tokenizer is not None:
         return BERT if tokenizer == BERT.repo else Source(repo=str(tokenizer))
-    return model if any((Path(model.repo) / file).is_file() for file in BERT.files) else BERT
+    return model if any((Path(model.repo) / file).is_file() for file in VOCABULARIES) else BERT
 
 
 def _tokenizer(source: Source, *, vocabulary: int) -> Any:
     """BERT's. The official code adds [DEC] and [ENC], which ImageReward does not use, to its 30,522 tokens."""
     from transformers import BertTokenizer
 
-    file = next((file for file in BERT.files if (Path(source.repo) / file).is_file()), BERT.files[0])
+    file = next((file for file in VOCABULARIES if (Path(source.repo) / file).is_file()), VOCABULARIES[0])
     path = hub_file(source, file, who="imagereward", setting="tokenizer")  # without a file it would be made empty
     tokenizer = BertTokenizer.from_pretrained(str(path.parent))
     if len(tokenizer) not in (vocabulary - 2, vocabulary):

@@ -16,18 +16,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards.catalogue import OWLVIT, Source
 from rewardtune.rewards.clipmodel import check_end_token
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import Source, found, load_tokenizer
+from rewardtune.rewards.weights import found, load_tokenizer
 
-OWLVIT = Source(
-    repo="google/owlvit-base-patch32",
-    revision="cbc355fb364588351c5d51c7f74465e8e7ec6f72",
-    licence="Apache-2.0",
-    size="0.6 GB",
-)
 NEEDED = "config.json and model.safetensors (or pytorch_model.bin)"
 
 

@@ -11,9 +11,8 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,28 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError
-from rewardtune.rewards.catalogue import REWARDS
+from rewardtune.rewards.catalogue import REWARDS, Source
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a checkpoint lives.
-
-    repo: a hub id or a local folder. revision: of the hub. files: what is read there. sha256, md5: by file name, where
-    known. licence, size: for `rewardtune ls rewards`.
-    """
-
-    repo: str
-    revision: str = "main"
-    files: tuple[str, ...] = ()
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    md5: Mapping[str, str] = field(default_factory=dict)
-    licence: str = ""
-    size: str = ""
 
 
 def cache_folder() -> Path:
