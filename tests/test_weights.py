@@ -277,6 +277,15 @@ def test_a_pickle_is_opened_and_converted_once(tmp_path, monkeypatch):
     assert_same(converted(path, double, who="hpsv2"), {"WEIGHT": 2 * torch.ones(1)})
 
 
+def test_other_key_tables_convert_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    torch.save(STATE, path)
+    for edition in (weights.tables.EDITION, "another"):
+        monkeypatch.setattr(weights.tables, "EDITION", edition)
+        converted(path, double, who="hpsv2")
+    assert len(list(cache_folder().glob("*.safetensors"))) == 2
+
+
 def test_a_full_disk_costs_time_only_and_leaves_nothing_behind(tmp_path):
     code = (
         "import resource, signal, sys, torch\n"

@@ -4,6 +4,7 @@ Every source key matches exactly one row; a key without a row, with two, or writ
 target is missing is seen by `weights.load_strictly`.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ IMAGE_REWARD = [
     Row(r"blip\.text_encoder\.embeddings\.position_ids|blip\.(vision|text)_proj\.(weight|bias)", ()),
 ]
 IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = 0.16717362830052426, 1.0333394966054072
+
+# What is written into the name of a converted checkpoint that is kept. The tables are in it by themselves; raise the
+# number when a function below or above makes other tensors of them.
+_EDITION = (1, OPEN_CLIP, IMAGE_REWARD, IMAGE_REWARD_MEAN, IMAGE_REWARD_STD)
+EDITION = hashlib.sha256(repr(_EDITION).encode()).hexdigest()[:16]
 
 
 def imagereward_from_official(state: State) -> State:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError
+from rewardtune.rewards import convert as tables
 from rewardtune.rewards.catalogue import REWARDS, Source
 
 T = TypeVar("T")
@@ -171,12 +172,15 @@ def open_checkpoint(path: Path | str, *, who: str) -> State:
 
 
 def converted(path: Path | str, convert: Callable[[State], State], *, who: str) -> State:
-    """convert(open_checkpoint(path)), kept as safetensors in `cache_folder()`, so that the pickle is opened once."""
+    """convert(open_checkpoint(path)), kept as safetensors in `cache_folder()`, so that the pickle is opened once.
+
+    Another file in its place, another converter and other tables of it convert again.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     path = Path(path)
-    target = cache_folder() / f"{path.stem}-{_identity(path, convert.__qualname__)[:16]}.safetensors"
+    target = cache_folder() / f"{path.stem}-{_identity(path, convert.__qualname__, tables.EDITION)[:16]}.safetensors"
     with suppress(Exception):  # not there, or cut by a full disk: convert again
         return load_file(target)
     state = {key: value.contiguous() for key, value in convert(open_checkpoint(path, who=who)).items()}
