@@ -1,5 +1,6 @@
 """The CLIP family against the official transformers classes, on a tiny CLIP with random weights."""
 
+import hashlib
 import json
 import math
 import os
@@ -289,6 +290,18 @@ def test_hps_own_checkpoint_is_converted_and_kept(hps, monkeypatch):
     assert {p.dtype for p in again.model.parameters()} == {torch.float32}
     file = rewards.HPSv2(model=str(folder / "HPS_v2.1_compressed.pt"), processor=str(folder))
     assert torch.equal(file(images, PROMPTS), scores)
+
+
+def test_a_file_of_the_other_hps_version_is_refused(hps, monkeypatch):
+    folder, _ = hps
+    files = ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt")
+    md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in files}
+    monkeypatch.setattr(clip, "HPS", Source(repo="xswu/HPSv2", md5=md5))
+    for (version, file), other in zip(clip.HPS_FILES.items(), ("2.1", "2.0"), strict=True):
+        renamed = (folder / file).rename(folder / f"mine_{version}.pt")
+        rewards.HPSv2(version, model=str(renamed), processor=str(folder))
+        with pytest.raises(ConfigError, match=f"checkpoint of version {version} but version is {other}; give version="):
+            rewards.HPSv2(other, model=str(renamed), processor=str(folder))
 
 
 def test_hps_checkpoints_are_checked(hps, monkeypatch):

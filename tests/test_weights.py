@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rewardtune import rewards
 from rewardtune.errors import ConfigError
 from rewardtune.rewards import weights
 from rewardtune.rewards.weights import (
@@ -342,3 +343,11 @@ def test_a_strict_load_refuses_what_does_not_fit(change, words):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match=r"put tokenizer\.json .* into that folder"):
         load_tokenizer(str(tmp_path), vocabulary=10, who="hpsv2")
+
+
+@pytest.mark.parametrize("make", [rewards.CLIPScore, rewards.HPSv2, rewards.ImageReward, rewards.Objectness])
+def test_local_files_have_no_revision(tmp_path, make):
+    with pytest.raises(
+        ConfigError, match=r"revision is 'abc' but the model .* is local.*; leave it out, or give a hub"
+    ):
+        make(model=str(tmp_path), revision="abc")

@@ -8,7 +8,6 @@ nothing bounds them there.
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import collapse
 from rewardtune.rewards.network import NetworkReward
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import download, found, open_checkpoint
+from rewardtune.rewards.weights import at_revision, download, found, open_checkpoint
 
 HEAD = AESTHETIC_HEAD.url(AESTHETIC_HEAD.files[0])
 HEAD_SHA256 = AESTHETIC_HEAD.sha256[AESTHETIC_HEAD.files[0]]
@@ -64,7 +63,7 @@ class AffineEmbedding(NetworkReward):
     ) -> None:
         super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
         source = OPENAI if str(model) == OPENAI.repo else Source(repo=str(model))
-        source = replace(source, revision=revision or source.revision)
+        source = at_revision(source, revision, who=self.name)
         if "relu" in os.path.basename(head).lower():
             raise ConfigError(
                 f"{self.name}: {head} is by its name an MLP with ReLUs, and no affine map; legal is one without "

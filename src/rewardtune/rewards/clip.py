@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from rewardtune.rewards.clipmodel import (
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import hub_file, load_tokenizer
+from rewardtune.rewards.weights import at_revision, digest_of, hub_file, load_tokenizer
 from rewardtune.spelling import nearest
 
 
@@ -73,7 +74,7 @@ class CLIPSimilarity(NetworkReward):
         if not isinstance(clean, bool):
             raise ConfigError(f"{self.name}: clean is {clean!r}; legal: true, false")
         source = self.source if model in (None, self.source.repo) else Source(repo=str(model))
-        source = replace(source, revision=revision or source.revision)
+        source = at_revision(source, revision, who=self.name)
         tokens = self._processor(source, processor)
         network = self._open(source)
         config = network.config
@@ -192,9 +193,20 @@ class HPSv2(CLIPSimilarity):
     def _open(self, source: Source) -> Any:
         file = HPS_FILES[self.version]
         if os.path.isfile(source.repo):
-            path: Any = source.repo
+            path = Path(source.repo)
+            self._refuse_other_versions(path)
         elif source.repo == HPS.repo or os.path.isfile(os.path.join(source.repo, file)):
             path = hub_file(replace(HPS, repo=source.repo, revision=source.revision), file, who=self.name)
         else:
             return super()._open(source)
         return vit_h_from_open_clip(path, who=self.name)
+
+    def _refuse_other_versions(self, path: Path) -> None:
+        """ConfigError where the file is the published one of another version; its name says nothing."""
+        digest = digest_of(path, "md5", HPS.md5.get(HPS_FILES[self.version], ""))
+        for version, file in HPS_FILES.items():
+            if version != self.version and digest == HPS.md5.get(file):
+                raise ConfigError(
+                    f"{self.name}: {path} is the published checkpoint of version {version} but version is "
+                    f"{self.version}; give version='{version}'"
+                )

@@ -7,7 +7,6 @@ it, are collapsed into that one map, in float64. Agreement with the official pac
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import State, imagereward_from_official
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import converted, hub_file, load_strictly
+from rewardtune.rewards.weights import at_revision, converted, hub_file, load_strictly
 
 TOKENS = 35  # of a prompt, with [CLS] and [SEP]; also the length of the padding, as the official code has it
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -60,7 +59,7 @@ class ImageReward(NetworkReward):
     ) -> None:
         super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
         source = IMAGEREWARD if model in (None, IMAGEREWARD.repo) else Source(repo=str(model))
-        source = replace(source, revision=revision or source.revision)
+        source = at_revision(source, revision, who=self.name)
         settings = _settings(hub_file(source, "med_config.json", who=self.name))
         path = hub_file(source, "ImageReward.pt", who=self.name)
         state = converted(path, imagereward_from_official, who=self.name)

@@ -7,7 +7,6 @@ Left out: Owlv2, whose own objectness is detached from the image in transformers
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from rewardtune.rewards.clipmodel import check_end_token
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import found, load_tokenizer
+from rewardtune.rewards.weights import at_revision, found, load_tokenizer
 
 NEEDED = "config.json and model.safetensors (or pytorch_model.bin)"
 
@@ -69,7 +68,7 @@ class Objectness(NetworkReward):
             raise ConfigError(f"objectness: minimise is {minimise!r}; legal: true, false")
         self.target, self.template, self.minimise = target, template, minimise
         source = OWLVIT if model in (None, OWLVIT.repo) else Source(repo=str(model))
-        source = replace(source, revision=revision or source.revision)
+        source = at_revision(source, revision, who=self.name)
         self.model = self.adopt(_detector(source))
         config = self.model.config
         tokenizer = load_tokenizer(

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,18 @@ from rewardtune.rewards.catalogue import REWARDS, Source
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
 State = dict[str, Tensor]
+
+
+def at_revision(source: Source, revision: str | None, *, who: str) -> Source:
+    """The source at another revision, where one is given. ConfigError for a local one: files on disk have none."""
+    if not revision:
+        return source
+    if os.path.exists(source.repo):
+        raise ConfigError(
+            f"{who}: revision is {revision!r} but the model {source.repo} is local, and local files have no "
+            "revisions; leave it out, or give a hub id as model"
+        )
+    return replace(source, revision=revision)
 
 
 def cache_folder() -> Path:
@@ -121,20 +134,26 @@ def download(url: str, *, sha256: str, who: str, setting: str) -> Path:
 
 def check_digest(path: Path, algorithm: str, expected: str, *, who: str) -> Path:
     """The path itself; ConfigError where the file is not the published one. A verified file is not read again."""
-    stamp = cache_folder() / "verified" / _identity(path, expected)
-    if stamp.exists():
-        return path
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, algorithm).hexdigest()
-    if digest != expected:
+    if (digest := digest_of(path, algorithm, expected)) != expected:
         raise ConfigError(
             f"{who}: {path} is not the published file ({algorithm} {digest}, not {expected}): its download was cut or "
             "it was changed; delete it and download it again"
         )
-    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
     return path
+
+
+def digest_of(path: Path, algorithm: str, expected: str) -> str:
+    """The file's digest. A file that has the expected one is read once; that is noted in the cache."""
+    stamp = cache_folder() / "verified" / _identity(path, expected)
+    if stamp.exists():
+        return expected
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if digest == expected:
+        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.touch()
+    return digest
 
 
 def open_checkpoint(path: Path | str, *, who: str) -> State:
