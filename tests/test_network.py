@@ -264,3 +264,10 @@ def test_a_cached_tensor_has_no_graph():
     cache = TextCache(Letters(), lambda ids: weight * len(ids), length=9, name="mine")
     assert not cache("a").requires_grad
     assert not cache("a").is_inference()
+
+
+def test_a_module_without_parameters_moves_as_well(monkeypatch):
+    monkeypatch.setattr(base.Reward, "to", lambda self, device: self)  # there may be no such device
+    reward = NetworkReward()
+    reward.empty = torch.nn.Identity()
+    assert reward.to("cuda") is reward

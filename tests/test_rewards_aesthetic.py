@@ -201,6 +201,12 @@ def test_without_a_head_of_its_own_the_model_must_be_openais(copy, published):
         rewards.Aesthetic(str(copy))
 
 
+def test_a_missing_folder_is_named_before_a_head_is_downloaded(monkeypatch):
+    monkeypatch.setattr(aesthetic, "download", None)
+    with pytest.raises(ConfigError, match=r"cannot load './nope': there is no such folder"):
+        rewards.Aesthetic("./nope")
+
+
 def test_the_published_head_is_downloaded_and_verified(tmp_path, mlp, published, images, monkeypatch):
     folder = tiny_clip.save(tmp_path / "clip", act="quick_gelu")
     monkeypatch.setattr(aesthetic, "OPENAI_VIT_L", {"hidden_act": "quick_gelu"})

@@ -518,3 +518,9 @@ def test_clean_is_a_switch(folder):
 def test_bad_dtype(folder, dtype):
     with pytest.raises(ConfigError, match="legal: auto, float32, bfloat16"):
         rewards.CLIPScore(model=str(folder), dtype=dtype)
+
+
+def test_a_config_that_holds_a_list(copy):
+    (copy / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"put config\.json and model\.safetensors .*into that folder"):
+        rewards.CLIPScore(model=str(copy))

@@ -233,6 +233,8 @@ def drop_weights(folder):
         (lambda f: remove(f, "tokenizer.json"), "tokenizer.json"),
         (lambda f: edit(f, "config.json", model_type="owlv2"), "of type 'owlv2'; legal is 'owlvit'"),
         (lambda f: edit(f, "config.json", model_type="clip"), "of type 'clip'"),
+        (lambda f: (f / "config.json").write_text("[1]"), "put config.json and model.safetensors"),
+        (lambda f: edit(f, "preprocessor_config.json", image_mean=[0.5]), r"image_mean \[0\.5\]; legal are three"),
         (drop_weights, "not a complete OwlViTForObjectDetection: 6 weights are missing, class_head"),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "cannot load"),
     ],

@@ -270,6 +270,7 @@ def test_brightness_and_colour_by_hand():
         (lambda: rewards.Symmetry(detach_std="no"), "detach_std is 'no'; legal: true, false"),
         (lambda: rewards.Colour("tael"), "did you mean 'teal'"),
         (lambda: rewards.Colour((255, 0, 0)), "divide by 255"),
+        (lambda: rewards.Colour("rgb(300,0,0)"), r"colour is 'rgb\(300,0,0\)'; legal in rgb\(\) is 0 to 255"),
         (lambda: rewards.Colour((0.1, 0.2)), r"legal is \(r, g, b\)"),
     ],
 )

@@ -21,7 +21,7 @@ from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import collapse
 from rewardtune.rewards.network import NetworkReward
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import at_revision, download, found, open_checkpoint
+from rewardtune.rewards.weights import at_revision, check_folder, download, found, open_checkpoint
 
 HEAD = AESTHETIC_HEAD.url(AESTHETIC_HEAD.files[0])
 HEAD_SHA256 = AESTHETIC_HEAD.sha256[AESTHETIC_HEAD.files[0]]
@@ -117,6 +117,7 @@ class Aesthetic(AffineEmbedding):
         checkpointing: bool = True,
     ) -> None:
         model = str(model or OPENAI.repo)
+        check_folder(model, who=self.name)  # before a head is downloaded for it
         beside = os.path.join(model, "head.safetensors")
         official = head is None and not os.path.isfile(beside)
         if official:

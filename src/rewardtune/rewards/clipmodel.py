@@ -76,7 +76,10 @@ def check_clip_config(
     from transformers import CLIPConfig
 
     def load() -> dict[str, Any]:
-        return CLIPConfig.get_config_dict(source.repo, revision=source.revision)[0]
+        found = CLIPConfig.get_config_dict(source.repo, revision=source.revision)[0]
+        if not isinstance(found, dict):
+            raise TypeError(f"config.json holds a {type(found).__name__}, not an object")
+        return found
 
     given = found(load, source.repo, who=who, needed=needed, any_of=("config.json",))
     kind = str(given.get("model_type"))
@@ -132,10 +135,15 @@ def image_settings(source: Source, *, who: str, crop: bool = True) -> tuple[int,
         )
     mean = settings.get("image_mean") or (CLIPImageProcessorPil.image_mean if crop else [0.5] * 3)
     std = settings.get("image_std") or (CLIPImageProcessorPil.image_std if crop else [0.5] * 3)
+    return size, *channels(mean, std, who=who, repo=source.repo)
+
+
+def channels(mean: Any, std: Any, *, who: str, repo: str) -> tuple[Channels, Channels]:
+    """(mean, std) as tuples; ConfigError unless each is three numbers."""
     for name, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, Sequence) or len(values) != 3 or not all(isinstance(x, Real) for x in values):
-            raise ConfigError(f"{who}: {source.repo} has {name} {values!r}; legal are three numbers")
-    return size, tuple(mean), tuple(std)
+            raise ConfigError(f"{who}: {repo} has {name} {values!r}; legal are three numbers")
+    return tuple(mean), tuple(std)
 
 
 def check_end_token(tokenizer: Any, end: int | None, *, who: str, repo: str) -> None:

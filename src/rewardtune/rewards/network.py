@@ -88,8 +88,9 @@ class NetworkReward(Reward):
         device = torch.device(device)
         if self.dtype is None and device.type not in ("cpu", "meta"):
             for value in vars(self).values():
-                if isinstance(value, nn.Module) and next(value.parameters()).dtype != torch.bfloat16:
-                    value.to(torch.bfloat16)
+                if isinstance(value, nn.Module):
+                    if next((p.dtype for p in value.parameters()), torch.bfloat16) != torch.bfloat16:
+                        value.to(torch.bfloat16)
                 elif isinstance(value, TextCache):
                     value.follow(torch.bfloat16)
         return super().to(device)

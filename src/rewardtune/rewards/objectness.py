@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from rewardtune.errors import ConfigError
 from rewardtune.rewards.catalogue import OWLVIT, Source
-from rewardtune.rewards.clipmodel import check_end_token
+from rewardtune.rewards.clipmodel import channels, check_end_token
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
@@ -136,4 +136,5 @@ def _image_settings(source: Source) -> tuple[Any, Any]:
 
     settings, _ = found(load, source.repo, who="objectness", needed=files[0], any_of=files)
     mean = settings.get("image_mean") or OwlViTImageProcessorPil.image_mean
-    return tuple(mean), tuple(settings.get("image_std") or OwlViTImageProcessorPil.image_std)
+    std = settings.get("image_std") or OwlViTImageProcessorPil.image_std
+    return channels(mean, std, who="objectness", repo=source.repo)

@@ -114,12 +114,15 @@ def _rgb(colour: str | Sequence[float]) -> list[float]:
 
     if isinstance(colour, str):
         try:
-            return [value / 255 for value in ImageColor.getrgb(colour)[:3]]
+            rgb = ImageColor.getrgb(colour)[:3]
         except ValueError:
             hint = nearest(colour.lower(), list(ImageColor.colormap))
             raise ConfigError(
                 f"colour is '{colour}'{hint}; legal: a CSS name, #rrggbb or (r, g, b) in [0, 1]"
             ) from None
+        if max(rgb) > 255:  # Pillow takes any number
+            raise ConfigError(f"colour is '{colour}'; legal in rgb() is 0 to 255")
+        return [value / 255 for value in rgb]
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
         raise ConfigError(f"colour is {tuple(colour)}; legal is (r, g, b) with each in [0, 1]: divide by 255")
     return [float(value) for value in colour]

@@ -86,11 +86,7 @@ def found(
     any_of: files of which a folder must hold one. Without them transformers loads defaults, and says nothing.
     only: the one file to download of a large repository. setting: what takes the path of a local folder.
     """
-    if not os.path.isdir(source) and source.startswith((".", "/", "~")):
-        raise ConfigError(
-            f"{who}: cannot load '{source}': there is no such folder; give an existing one (a full path, ~ is not "
-            "replaced) or a hub id such as 'openai/clip-vit-base-patch32'"
-        )
+    check_folder(source, who=who)
     try:
         if os.path.isdir(source) and any_of and not any(os.path.isfile(os.path.join(source, file)) for file in any_of):
             raise FileNotFoundError(f"no {' or '.join(any_of)}")
@@ -111,6 +107,15 @@ def found(
                 f"`{command}`, copy the folder here and give its path as {setting}"
             )
         raise ConfigError(f"{who}: cannot load '{source}': {cure} ({_reason(error)})") from error
+
+
+def check_folder(source: str, *, who: str) -> None:
+    """ConfigError for what is written as a folder and is none."""
+    if not os.path.isdir(source) and source.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"{who}: cannot load '{source}': there is no such folder; give an existing one (a full path, ~ is not "
+            "replaced) or a hub id such as 'openai/clip-vit-base-patch32'"
+        )
 
 
 def download(url: str, *, sha256: str, who: str, setting: str) -> Path:
