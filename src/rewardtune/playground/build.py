@@ -66,6 +66,7 @@ class _Build:
     def unet(self) -> Any:
         tokenizer = write_tokenizer(self.output / "clip")
         settings = self._settings("unet") | {"scenes": self.scenes, "workers": self.workers}
+        settings |= {"finish": self.schedules["finish"]}
         return denoiser.train_unet(self.vae, self.text.clip, tokenizer, self._checkpoint("unet"), **settings)
 
     @cached_property
@@ -170,6 +171,7 @@ def build(
         "clip": clip.SCHEDULE,
         "vae": autoencoder.SCHEDULE,
         "unet": denoiser.SCHEDULE,
+        "finish": denoiser.FINISH,
         "traits": preference.TRAITS_SCHEDULE,
         "pickscore": preference.SCHEDULE,
         "hpsv2": preference.SCHEDULE,

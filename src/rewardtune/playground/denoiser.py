@@ -7,6 +7,7 @@ small CLIP's text encoder as it is; and a loss that sees the layout, see `weight
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .training import Draw, Schedule, draw_for, fit
 from .words import tokens
 
 SCHEDULE = Schedule(steps=10000, batch=32, lr=1e-3, ema=0.999, shards=2)
+FINISH = replace(SCHEDULE, steps=5000, lr=5e-4)  # a second course: the first ends with too many third objects
 SCENES = 32_000  # cached latents
 DROPPED = 0.1  # share of captions replaced by the empty one
 GAMMA = 5.0
@@ -93,12 +95,16 @@ def train_unet(
     checkpoint: Path,
     *,
     schedule: Schedule = SCHEDULE,
+    finish: Schedule = FINISH,
     scenes: int = SCENES,
     seed: int = 0,
     stop_after: int | None = None,
     workers: int = 1,
 ) -> Any:
-    """Train the denoiser on latents of `vae` and texts of `clip`; returns the averaged UNet."""
+    """Train the denoiser on latents of `vae` and texts of `clip`, in two courses; returns the averaged UNet.
+
+    The second course starts from the averaged weights of the first; its checkpoint lies beside the first's.
+    """
     latents, captions = cached_latents(vae, checkpoint.parent / "latents.pt", scenes=scenes, seed=seed)
     ids = torch.cat([tokens(tokenizer, captions), tokens(tokenizer, [""])]).to(torch.int32)
     torch.manual_seed(seed)
@@ -123,5 +129,7 @@ def train_unet(
         error = F.mse_loss(predicted, signal * epsilon - noise * x0, reduction="none").mean((1, 2, 3))
         return (error * weight((a / (1 - a)).view(-1))).mean(), {"mse": error.mean().item()}
 
-    settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
-    return fit("unet", model, loss=loss, workers=workers, **settings)
+    settings: dict[str, Any] = {"loss": loss, "seed": seed, "stop_after": stop_after, "workers": workers}
+    model = fit("unet", model, schedule=schedule, checkpoint=checkpoint, **settings)
+    model = model.requires_grad_(True).train()
+    return fit("finish", model, schedule=finish, checkpoint=checkpoint.with_stem("finish"), **settings)
