@@ -7,7 +7,6 @@ everywhere. Layers are recomputed in the backward pass, so that one layer's acti
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -57,8 +56,7 @@ class NetworkReward(Reward):
             if isinstance(layer, GradientCheckpointingLayer):
                 # A layer checkpoints in training mode only; its dropout, a child or an argument, stays in eval mode.
                 layer.gradient_checkpointing = layer.training = True
-                again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-                layer._gradient_checkpointing_func = again  # type: ignore[assignment]
+                layer._gradient_checkpointing_func = _recomputed  # type: ignore[assignment]
         return module
 
     def native(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -94,6 +92,13 @@ class NetworkReward(Reward):
                 elif isinstance(value, TextCache):
                     value.follow(torch.bfloat16)
         return super().to(device)
+
+
+def _recomputed(layer: Callable[..., Any], *arguments: Any) -> Any:
+    """layer(*arguments), computed again in the backward pass where there will be one."""
+    if not torch.is_grad_enabled():
+        return layer(*arguments)
+    return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class TextCache:
