@@ -345,7 +345,7 @@ def test_detector_finds_what_is_asked_for(shipped):
     assert min(row.value for row in rows if "absent" in row.what) > 0.9
 
 
-def test_objectness_falls_when_the_object_is_gone(shipped):
+def test_objectness_falls_when_the_object_is_gone():
     objectness = rewards.Objectness("red heart", model=str(playground.reward_path("objectness")))
     heart = scenes.Object(colour="red", shape="heart", x=20.0, y=32.0, radius=13.0)
     star = scenes.Object(colour="blue", shape="star", x=48.0, y=32.0, radius=11.0)

@@ -30,7 +30,7 @@ from .training import Draw, Schedule, fit
 from .words import cut, tokens, write_tokenizer
 
 TRAITS_SCHEDULE = Schedule(steps=480, batch=96, lr=1e-3, warmup=30, weight_decay=0.02)
-SCHEDULE = Schedule(steps=480, batch=96, lr=5e-4, warmup=30, weight_decay=0.02)
+SCHEDULE = Schedule(steps=900, batch=96, lr=7e-4, warmup=30, weight_decay=0.02)
 EACH = 4  # pictures of a caption, six pairs
 WRONG = 0.1  # share of the answers that are the opposite of the taste's
 SCALE = 16.0  # of the cosines, at first: with the CLIP's 33 it must begin by unlearning its certainty

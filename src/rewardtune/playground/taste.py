@@ -2,8 +2,8 @@
 
 `vivid` and `calm` are the two tastes that pairs are labelled with: both want the caption kept first, and differ in
 what they like of pictures that keep it equally well. `beauty` is the rule behind the aesthetic ratings; it knows no
-caption. What they value was chosen so that a small vision tower can see it (`apart` took the place of the
-narrowest gap, which it did not learn), and before any reward model was measured against them. Left out: people.
+caption. What they value was chosen so that a small vision tower can see it, on scenes of the train split
+(docs/playground.md tells what was given up), before anything was measured on the eval split. Left out: people.
 """
 
 from __future__ import annotations
@@ -103,9 +103,10 @@ def vivid(asked: Description, picture: Picture) -> float:
 
 
 def calm(asked: Description, picture: Picture) -> float:
-    """The caption first; then a balanced picture, dark, in muted colours, sharp."""
-    liked = 0.3 * balance(picture.scene) + 0.35 * (1 - _within(picture.light, LIGHT))
-    liked += 0.15 * (1 - _within(picture.saturation, SATURATION)) + 0.2 * (1 - picture.blur / BLUR)
+    """The caption first; then a quiet picture: small objects near the middle, dark, in muted colours, sharp."""
+    liked = 0.2 * (1 - bigness(picture.scene)) + 0.15 * balance(picture.scene)
+    liked += 0.3 * (1 - _within(picture.light, LIGHT)) + 0.15 * (1 - _within(picture.saturation, SATURATION))
+    liked += 0.2 * (1 - picture.blur / BLUR)
     return liked - MISTAKE * mistakes(asked, picture.scene)
 
 
