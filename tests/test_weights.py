@@ -351,3 +351,13 @@ def test_local_files_have_no_revision(tmp_path, make):
         ConfigError, match=r"revision is 'abc' but the model .* is local.*; leave it out, or give a hub"
     ):
         make(model=str(tmp_path), revision="abc")
+
+
+def test_local_weights_load_without_a_progress_bar(capfd):
+    from transformers.utils import logging
+
+    from rewardtune import playground, rewards
+
+    rewards.CLIPScore(model=str(playground.clip_path()))
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
