@@ -358,6 +358,12 @@ def test_local_weights_load_without_a_progress_bar(capfd):
 
     from rewardtune import playground, rewards
 
-    rewards.CLIPScore(model=str(playground.clip_path()))
-    assert "Loading weights" not in capfd.readouterr().err
-    assert logging.is_progress_bar_enabled()
+    shown = logging.is_progress_bar_enabled()
+    try:
+        for enabled, switch in ((False, logging.disable_progress_bar), (True, logging.enable_progress_bar)):
+            switch()
+            rewards.CLIPScore(model=str(playground.clip_path()))
+            assert "Loading weights" not in capfd.readouterr().err
+            assert logging.is_progress_bar_enabled() == enabled
+    finally:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
