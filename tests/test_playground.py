@@ -239,8 +239,12 @@ def test_clip_folder_is_an_ordinary_one(drawn):
     torch.testing.assert_close(scores, ours, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["drawn", "early stops"])
-def test_clip_against_hard_negatives(stopped, pipe):
+@pytest.mark.parametrize(
+    ("stopped", "least"),
+    [(False, 0.97), (True, 0.96)],  # on 1,024 scenes early stops reach 96.3% at worst (docs/results)
+    ids=["drawn", "early stops"],
+)
+def test_clip_against_hard_negatives(stopped, least, pipe):
     from transformers import CLIPModel, CLIPTokenizer
 
     clip = CLIPModel.from_pretrained(playground.clip_path())
@@ -250,8 +254,8 @@ def test_clip_against_hard_negatives(stopped, pipe):
     shares = quality.clip_shares(clip, tokenizer, found, pictures, name="CLIP", seed=1)
     assert {share.name.split()[-1] for share in shares} == set(captions.KINDS)
     for share in shares:
-        assert share.high >= 0.97, share
-    assert sum(s.hits for s in shares) / sum(s.n for s in shares) >= 0.97
+        assert share.high >= least, share
+    assert sum(s.hits for s in shares) / sum(s.n for s in shares) >= least
 
 
 def test_autoencoder(drawn, pipe):
