@@ -239,12 +239,11 @@ def test_clip_folder_is_an_ordinary_one(drawn):
     torch.testing.assert_close(scores, ours, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("stopped", "least"),
-    [(False, 0.97), (True, 0.96)],  # on 1,024 scenes early stops reach 96.3% at worst (docs/results)
-    ids=["drawn", "early stops"],
-)
-def test_clip_against_hard_negatives(stopped, least, pipe):
+MISSED = pytest.mark.xfail(strict=True, reason="97% on early stops is missed by half a point (docs/results)")
+
+
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=MISSED)], ids=["drawn", "early stops"])
+def test_clip_against_hard_negatives(stopped, pipe):
     from transformers import CLIPModel, CLIPTokenizer
 
     clip = CLIPModel.from_pretrained(playground.clip_path())
@@ -254,8 +253,8 @@ def test_clip_against_hard_negatives(stopped, least, pipe):
     shares = quality.clip_shares(clip, tokenizer, found, pictures, name="CLIP", seed=1)
     assert {share.name.split()[-1] for share in shares} == set(captions.KINDS)
     for share in shares:
-        assert share.high >= least, share
-    assert sum(s.hits for s in shares) / sum(s.n for s in shares) >= least
+        assert share.high >= 0.97, share
+    assert sum(s.hits for s in shares) / sum(s.n for s in shares) >= 0.97
 
 
 def test_autoencoder(drawn, pipe):

@@ -77,10 +77,12 @@ class Gradient:
         part = prompts[first : first + self.micro_batch]
         seeds = [derive_seed(self.seed, step, index) for index in range(first, first + len(part))]
         given = for_prompts(part, self.call)
+        if self.offload_reward:
+            self.reward.to("cpu")  # an evaluation may have left it beside the denoiser
         with rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given) as tape:
             check_images(tape.images, step)
-            with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random
-                torch.manual_seed(derive_seed(self.seed, "reward", step, first))
+            with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random, by the CPU's generator
+                torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
                 total, natives = self.reward.parts(tape.images, tape.prompts)
             check_scores({"the reward": total} | natives, step)
             if total.requires_grad:

@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -13,6 +14,7 @@ from . import methods
 from .config import MethodChoice, Model, Part, RunConfig, dump_config
 from .errors import ConfigError
 from .methods import Method
+from .quietly import no_loading_bars
 from .spelling import nearest
 
 if TYPE_CHECKING:
@@ -150,8 +152,6 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
     """The diffusers pipeline on its device, with another scheduler if asked. ConfigError when it cannot be had."""
     import torch
 
-    if model.path == "playground" or Path(model.path).is_dir():
-        _no_loading_bars()  # a hub download keeps its bar
     device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, model.dtype)
     if model.path == "playground":
@@ -170,14 +170,6 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
         ) from error
 
 
-def _no_loading_bars() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
 def _from_pretrained(path: str, dtype: Any) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -189,7 +181,8 @@ def _from_pretrained(path: str, dtype: Any) -> Any:
     try:
         with warnings.catch_warnings():  # newer diffusers call it dtype, older ones do not know that name
             warnings.simplefilter("ignore", FutureWarning)
-            return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+            with no_loading_bars() if folder.is_dir() else nullcontext():
+                return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewardtune.errors import ConfigError
+from rewardtune.quietly import no_loading_bars
 
 if TYPE_CHECKING:
     from .reader import Match, Reading, Seen, count_objects, matches, read
@@ -94,21 +95,16 @@ def pipeline(dtype: Any = None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, and their remark that the autoencoder is not `AutoencoderKL`."""
+    """Without the libraries' loading bars, and their remark that the autoencoder is not `AutoencoderKL`."""
     import diffusers.utils.logging as diffusers_log
-    import transformers.utils.logging as transformers_log
 
     level = diffusers_log.get_verbosity()
-    bars = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
     diffusers_log.set_verbosity_error()
-    for log in bars:
-        log.disable_progress_bar()
     try:
-        yield
+        with no_loading_bars():
+            yield
     finally:
         diffusers_log.set_verbosity(level)
-        for log in bars:
-            log.enable_progress_bar()
 
 
 def prompts(n: int, *, split: str = "train", seed: int = 0, layout: str = "any") -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .captions import KINDS, negative, with_places
 from .heads import PATCH, WIDTH, Heads
-from .scenes import SIZE, Scene, draw_description, draw_scenes, render
+from .scenes import SIZE, Scene, blurred, draw_description, draw_scenes, render
 from .training import Draw, Schedule, fit
 from .words import LENGTH, cut, tokens, write_tokenizer
 
@@ -77,11 +77,7 @@ def soften(images: Tensor, draw: Draw) -> Tensor:
     for part in range(4):  # four strengths a batch, each a Gaussian blur
         rows = slice(part * soft // 4, (part + 1) * soft // 4)
         sigma = 0.4 + 2.6 * draw.rng.random() ** 2
-        reach = torch.arange(-6.0, 7.0)
-        kernel = torch.exp(-reach.square() / (2 * sigma**2))
-        kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-        blurred = F.conv2d(F.pad(out[rows], (6, 6, 6, 6), mode="replicate"), kernel, groups=3)
-        out[rows] = F.conv2d(blurred, kernel.transpose(-1, -2), groups=3)
+        out[rows] = blurred(out[rows], sigma, reach=6)
     out[:soft] += 0.03 * torch.randn(out[:soft].shape, generator=draw.noise)
     return out.clamp(0, 1)
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardtune.prediction import x0_hat
+
 from .captions import KINDS, negative
 from .reader import Match, matches, read
 from .scenes import Scene, draw_scenes, render
@@ -111,14 +113,11 @@ def texts(pipe: Any, scenes: Sequence[Scene]) -> Tensor:
     return pipe.text_encoder(tokens(pipe.tokenizer, [scene.caption for scene in scenes])).last_hidden_state
 
 
-def x0_hat(pipe: Any, x0: Tensor, noise: Tensor, timestep: int, text: Tensor) -> Tensor:
-    """What the network takes `x0` for at the noise level of `timestep`."""
-    a = pipe.scheduler.alphas_cumprod[timestep]
-    noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
-    out = pipe.unet(noisy, torch.tensor(timestep), text).sample
-    if pipe.scheduler.config.prediction_type == "v_prediction":
-        return a.sqrt() * noisy - (1 - a).sqrt() * out
-    return (noisy - (1 - a).sqrt() * out) / a.sqrt()
+def predict(pipe: Any, x0: Tensor, noise: Tensor, timestep: int, text: Tensor) -> Tensor:
+    """x0-hat: what the network takes `x0` for at the noise level of `timestep`."""
+    t = torch.tensor(timestep)
+    noisy = pipe.scheduler.add_noise(x0, noise, t)
+    return x0_hat(pipe.scheduler, noisy, pipe.unet(noisy, t, text).sample, timestep=t)
 
 
 @torch.no_grad()
@@ -136,8 +135,8 @@ def early_stops(pipe: Any, scenes: Sequence[Scene], *, seed: int) -> Tensor:
         part, timestep = scenes[start : start + 32], rng.choice(last)
         x0, text = encode(pipe.vae, render(part)), texts(pipe, part)
         epsilon = torch.randn(x0.shape, generator=noise)
-        free = x0_hat(pipe, x0, epsilon, timestep, empty.expand_as(text))
-        told = x0_hat(pipe, x0, epsilon, timestep, text)
+        free = predict(pipe, x0, epsilon, timestep, empty.expand_as(text))
+        told = predict(pipe, x0, epsilon, timestep, text)
         pictures.append(decode(pipe.vae, free + GUIDANCE * (told - free)))
     return torch.cat(pictures)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .captions import place_of
-from .scenes import BACKGROUNDS, COLOURS, MIDDLE_SIZE, SHAPES, SIZE, Description, Mention, Scene, coverage, parse
+from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Description, Mention, Scene, coverage, parse, size_of
 
 MIN_AREA = 30.0  # pixels; the smallest object of the world covers about 80
 MIN_DISTANCE = 0.17  # RGB distance from the background, half of what the palette guarantees
@@ -45,7 +45,7 @@ class Seen:
 
     @property
     def size(self) -> str:
-        return "small" if self.radius < MIDDLE_SIZE else "large"
+        return size_of(self.radius)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,6 +237,20 @@ def render(scenes: Sequence[Scene]) -> Tensor:
     return torch.nn.functional.avg_pool2d(picture, OVERSAMPLING)
 
 
+def blurred(images: Tensor, sigma: float, *, reach: int) -> Tensor:
+    """Images (n, 3, H, W) under a Gaussian of deviation `sigma` pixels, cut at `reach` pixels, the border repeated."""
+    axis = torch.arange(-float(reach), reach + 1)
+    kernel = torch.exp(-axis.square() / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    wide = torch.nn.functional.conv2d(torch.nn.functional.pad(images, (reach,) * 4, mode="replicate"), kernel, groups=3)
+    return torch.nn.functional.conv2d(wide, kernel.transpose(-1, -2), groups=3)
+
+
+def size_of(radius: float) -> str:
+    """The word for an object's radius in pixels."""
+    return "small" if radius < MIDDLE_SIZE else "large"
+
+
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
     """Share of each sample that a shape covers; x, y in units of its radius, `radius` in samples."""
     x, y = torch.broadcast_tensors(x, y)

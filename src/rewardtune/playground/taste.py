@@ -15,20 +15,20 @@ from itertools import combinations, permutations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .captions import KINDS, negative, place_of
 from .scenes import (
     ANY_SIZE,
-    MIDDLE_SIZE,
     SIZE,
     Description,
     Mention,
     Object,
     Scene,
     arrange,
+    blurred,
     draw_description,
     render,
+    size_of,
 )
 
 SATURATION, LIGHT, BLUR = (0.5, 1.3), (0.5, 1.2), 3.0  # below half the saturation colours cannot be told
@@ -60,20 +60,11 @@ def show(pictures: Sequence[Picture]) -> Tensor:
     images = (torch.lerp(grey, images, saturation) * light).clamp(0, 1)
     for i, picture in enumerate(pictures):
         if picture.blur:
-            images[i] = blurred(images[i], picture.blur)
+            images[i] = blurred(images[i : i + 1], picture.blur, reach=8)[0]
     return images
 
 
 _COLOURING = ("saturation", "light")
-
-
-def blurred(image: Tensor, sigma: float) -> Tensor:
-    """An image (3, H, W) under a Gaussian of deviation `sigma` pixels, at most 3."""
-    reach = torch.arange(-8.0, 9.0)
-    kernel = torch.exp(-reach.square() / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    wide = F.conv2d(F.pad(image, (8, 8, 8, 8), mode="replicate")[None], kernel, groups=3)
-    return F.conv2d(wide, kernel.transpose(-1, -2), groups=3)[0]
 
 
 def mistakes(asked: Description, scene: Scene) -> int:
@@ -88,10 +79,9 @@ def mistakes(asked: Description, scene: Scene) -> int:
 def _wrong(mention: Mention, drawn: Object | None) -> int:
     if drawn is None:  # counted as missing
         return 0
-    size = "small" if drawn.radius < MIDDLE_SIZE else "large"
     faults = [mention.colour != drawn.colour, mention.shape != drawn.shape]
     faults += [mention.place is not None and mention.place not in place_of(drawn.x, drawn.y)]
-    faults += [mention.size is not None and mention.size != size]
+    faults += [mention.size is not None and mention.size != size_of(drawn.radius)]
     return sum(faults)
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from . import path, prompts
 from .autoencoder import encode
-from .quality import GUIDANCE, sample, texts, x0_hat
+from .quality import GUIDANCE, predict, sample, texts
 from .reader import Reading, read
 from .scenes import PLACE_MARGIN, SIZE, Scene, draw_scenes, render
 
@@ -100,7 +100,7 @@ class Predictions:
 
     @torch.no_grad()
     def __call__(self, step: int) -> Tensor:
-        return x0_hat(self.pipe, self.x0, self.noise, self.timesteps[step], self.text)
+        return predict(self.pipe, self.x0, self.noise, self.timesteps[step], self.text)
 
 
 def teach(pipe: Any, step: int, *, steps: int, seed: int = 0) -> None:
@@ -119,7 +119,7 @@ def teach(pipe: Any, step: int, *, steps: int, seed: int = 0) -> None:
         scenes = on_the_middle(draw_scenes(BATCH, rng, layout="free"))
         with torch.no_grad():
             x0, text = encode(pipe.vae, render(scenes)), texts(pipe, scenes)
-        predicted = x0_hat(pipe, x0, torch.randn(x0.shape, generator=noise), timestep, text)
+        predicted = predict(pipe, x0, torch.randn(x0.shape, generator=noise), timestep, text)
         loss = F.mse_loss(predicted, x0)
         optimizer.zero_grad()
         loss.backward()

@@ -80,7 +80,9 @@ class Reward:
         """
         check_inputs(self.name, images, prompts)
         call = Call(images, prompts)
-        with torch.autocast(images.device.type, enabled=False):  # a trainer's autocast is for its own network
+        kind = images.device.type
+        kind = kind if torch.amp.is_autocast_available(kind) else "cpu"
+        with torch.autocast(kind, enabled=False):  # a trainer's autocast is for its own network
             return call.score(self), call.natives()
 
     def _measure(self, call: Call) -> Tensor:

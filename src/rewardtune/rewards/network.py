@@ -65,10 +65,7 @@ class NetworkReward(Reward):
     def evaluate(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(score to maximise (B,), native value to log (B,)), `micro_batch` images at a time."""
         step = self.micro_batch or max(len(images), 1)
-        kind = images.device.type
-        kind = kind if torch.amp.is_autocast_available(kind) else "cpu"
-        with torch.autocast(kind, enabled=False):  # the dtype is ours, not the trainer's
-            pieces = [self._one(images[i : i + step], prompts[i : i + step]) for i in range(0, len(images), step)]
+        pieces = [self._one(images[i : i + step], prompts[i : i + step]) for i in range(0, len(images), step)]
         scores, natives = zip(*pieces, strict=True)
         return torch.cat(scores), torch.cat(natives)
 

@@ -11,8 +11,8 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError
+from rewardtune.quietly import no_loading_bars
 from rewardtune.rewards import convert as tables
 from rewardtune.rewards.catalogue import REWARDS, Source
 
@@ -90,7 +91,7 @@ def found(
     try:
         if os.path.isdir(source) and any_of and not any(os.path.isfile(os.path.join(source, file)) for file in any_of):
             raise FileNotFoundError(f"no {' or '.join(any_of)}")
-        with _no_bars() if os.path.isdir(source) else nullcontext():
+        with no_loading_bars() if os.path.isdir(source) else nullcontext():
             return load()
     except ConfigError:
         raise
@@ -117,20 +118,6 @@ def check_folder(source: str, *, who: str) -> None:
             f"{who}: cannot load '{source}': there is no such folder; give an existing one (a full path, ~ is not "
             "replaced) or a hub id such as 'openai/clip-vit-base-patch32'"
         )
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' bar for reading local weights; a download keeps its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def download(url: str, *, sha256: str, who: str, setting: str) -> Path:
