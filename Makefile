@@ -23,8 +23,13 @@ lint: .venv/installed  ## Format, lint and type check
 	$(BIN)/ruff check src tests benchmarks examples parity
 	$(BIN)/mypy
 
-bench: .venv/installed  ## Speed over the floor, memory against K
+bench: .venv/installed  ## Speed over the floor, memory against K; the rewards' scales, loopholes and JPEG; an hour of tuned seeds
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/reward_scales.py
+	$(BIN)/python benchmarks/loopholes.py
+	$(BIN)/python benchmarks/jpeg.py
+	$(BIN)/python benchmarks/raise_rewards.py
+	$(BIN)/python benchmarks/demo.py
 
 parity: .venv/installed build/parity/installed  ## The rewards against the official packages, in an environment of their own
 	build/parity/venv/bin/python parity/official.py

@@ -6,7 +6,7 @@ so that each is resized, and cropped, padded or squashed.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +20,7 @@ from rewardtune.rewards import Reward, balance, hinge, mean_of, minimum_of, stan
 HEIGHT, WIDTH = 40, 56
 PROMPTS = ["a red cat", "two dogs", "a house"]
 EVERYWHERE = (0, WIDTH)
+WHOLE = ("hpsv2", "objectness")  # padded, squashed
 CROPPED = (8, 48)  # a centre crop keeps 40 of 56 columns; the filter reaches over its edges by 3
 
 
@@ -44,8 +45,9 @@ def images(count: int = len(PROMPTS)) -> Tensor:
     return torch.rand(count, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(7)) / 2 + 0.25
 
 
-def _playground_clip(**settings: object) -> Reward:
-    return rewards.CLIPScore(model=str(playground.clip_path()), **settings)
+def _playground(name: str, **settings: object) -> Reward:
+    target = {"target": "heart"} if name == "objectness" else {}
+    return rewards.load(name, {"model": "playground"} | target | settings)
 
 
 def _redness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -69,9 +71,12 @@ BUILT_IN = {
 VARIANTS = {
     "compressibility, cubic": Row(make=lambda: rewards.Compressibility(mode="cubic", quality=20)),
     "symmetry, detach_std": Row(make=lambda: rewards.Symmetry(detach_std=True)),
-    "playground clip": Row(make=_playground_clip, columns=CROPPED),
-    "micro-batches": Row(make=lambda: _playground_clip(micro_batch=2), columns=CROPPED),
-    "no checkpointing": Row(make=lambda: _playground_clip(checkpointing=False, clamp="ste"), columns=CROPPED),
+    **{
+        f"playground {name}": Row(make=partial(_playground, name), columns=EVERYWHERE if name in WHOLE else CROPPED)
+        for name in playground.REWARDS
+    },
+    "micro-batches": Row(make=lambda: _playground("clipscore", micro_batch=2), columns=CROPPED),
+    "no checkpointing": Row(make=lambda: _playground("clipscore", checkpointing=False, clamp="ste"), columns=CROPPED),
     "a function": Row(make=lambda: rewards.from_callable(_redness)),
 }
 

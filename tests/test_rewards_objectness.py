@@ -126,13 +126,13 @@ def test_the_score_does_not_saturate_where_the_probability_does(folder, images, 
 def test_ascent_removes_the_object(reward, images):
     pixels = images.clone().requires_grad_()
     optimiser = torch.optim.Adam([pixels], lr=0.02)
-    before = reward.parts(images, ["", ""])[1]["objectness"]
-    for _ in range(15):
+    before = reward.logits(images, ["", ""]).amax(dim=1)
+    for _ in range(30):
         optimiser.zero_grad()
         (-reward(pixels.clamp(0, 1), ["", ""]).sum()).backward()
         optimiser.step()
-    after = reward.parts(pixels.detach().clamp(0, 1), ["", ""])[1]["objectness"]
-    assert (after < 0.6 * before).all()  # this random network scales its logits down to 0, where p is 0.5
+    after = reward.logits(pixels.detach().clamp(0, 1), ["", ""]).amax(dim=1)
+    assert (after < before - 3).all()
 
 
 def test_the_prompt_is_ignored_once_there_is_a_target_and_the_text_tower_runs_once(folder, images, monkeypatch):

@@ -102,7 +102,7 @@ def make_method(choice: MethodChoice) -> Method:
 
 
 def make_reward(parts: list[Part], *, weight: float = 1.0) -> "Reward":
-    """`weight` times the weighted sum of the parts; `model: playground` stands for the playground's own networks.
+    """`weight` times the weighted sum of the parts.
 
     The same name with the same options is one reward, loaded and evaluated once, wherever it stands.
     """
@@ -138,12 +138,10 @@ def _one(part: Part, loaded: dict[str, "Reward"]) -> "Reward":
 
 
 def _named(name: str, options: dict[str, Any], loaded: dict[str, "Reward"]) -> "Reward":
-    from . import playground, rewards
+    from . import rewards
 
     key = repr((name, options))
     if key not in loaded:
-        if options.get("model") == "playground":
-            options = options | {"model": str(playground.reward_path(name.lower()))}
         loaded[key] = rewards.load(name, options)
     return loaded[key]
 

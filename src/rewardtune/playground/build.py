@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from .heads import Heads
 from .training import Schedule
 from .words import write_tokenizer
 
-STAGES = ("text", "clip", "vae", "unet", "pickscore", "hpsv2", "aesthetic", "objectness", "assemble")
+STAGES = ("text", "clip", "vae", "unet", "clip_finish", "pickscore", "hpsv2", "aesthetic", "objectness", "assemble")
 QUICK = {"steps": 2, "batch": 4, "warmup": 1}
 OPENED = {"dtype": "float32"}  # unless asked otherwise
 
@@ -53,9 +54,21 @@ class _Build:
         return clip.train_text(self.output / "clip", self._checkpoint("text"), **self._settings("text"))
 
     @cached_property
-    def clip(self) -> Any:
+    def seeing(self) -> Heads:
         tokenizer = write_tokenizer(self.output / "clip")
         return clip.train_vision(self.text, tokenizer, self._checkpoint("clip"), **self._settings("clip"))
+
+    @property
+    def clip(self) -> Any:
+        """The small CLIP that the reward models start from."""
+        return self.seeing.clip
+
+    @cached_property
+    def clip_finish(self) -> Any:
+        pipe = small_pipeline(self.output, text_model=self.clip.text_model, vae=self.vae, unet=self.unet)
+        tokenizer, heads = pipe.tokenizer, deepcopy(self.seeing)
+        settings = self._settings("clip_finish") | {"look": clip.stopped_early(pipe)}
+        return clip.train_vision(heads, tokenizer, self._checkpoint("clip_finish"), **settings).clip
 
     @cached_property
     def vae(self) -> Any:
@@ -105,29 +118,35 @@ class _Build:
 
     @cached_property
     def assemble(self) -> None:
-        write_folders(self.output, clip_model=self.clip, vae=self.vae, unet=self.unet)
+        write_folders(self.output, clip_model=self.clip_finish, vae=self.vae, unet=self.unet)
 
 
-def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None:
-    """Write `output/clip` and `output/pipeline` from trained networks, float16 on disk."""
-    import torch
+def small_pipeline(output: Path, *, text_model: Any, vae: Any, unet: Any) -> Any:
+    """The networks as a `StableDiffusionPipeline`, with the tokenizer of `output/clip`."""
     from diffusers import StableDiffusionPipeline
 
-    for folder in (output / "clip", output / "pipeline"):
-        _emptied(folder)
-    tokenizer = write_tokenizer(output / "clip")
-    clip.write_processor(output / "clip")
-    clip_model.to(torch.float16).save_pretrained(output / "clip")
-    pipeline: Any = StableDiffusionPipeline(
-        vae=vae.to(torch.float16),
-        text_encoder=clip_model.text_model,
-        tokenizer=tokenizer,
-        unet=unet.to(torch.float16),
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_model,
+        tokenizer=write_tokenizer(output / "clip"),
+        unet=unet,
         scheduler=denoiser.scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def write_folders(output: Path, *, clip_model: Any, vae: Any, unet: Any) -> None:
+    """Write `output/clip` and `output/pipeline` from trained networks, float16 on disk."""
+    import torch
+
+    for folder in (output / "clip", output / "pipeline"):
+        _emptied(folder)
+    clip_model, vae, unet = (deepcopy(network).to(torch.float16) for network in (clip_model, vae, unet))
+    pipeline = small_pipeline(output, text_model=clip_model.text_model, vae=vae, unet=unet)
+    clip.write_processor(output / "clip")
+    clip_model.save_pretrained(output / "clip")
     pipeline.save_pretrained(output / "pipeline")
     write_tokenizer(output / "pipeline" / "tokenizer")
     for config in (output / "clip" / "config.json", output / "pipeline" / "text_encoder" / "config.json"):
@@ -169,6 +188,7 @@ def build(
     schedules = {
         "text": clip.TEXT_SCHEDULE,
         "clip": clip.SCHEDULE,
+        "clip_finish": clip.FINISH,
         "vae": autoencoder.SCHEDULE,
         "unet": denoiser.SCHEDULE,
         "finish": denoiser.FINISH,

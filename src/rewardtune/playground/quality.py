@@ -1,6 +1,6 @@
 """How good the playground's world is, measured on contents that no network saw.
 
-    python -m rewardtune.playground.quality [--output docs/results]
+    python -m rewardtune.playground.quality [--output docs/results] [--prompts 256] [--seed 7]
 
 Pictures are judged by the reader (`reader.py`), which no network was trained with. Writes playground_quality.md,
 the same numbers as JSON, and playground_samples.png.
@@ -263,10 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m rewardtune.playground.quality", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=256, help="how many")
+    parser.add_argument("--seed", type=int, default=7, help="another seed, other prompts and scenes")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    measure(given.output, n=given.prompts)
+    measure(given.output, n=given.prompts, seed=given.seed)
     print((given.output / "playground_quality.md").read_text())
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rewardtune import playground
 from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.rewards.base import Reward, as_reward
 from rewardtune.rewards.catalogue import REWARDS
@@ -20,14 +21,17 @@ def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
 
     spec: a key of BUILTIN, or "module:object", where the object is a class (called with the settings), a Reward, an
     nn.Module or a function (images, prompts) -> scores. Modules are also looked for in the current folder.
+    For a built-in name the setting model="playground" stands for the playground's own network.
     Raises ConfigError: also for whatever else the object's own module or `__init__` raises.
     """
-    target = _import(BUILTIN.get(spec.lower(), spec))
+    target, given = _import(BUILTIN.get(spec.lower(), spec)), dict(settings or {})
+    if given.get("model") == "playground" and spec.lower() in BUILTIN:
+        given["model"] = str(playground.reward_path(spec.lower()))
     if inspect.isclass(target):
-        return as_reward(_build(spec, target, dict(settings or {})), action=f"use '{spec}' as a reward")
-    if settings:
+        return as_reward(_build(spec, target, given), action=f"use '{spec}' as a reward")
+    if given:
         raise ConfigError(
-            f"reward '{spec}' is not a class and takes no settings; given {', '.join(settings)}: "
+            f"reward '{spec}' is not a class and takes no settings; given {', '.join(given)}: "
             "write a class whose __init__ takes them"
         )
     return as_reward(target, action=f"use '{spec}' as a reward")
