@@ -85,26 +85,30 @@ def reward_path(name: str) -> Path:
 
 def pipeline(dtype: Any = None) -> Any:
     """The playground's `StableDiffusionPipeline` on the CPU, without progress bar, in `dtype` (default float32)."""
-    from diffusers import StableDiffusionPipeline
-
     with _quiet():
+        from diffusers import StableDiffusionPipeline  # remarks that torchvision is not there
+
         pipe = StableDiffusionPipeline.from_pretrained(path())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe if dtype is None else pipe.to(dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe if dtype is None else pipe.to(dtype)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' loading bars, and their remark that the autoencoder is not `AutoencoderKL`."""
+    """Without the libraries' loading bars and remarks: that the autoencoder is not `AutoencoderKL`, and the like."""
     import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
 
-    level = diffusers_log.get_verbosity()
-    diffusers_log.set_verbosity_error()
+    logs = (diffusers_log, transformers_log)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
     try:
         with no_loading_bars():
             yield
     finally:
-        diffusers_log.set_verbosity(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
 
 
 def prompts(n: int, *, split: str = "train", seed: int = 0, layout: str = "any") -> list[str]:
