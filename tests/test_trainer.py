@@ -1,11 +1,7 @@
 """RewardTuner: the reward rises, micro-batches and repeats change nothing, a working pipeline is left behind."""
 
 import json
-import math
-import multiprocessing
-import os
 import random
-import sys
 
 import pytest
 import torch
@@ -104,31 +100,6 @@ def test_micro_batches_change_memory_and_nothing_else(name, micro_batch, tmp_pat
         assert second["reward"] == pytest.approx(first["reward"], abs=1e-6)
         assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
         assert second["trained"] == first["trained"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="helpers are forked")
-@pytest.mark.parametrize("count", [2, 3])
-def test_helper_processes_change_the_time_and_nothing_else(count, tmp_path):
-    alone, together = plain(), plain()
-    micro = math.ceil(4 / count)
-    tuner(tmp_path / "a", alone, micro_batch=micro).train(3, lr=1e-3)
-    tuner(tmp_path / "b", together, workers=count).train(3, lr=1e-3)
-    for first, second in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
-        assert second["reward"] == pytest.approx(first["reward"], abs=1e-6)
-        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="helpers are forked")
-def test_an_error_in_a_helper_ends_the_run_with_its_message(tmp_path):
-    parent = os.getpid()
-
-    def fails(images, prompts):
-        return images.mean((1, 2, 3)) * (1.0 if os.getpid() == parent else float("nan"))
-
-    with pytest.raises(TrainingStopped, match="not finite"):
-        tuner(tmp_path / "run", reward=fails, workers=2).train(2)
-    assert not multiprocessing.active_children()
 
 
 def test_stochastic_schedulers_too(tmp_path):

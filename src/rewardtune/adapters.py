@@ -35,7 +35,9 @@ def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
 def add_lora(
     denoiser: Any, rank: int, *, alpha: int | None = None, targets: str | list[str] | None = None, seed: int = 0
 ) -> list[nn.Parameter]:
-    """Freeze `denoiser`, add a LoRA of `rank` and scale alpha / rank (default 1), return its float32 parameters.
+    """Freeze `denoiser`, add a LoRA of `rank` and scale alpha / rank (default 1), return its parameters.
+
+    They are float32, or float64 on a float64 base.
 
     targets: a key of GROUPS (default "attention") or a list of module-name suffixes.
     lora_B starts at zero, so the pictures do not change; lora_A is drawn from `seed`.
@@ -58,9 +60,9 @@ def add_lora(
         denoiser.add_adapter(config, adapter_name=ADAPTER)
     parameters = trainable(denoiser)
     for parameter in parameters:  # peft creates them in the base's dtype here: fp16 Adam steps would vanish
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     assert parameters
-    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    assert all(parameter.dtype in (torch.float32, torch.float64) for parameter in parameters)
     return parameters
 
 

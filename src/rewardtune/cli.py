@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 unexpected error, 2 bad configuration or usage, 3 prefligh
 """
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -50,14 +51,25 @@ def train(
     run: Annotated[str, typer.Argument(help="A run file, or a shipped recipe by name.", metavar="RUN.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
+    count: Annotated[int, typer.Option("-n", min=1, help="Processes over all machines, one for each GPU.")] = 1,
+    launcher: Annotated[
+        str, typer.Option(help='More arguments of `accelerate launch`, e.g. "--num_machines 2 --machine_rank 0".')
+    ] = "",
 ) -> None:
     """Train as a run file says."""
+    from . import processes
     from .config import load_config
 
     config = load_config(run, overrides or [])  # before torch is imported: typing errors answer at once
+    if count > 1 and not processes.launched():
+        again = ["train", run, *(overrides or []), *(["--overwrite"] if overwrite else [])]
+        cpu = processes.on_cpu(config.model.device)
+        raise typer.Exit(processes.launch(count, again, cpu=cpu, extra=shlex.split(launcher)))
     from . import launch
 
     result = launch.train(config, overwrite=overwrite)
+    if not processes.join().first:
+        return
     print(f"{result.status}: {result.steps} updates in {result.seconds:.0f} s")
     print(f'use it: pipe.load_lora_weights("{result.folder}"), or: rewardtune sample {result.folder} --prompt "..."')
 

@@ -111,7 +111,6 @@ class Optim(_Section):
     clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
     batch: int = Field(default=32, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
-    workers: int | Literal["auto"] = Field(default=1, description="processes; only for small models on a Linux CPU")
     offload_reward: bool = Field(default=False, description="its networks wait on the CPU while the denoiser works")
     max_seconds: float | None = Field(default=None, gt=0)
 

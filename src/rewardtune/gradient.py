@@ -1,7 +1,7 @@
 """The gradient of one update: plan -> rollout -> reward -> reverse sweep, a micro-batch at a time.
 
-Everything random is a pure function of (seed, step, index in the batch), so a micro-batch can be computed anywhere: in
-this process, or in a helper of `workers.py`, with the same pictures.
+Everything random is a pure function of (seed, step, index in the batch), so a micro-batch can be computed by any of
+several processes with the same pictures.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from .errors import RewardError, TrainingStopped
 from .evaluate import for_prompts, generators
 from .methods import Method
 from .plan import Plan
+from .processes import Processes
 from .prompts import batch_prompts
 
 if TYPE_CHECKING:
@@ -66,6 +67,21 @@ class Gradient:
     def chunks(self) -> list[int]:
         """The index of the first sample of every micro-batch."""
         return list(range(0, self.batch, self.micro_batch))
+
+    def compute(self, step: int, processes: Processes) -> list[Part]:
+        """All micro-batches of update `step`, dealt out to the processes: the gradient of the whole batch stands in
+        `.grad` everywhere, the parts come in the order of the batch. An error of one process is raised in all."""
+        chunks = self.chunks()
+        own: list[Part] = []
+        error: Exception | None = None
+        try:
+            own = [self.add(step, first) for first in processes.mine(chunks)]
+        except Exception as met:
+            error = met
+        processes.raise_together(error)
+        processes.sum_gradients(self.parameters)
+        shares = processes.gather(own)
+        return [shares[i % processes.world][i // processes.world] for i in range(len(chunks))]
 
     def add(self, step: int, first: int) -> Part:
         """Micro-batch `first` of update `step`: its share of the gradient is added to `.grad`.

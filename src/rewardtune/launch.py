@@ -1,8 +1,6 @@
 """From a run file to a RewardTuner: the model, the reward and the method that its words name."""
 
 import inspect
-import os
-import sys
 import warnings
 from contextlib import nullcontext
 from functools import reduce
@@ -50,7 +48,6 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
         targets=config.lora.targets,
         batch=config.optim.batch,
         micro_batch=config.optim.micro_batch,
-        workers=_workers(config.optim.workers, pipe.device.type),
         offload_reward=config.optim.offload_reward,
         seed=config.seed,
         eval_prompts=held_out,
@@ -75,13 +72,6 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Any:
         max_seconds=optim.max_seconds,
         eval_every=config.eval.every,
     )
-
-
-def _workers(asked: int | str, device: str) -> int:
-    """`auto`: one a core, at most 4; 1 where helpers cannot be forked."""
-    if not isinstance(asked, str):
-        return asked
-    return min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" and device == "cpu" else 1
 
 
 def make_method(choice: MethodChoice) -> Method:

@@ -57,10 +57,15 @@ def write_text(path: Path, text: str) -> None:
 class RunFolder:
     """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, the LoRA file."""
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False):
-        """Refuse a folder that holds something, unless `overwrite`. Writes nothing: `open()` does."""
-        self.path, self.overwrite, self.started = Path(path), overwrite, False
+    def __init__(self, path: str | Path, *, overwrite: bool = False, writes: bool = True):
+        """Refuse a folder that holds something, unless `overwrite`. Writes nothing: `open()` does.
+
+        writes: False in all processes but the first; their folder is a folder that nobody writes.
+        """
+        self.path, self.overwrite, self.started, self.writes = Path(path), overwrite, False, writes
         self.status: dict[str, Any] = {}
+        if not writes:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output folder {self.path} is a file; choose another output_dir")
         used = self.path.is_dir() and any(self.path.iterdir())
@@ -74,7 +79,7 @@ class RunFolder:
 
     def open(self) -> None:
         """Make the folder; with `overwrite`, remove what an earlier run left there (and nothing else)."""
-        if self.started:
+        if self.started or not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -88,6 +93,8 @@ class RunFolder:
     def set_status(self, status: str, **facts: Any) -> None:
         """Replace run.json: `status` is running, done, stopped, interrupted or failed; `facts` add up."""
         self.status |= {"status": status, "time": datetime.now(UTC).isoformat(timespec="seconds")} | facts
+        if not self.writes:
+            return
         write_text(self.path / "run.json", json.dumps(self.status, indent=2) + "\n")
 
     def append(self, name: str, record: dict[str, Any]) -> None:
@@ -98,6 +105,8 @@ class RunFolder:
         self._add("train.log", f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
 
     def _add(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         path = self.path / name
         size = path.stat().st_size if path.exists() else 0
         try:

@@ -24,12 +24,12 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .errors import ConfigError, RewardTuneError, TrainingStopped
 from .gradient import Gradient, check_images, derive_seed
 from .methods import Method
+from .processes import join
 from .progress import Progress
 from .prompts import load_prompts
 from .rewards import check_reward
 from .rewards.base import as_reward
 from .runfolder import RunFolder, write_text
-from .workers import Workers, open_workers, refuse_workers
 
 Score = dict[str, tuple[float, float]]  # name -> mean and half the width of its 95% interval over prompts
 
@@ -62,7 +62,6 @@ class RewardTuner:
         rank, alpha, targets: see `adapters.add_lora`.
         batch: samples an update; micro_batch: how many of them at a time (None = all).
         offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
-        workers: processes that share an update's micro-batches; only for small models on a CPU (see `workers.py`).
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
         allow_no_guidance: permit guidance_scale <= 1 on a pipeline made for guidance.
 
@@ -87,7 +86,6 @@ class RewardTuner:
         targets: str | list[str] | None = None,
         batch: int = 32,
         micro_batch: int | None = None,
-        workers: int = 1,
         offload_reward: bool = False,
         seed: int = 0,
         eval_prompts: str | Path | Sequence[str] | None = None,
@@ -96,12 +94,13 @@ class RewardTuner:
         overwrite: bool = False,
         show_progress: bool = True,
     ):
-        self.pipe, self.method, self.seed, self.show_progress = pipe, method, seed, show_progress
+        self.pipe, self.method, self.seed = pipe, method, seed
         self.reward = as_reward(reward, action="train on it")
         self.prompts = load_prompts(prompts)
         held_out = self.prompts if eval_prompts is None else load_prompts(eval_prompts)
         self.eval_prompts = held_out[:eval_count]
-        self.folder = RunFolder(output_dir, overwrite=overwrite)
+        self.processes = join()
+        self.folder = RunFolder(output_dir, overwrite=overwrite, writes=self.processes.first)
         sampling = {"guidance_scale": guidance_scale, "height": height, "width": width}
         self.call = {"num_inference_steps": num_inference_steps} | (call or {})
         self.call |= {name: value for name, value in sampling.items() if value is not None}
@@ -111,14 +110,16 @@ class RewardTuner:
         if eval_count < 1:
             raise ConfigError(f"eval_count={eval_count}: at least 1 picture is compared before and after")
         check_sampling(pipe, self.call, allow_no_guidance=allow_no_guidance)
-        if min(batch, micro_batch or 1, workers) < 1:
-            raise ConfigError(f"batch={batch}, micro_batch={micro_batch}, workers={workers}: each must be at least 1")
-        self.batch, self.workers, self.offload_reward = batch, workers, offload_reward
-        self.micro_batch = min(micro_batch or batch, math.ceil(batch / workers))
+        if min(batch, micro_batch or 1) < 1:
+            raise ConfigError(f"batch={batch}, micro_batch={micro_batch}: each must be at least 1")
+        if batch < self.processes.world:
+            raise ConfigError(f"batch={batch}: {self.processes.world} processes need at least one sample each")
+        self.batch, self.offload_reward = batch, offload_reward
+        self.show_progress = show_progress and self.processes.first
+        self.micro_batch = min(micro_batch or batch, math.ceil(batch / self.processes.world))
         self.lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
         self.denoiser = getattr(pipe, find_denoiser(pipe))
         self.device = self.denoiser.device
-        refuse_workers(workers, self.device.type)
         self.parameters: list[torch.nn.Parameter] = []
         self.step, self.saved, self.T = 0, 0, 0
         self.config_text: str | None = None  # the run file, resolved; saved as config.yaml
@@ -191,7 +192,7 @@ class RewardTuner:
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
             self.folder.open()
-            if self.config_text is not None:
+            if self.config_text is not None and self.folder.writes:
                 write_text(self.folder.path / "config.yaml", self.config_text)
             self.folder.set_status("running", **self._describe(), notes=facts.notes)
         except BaseException:
@@ -242,28 +243,32 @@ class RewardTuner:
             offload_reward=self.offload_reward,
         )
         bar = Progress(steps, max_seconds=max_seconds, enabled=self.show_progress)
-        with open_workers(gradient, self.workers) as team, bar as progress:
+        with bar as progress:
             for done in range(1, steps + 1):
-                record = self._update(team, optimizer, clip)
+                record = self._update(gradient, optimizer, clip)
                 self.step += 1
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
+                elapsed = time.perf_counter() - started
+                late = max_seconds is not None and elapsed + elapsed / done > max_seconds and done < steps
+                everyone = self.processes.gather((signals.caught, late))
+                signals.caught = next((caught for caught, _ in everyone if caught), None)
                 if signals.caught:
                     return "interrupted"
-                elapsed = time.perf_counter() - started
-                if max_seconds is not None and elapsed + elapsed / done > max_seconds and done < steps:
+                if any(late for _, late in everyone):
                     return "out of time"
                 if eval_every and done % eval_every == 0 and done < steps:
-                    adapters.save_lora(self.pipe, self.folder.path)
+                    if self.processes.first:
+                        adapters.save_lora(self.pipe, self.folder.path)
                     scores, _ = self._evaluate()
                     progress.message(f"step {self.step}: {_line(scores)}")
         return "done"
 
-    def _update(self, gradient: Workers, optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Any]:
+    def _update(self, gradient: Gradient, optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Any]:
         """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan."""
         started, step = time.perf_counter(), self.step
         optimizer.zero_grad(set_to_none=True)
-        parts = gradient.compute(step)
+        parts = gradient.compute(step, self.processes)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
         if not math.isfinite(norm) or norm == 0:
             what = "is zero: the reward does not reach the trained parameters" if norm == 0 else f"is {norm}"
@@ -271,7 +276,7 @@ class RewardTuner:
                 f"step {step}: the gradient {what}; try a lower lr or another dtype, or check the reward"
             )
         optimizer.step()
-        plan = gradient.gradient.plan(step)
+        plan = gradient.plan(step)
         means = {name: float(torch.cat([part.scores[name] for part in parts]).mean()) for name in parts[0].scores}
         return {
             "step": step,
@@ -294,21 +299,45 @@ class RewardTuner:
 
     def _evaluate(self, *, final: bool = False) -> tuple[Score, Tensor]:
         """Fixed prompts and seeds: pictures to samples/, scores to eval.jsonl."""
-        seeds = [derive_seed(self.seed, "eval", index) for index in range(len(self.eval_prompts))]
-        images = evaluate.sample(self.pipe, self.eval_prompts, seeds=seeds, call=self.call, batch=self.micro_batch)
-        check_images(images, self.step)
-        values = evaluate.score(self.reward, images, self.eval_prompts, batch=self.micro_batch, device=self.device)
+        images, values = self._sample_and_score()
         scores = {name: evaluate.interval(value) for name, value in values.items()}
-        evaluate.save_images(images, self.folder.path / "samples" / ("final" if final else f"step-{self.step:06d}"))
+        if self.processes.first:
+            evaluate.save_images(images, self.folder.path / "samples" / ("final" if final else f"step-{self.step:06d}"))
         self.folder.append("eval.jsonl", {"step": self.step, "count": len(images), "scores": scores})
         if self.step == 0 and not final:
             self.folder.set_status("running", before=scores)
             self._say(f"before: {_line(scores)}")
         return scores, images
 
+    def _sample_and_score(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The eval prompts' pictures and scores, dealt out to the processes."""
+        indices = range(len(self.eval_prompts))
+        own = self.processes.mine(indices)
+        error: Exception | None = None
+        images, values = torch.empty(0), dict[str, Tensor]()
+        try:
+            if own:
+                prompts = [self.eval_prompts[index] for index in own]
+                seeds = [derive_seed(self.seed, "eval", index) for index in own]
+                images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.micro_batch)
+                check_images(images, self.step)
+                values = evaluate.score(self.reward, images, prompts, batch=self.micro_batch, device=self.device)
+        except Exception as met:
+            error = met
+        self.processes.raise_together(error)
+        shares = [share for share in self.processes.gather((images, values)) if len(share[0])]
+        back = sorted(indices, key=lambda index: (index % self.processes.world, index))  # where the dealt ones lie
+        order = torch.tensor(back).argsort()
+        names = list(shares[0][1])
+        return torch.cat([share[0] for share in shares])[order], {
+            name: torch.cat([share[1][name] for share in shares])[order] for name in names
+        }
+
     def _grid(self, before: Score, after: Score, before_images: Tensor, after_images: Tensor) -> None:
         shown = slice(0, 12)
         path = self.folder.path / "before_after.png"
+        if not self.processes.first:
+            return
         pictures = {"before": before_images[shown], "after": after_images[shown]}
         evaluate.save_grid(pictures, self.eval_prompts[shown], path)
         self._say(f"after:  {_line(after)}")
@@ -317,6 +346,8 @@ class RewardTuner:
     def _save(self, status: str, **facts: Any) -> None:
         """The LoRA file, loaded back and compared; one that fails is kept under a name that no loader reads."""
         self.saved = self.step
+        if not self.processes.first:
+            return
         path = adapters.save_lora(self.pipe, self.folder.path)
         short = self.call | {"num_inference_steps": min(2, self.call["num_inference_steps"])}
         call = evaluate.for_prompts(self.eval_prompts[:1], short)
@@ -332,7 +363,8 @@ class RewardTuner:
         """An error ends the run: the parameters are those of the last good update, save them and say why."""
         status = {TrainingStopped: "stopped", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
         with suppress(Exception):  # the first error is the one to report
-            if self.step > self.saved and status != "interrupted":  # a second Ctrl-C means at once
+            at_once = status == "interrupted"  # the second Ctrl-C
+            if self.processes.first and self.step > self.saved and not at_once:
                 adapters.save_lora(self.pipe, self.folder.path)
                 self._say(f"the LoRA after {self.step} good updates is in {self.folder.path}")
         with suppress(Exception):
