@@ -108,7 +108,9 @@ def plot(path: Path, curves: dict[str, list[Evaluation]], metrics: Sequence[str]
         x0 = place * (left + width + gap) + left
         values = [e.interval(metric) for curve in curves.values() for e in curve]
         halves = [0.0 if half != half else half for _, half in values]
+        line = (1 - ALLOWED) * next(iter(curves.values()))[0].values[metric]
         low = min(value - half for (value, _), half in zip(values, halves, strict=True))
+        low = min(low, line) if metric == "clipscore" else low
         high = max(value + half for (value, _), half in zip(values, halves, strict=True))
         scale = height / max(high - low, 1e-9)
 
@@ -122,7 +124,7 @@ def plot(path: Path, curves: dict[str, list[Evaluation]], metrics: Sequence[str]
         for step in (0, last):
             pen.text((at(step, low)[0] - 8, top + height + 4), str(step), fill="dimgray", font=font)
         if metric == "clipscore":
-            y = at(0, (1 - ALLOWED) * next(iter(curves.values()))[0].values[metric])[1]
+            y = at(0, line)[1]
             pen.line((x0, y, x0 + width, y), fill="gray")
         for name, curve in curves.items():
             points = [at(e.step, e.values[metric]) for e in curve]
