@@ -409,7 +409,8 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     Raises CheckpointError listing every other difference with both values.
     """
     schedules = {dict(settings.get("optim") or {}).get("schedule") or "constant" for settings in (saved, now)}
-    legal, wrong = [], []
+    legal: list[str] = []
+    wrong: list[str] = []
     for key, was, present in _differences(dict(saved), dict(now), ""):
         line = f"{key}: {_short(was)} at the checkpoint, {_short(present)} now"
         if key == "optim.steps" and schedules != {"constant"}:

@@ -69,8 +69,12 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
 def remove_leftovers(run: Path, prefix: str = "") -> None:
     """Remove the hidden temporary folders that a killed process left. Only for the process that writes the run."""
     for path in list(run.rglob(f".{prefix}*.tmp")):
-        if path.is_dir():
+        if _is_leftover(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_dir()
 
 
 class RunFolder:
@@ -90,7 +94,8 @@ class RunFolder:
             return
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output folder {self.path} is a file; choose another output_dir")
-        used = self.path.is_dir() and any(self.path.iterdir())
+        there = self.path.iterdir() if self.path.is_dir() else ()
+        used = any(not _is_leftover(path) for path in there)
         if overwrite and used and not (self.path / "run.json").is_file():
             raise ConfigError(f"output folder {self.path} holds no run to overwrite; choose another output_dir")
         if not overwrite and used:
