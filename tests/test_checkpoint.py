@@ -145,7 +145,7 @@ def test_the_files_have_the_usual_permissions(tmp_path):
 
 def test_other_library_versions_are_told(tmp_path, monkeypatch):
     write(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "version", lambda name: "99.0")
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "99.0"})
     (note,) = load(tmp_path / "checkpoint-1").notes
     assert "torch" in note
     assert "99.0" in note

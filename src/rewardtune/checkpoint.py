@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count
 from pathlib import Path
@@ -208,6 +209,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for name in LIBRARIES:
@@ -237,10 +239,10 @@ def load(path: str | Path) -> Checkpoint:
         for name, expected in marker["files"].items():
             _verify(path, name, **expected)
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        numbered = checkpoint_folders(path.parent).get(marker["step"])
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
-    if saved["step"] != marker["step"] or (re.fullmatch(r"checkpoint-\d+", path.name) and numbered != path):
+    named = re.fullmatch(r"checkpoint-([0-9]+)", path.name)
+    if saved["step"] != marker["step"] or (named and int(named[1]) != marker["step"]):
         raise _damaged(path, f"its name, {COMPLETE} and {STATE} speak of different steps")
     now = _versions()
     other = [f"{name} {was} (now {now.get(name)})" for name, was in saved["versions"].items() if was != now.get(name)]
