@@ -5,6 +5,7 @@ A reader of the folder (or a later run) therefore sees either the old file or th
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ from .errors import ConfigError, RewardTuneError
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load_lora_weights` looks for
 UNVERIFIED = "pytorch_lora_weights.unverified"
 KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
-REPLACED = (*KNOWN, LORA_FILE, UNVERIFIED)  # by --overwrite
+LOGS = ("metrics.jsonl", "eval.jsonl")  # one JSON line each time; a resume cuts them to the checkpoint's length
+CUT = "cut"  # what a resume set aside
+# removed by --overwrite; run.json last: a folder that still has it can be overwritten again after a kill
+REPLACED = (*(name for name in (*KNOWN, LORA_FILE, UNVERIFIED) if name != "run.json"), "run.json")
 
 
 @contextmanager
@@ -32,18 +36,18 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         yield folder / path.name
-        os.chmod(folder / path.name, 0o666 & ~_umask())  # some writers (safetensors) keep theirs to the owner
+        os.chmod(folder / path.name, 0o666 & ~umask())  # some writers (safetensors) keep theirs to the owner
         os.replace(folder / path.name, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -54,21 +58,46 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def checkpoint_folders(run: Path) -> dict[int, Path]:
+    """step -> folder checkpoint-N of `run`; other names (checkpoint-abc, checkpoint-007) are not looked at."""
+    if not run.is_dir():
+        return {}
+    found = ((re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name), path) for path in run.iterdir())
+    return {int(match[1]): path for match, path in found if match and path.is_dir()}
+
+def remove_leftovers(run: Path, prefix: str = "") -> None:
+    """Remove the hidden temporary folders that a killed process left. Only for the process that writes the run."""
+    for path in list(run.rglob(f".{prefix}*.tmp")):
+        if _is_leftover(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_dir()
+
+
 class RunFolder:
-    """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, the LoRA file."""
+    """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, checkpoint-N/, the LoRA."""
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False, writes: bool = True):
-        """Refuse a folder that holds something, unless `overwrite`. Writes nothing: `open()` does.
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False, writes: bool = True):
+        """Refuse a folder that holds something, unless `overwrite` or `resume`. Writes nothing: `open()` does.
 
-        writes: False in all processes but the first; their folder is a folder that nobody writes.
+        resume: continue the run that is there, with everything it has written.
+        writes: False in all processes but the first; theirs is a folder that nobody writes.
         """
-        self.path, self.overwrite, self.started, self.writes = Path(path), overwrite, False, writes
+        self.path, self.overwrite, self.started, self.writes = Path(path), overwrite, resume, writes
         self.status: dict[str, Any] = {}
+        if overwrite and resume:
+            raise ConfigError("--overwrite and --resume contradict each other: give one of them")
+        if resume:
+            self.status = self._resumed()
+            return
         if not writes:
             return
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output folder {self.path} is a file; choose another output_dir")
-        used = self.path.is_dir() and any(self.path.iterdir())
+        there = self.path.iterdir() if self.path.is_dir() else ()
+        used = any(not _is_leftover(path) for path in there)
         if overwrite and used and not (self.path / "run.json").is_file():
             raise ConfigError(f"output folder {self.path} holds no run to overwrite; choose another output_dir")
         if not overwrite and used:
@@ -77,17 +106,30 @@ class RunFolder:
                 "choose another output_dir, or pass --overwrite (overwrite=True) to replace its run"
             )
 
+    def _resumed(self) -> dict[str, Any]:
+        """run.json of the run to be continued; empty when only its checkpoints are there."""
+        path = self.path / "run.json"
+        if not path.is_file() and not checkpoint_folders(self.path):
+            raise ConfigError(f"output folder {self.path} holds no run to resume; start it without --resume")
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); move it away, the checkpoints suffice") from error
+
     def open(self) -> None:
         """Make the folder; with `overwrite`, remove what an earlier run left there (and nothing else)."""
         if self.started or not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            checkpoints = checkpoint_folders(self.path).values()
+            for folder in (*checkpoints, self.path / CUT, self.path / "samples"):
+                shutil.rmtree(folder, ignore_errors=True)
+            remove_leftovers(self.path)
             for name in REPLACED:
                 (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "samples", ignore_errors=True)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self.started = True
 
     def set_status(self, status: str, **facts: Any) -> None:
@@ -115,10 +157,10 @@ class RunFolder:
         except OSError as error:  # a full disk may have taken half a line: cut it off again
             with suppress(OSError):
                 os.truncate(path, size)
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> RewardTuneError:
+def cannot_write(path: Path, error: OSError) -> RewardTuneError:
     return RewardTuneError(
         f"cannot write {path}: {error.strerror or error}; nothing half-written was left and what was there is intact. "
         "Free some space (or choose another output_dir) and run again"
