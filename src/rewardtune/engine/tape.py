@@ -79,11 +79,11 @@ class Tape:
         The loss's gradient stops at :attr:`images`; from there each recorded call is replayed, last to first. A tape
         can be swept once. If anything fails, the parameters' ``.grad`` is as before.
 
-        With ``kl`` the gradient is that of ``loss + kl * D``, where D is the mean over the C trained calls c, and over
-        all elements of their raw outputs, of ``(F_c(x_c) - F_ref(x_c))^2`` at the detached inputs x_c: the KL divergence
-        between the Gaussian steps of both models but for the factor b_c^2 / (2 sigma_c^2) of each step (KL of DPOK, Fan
-        et al. 2023; the factor is dropped as in DDPM's simple loss; DRaFT+ has the same term). It costs one forward of each trained call more, and with
-        ``input_gradient > 0`` a second vector-Jacobian product: D reaches the parameters and never an earlier call.
+        With ``kl`` the gradient is that of ``loss + kl * D``, D being the mean of ``(F(x) - F_ref(x))^2`` over the
+        trained calls and over all elements of their raw outputs F, at their detached inputs x. That is the KL between
+        the Gaussian steps of both models without the factor of each step (the KL of DPOK, Fan et al. 2023; the factor
+        is dropped as in DDPM's simple loss; DRaFT+ has the same term). It costs one forward of each trained call more,
+        and with ``input_gradient > 0`` a second vector-Jacobian product: D reaches parameters, never an earlier call.
 
         Args:
             loss: scalar, a function of :attr:`images`; it is descended, so negate a reward. None sweeps what the
