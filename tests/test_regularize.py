@@ -382,13 +382,17 @@ def test_the_network_is_called_as_the_pipeline_does(name: str):
 def test_the_loss_falls_when_it_is_trained_on():
     pipe, call = tiny.stable_diffusion(steps=5)
     loss = prepared(pipe, call, weight=1.0, count=4)
-    optimizer = torch.optim.Adam(tiny.trainable(pipe).values(), lr=1e-2)
-    values = []
+    optimizer = torch.optim.Adam(tiny.trainable(pipe).values(), lr=3e-2)
+
+    def on_fixed_draws() -> float:
+        return sum(float(by_hand(pipe, loss, step, 4).detach()) for step in (100, 101, 102))
+
+    before = on_fixed_draws()
     for step in range(20):
         optimizer.zero_grad()
-        values.append(loss.add(step, first=0, size=4, batch=4))
+        loss.add(step, first=0, size=4, batch=4)
         optimizer.step()
-    assert sum(values[-5:]) < 0.7 * sum(values[:5])
+    assert on_fixed_draws() < 0.85 * before
 
 
 def test_the_set_comes_from_the_base_model():
@@ -406,7 +410,7 @@ def test_the_set_comes_from_the_base_model():
         generator=torch.Generator().manual_seed(derive_seed(5, "denoising set", 0)),
         output_type="latent",
     )[0]
-    assert torch.allclose(loss.latents[:1], own, atol=1e-5)
+    assert torch.allclose(loss.latents[:1], own, rtol=1e-3, atol=1e-3)  # another batch size: other round-off
     pipe.unet = tuned
     assert loss.captions[:3] == [*tiny.PROMPTS, tiny.PROMPTS[0]]
 

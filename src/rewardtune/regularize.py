@@ -268,7 +268,7 @@ def encode(pipe: Any, name: str, paths: Sequence[Path], *, call: dict[str, Any],
     x = x_ref + J^T (z - z_ref) / (J^T 1)^2. That it does so is checked.
     """
     doors = _probe(pipe, name, T, call, output_type="pt")
-    decoded = [c for c in doors.calls if not c.trained and hasattr(c.module, "encode")]
+    decoded = [c for c in doors.calls if c.module is not doors.denoiser and hasattr(c.module, "encode")]
     z = next((x for c in decoded for x in c.inputs if isinstance(x, Tensor) and x.requires_grad), None)
     if len(decoded) != 1 or z is None or doors.final is None:
         raise _not_encodable(pipe, "its pictures do not come from one decoder with an encoder beside it")
@@ -419,7 +419,7 @@ def _unguided(pipe: Any, name: str, T: int, call: dict[str, Any]) -> tuple[dict[
 def _is_single(doors: Doors) -> bool:
     """Whether every element of the scheduler's model_output comes from one element of one network output."""
     F = doors.prediction
-    leaves = [leaf for c in doors.calls if c.trained for leaf in c.leaves if leaf is not None]
+    leaves = [leaf for c in doors.calls if c.module is doors.denoiser for leaf in c.leaves if leaf is not None]
     if F is None or not F.requires_grad:
         return False
     grads = torch.autograd.grad(F.sum(), leaves, retain_graph=True, allow_unused=True)
