@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewardtune.errors import PreflightError, ReplayError
+from rewardtune.errors import ConfigError, PreflightError, ReplayError
 
 #: Largest relative difference between a replayed output and the recorded one.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -118,7 +118,9 @@ class Call:
         """Tensors this call keeps alive: its inputs and its output."""
         return [x for x in (*self.inputs, *self.leaves) if isinstance(x, Tensor)]
 
-    def replay(self, frozen: Sequence[nn.Parameter]) -> float:
+    def replay(
+        self, frozen: Sequence[nn.Parameter], *, pull: float = 0.0, reference: nn.Module | None = None
+    ) -> tuple[float, float]:
         """Back-propagate what has arrived at the leaves: Algorithm 1's gradient of this one call.
 
         Parameter gradients are accumulated into ``.grad``; gradients of the inputs, times ``input_gradient``, are
@@ -126,25 +128,29 @@ class Call:
 
         Args:
             frozen: parameters that must not receive a gradient here.
+            pull: weight of ``mean((F - F_ref)^2)``, which is added for the parameters alone: the inputs get none of it.
+            reference: the frozen network of F_ref; None is this call's own network with its adapters off.
 
         Returns:
-            Largest relative difference between replayed and recorded output.
+            Largest relative difference between replayed and recorded output, and ``mean((F - F_ref)^2)`` (0 without
+            ``pull``).
 
         Raises:
             ReplayError: if the call does not reproduce its record.
         """
         cotangents = [None if leaf is None else leaf.grad for leaf in self.leaves]
-        if all(c is None for c in cotangents):
-            return 0.0  # the sampler did not use this output
+        if all(c is None for c in cotangents) and not pull:
+            return 0.0, 0.0  # the sampler did not use this output
         self._refuse_changed_arguments()
         assert self.surroundings is not None
-        error = 0.0
+        error, distance = 0.0, 0.0
         checkpointed = _checkpointed(self.module) if self.checkpoint else nullcontext()
         with self.surroundings.restored(self.module), _no_gradient_for(frozen), checkpointed, torch.enable_grad():
             live = [
                 i for i, x in enumerate(self.inputs) if self.input_gradient > 0 and _floating(x) and x.requires_grad
             ]
             sent: dict[int, list[Tensor]] = {i: [] for i in live}
+            base = self._reference(reference) if pull else None  # before this call's graph takes its memory
             for part in self._parts():
                 # Algorithm 1, line 14: sg(x_t) - the inputs enter as constants, or as leaves of this call's own graph.
                 inputs = [part(x).detach() if isinstance(x, Tensor) else x for x in self.inputs]
@@ -159,11 +165,19 @@ class Call:
                     for out, c in zip(output, cotangents, strict=True)
                     if c is not None and out.requires_grad
                 ]
+                pulls: list[tuple[Tensor, Tensor]] = []
+                if base is not None:
+                    distance, pulls = _pulls(output, base, pull)
+                    if not live or not pairs:  # nothing else sees the cotangent: one vector-Jacobian product for both
+                        pairs, pulls = _summed(pairs + pulls), []
                 if pairs:
-                    torch.autograd.backward([out for out, _ in pairs], [c for _, c in pairs])
+                    outputs, arrived = zip(*pairs, strict=True)
+                    torch.autograd.backward(outputs, arrived, retain_graph=bool(pulls))
                 for i in live:
-                    grad = inputs[i].grad
+                    grad, inputs[i].grad = inputs[i].grad, None
                     sent[i].append(torch.zeros_like(inputs[i]) if grad is None else grad)
+                if pulls:  # a second product, whose gradient at the inputs is dropped
+                    torch.autograd.backward([out for out, _ in pulls], [c for _, c in pulls])
         for leaf in self.leaves:
             if leaf is not None:
                 leaf.grad = None
@@ -176,7 +190,18 @@ class Call:
                 ],
                 retain_graph=True,
             )
-        return error
+        return error, distance
+
+    def _reference(self, reference: nn.Module | None) -> list[Any]:
+        """Flat outputs of the reference network at this call's own (detached) arguments."""
+        assert self.surroundings is not None
+        network: nn.Module = self.module if reference is None else reference
+        off = adapters_off(network) if reference is None else nullcontext()
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in self.inputs]
+        args, kwargs = pytree.tree_unflatten(inputs, self.spec)
+        run = self.run if reference is None else reference
+        with self.surroundings.restored(network), off, torch.no_grad(), self.surroundings.autocasting():
+            return pytree.tree_flatten(run(*args, **kwargs))[0]
 
     def _parts(self) -> list[Callable[[Tensor], Tensor]]:
         """The call whole, or in chunks of its leading dimension when every tensor argument shares it."""
@@ -231,6 +256,72 @@ class Call:
 
 def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _pulls(output: list[Any], base: list[Any], weight: float) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+    """mean((F - F_ref)^2) over all elements, and each output's cotangent 2 weight (F - F_ref) / n."""
+    apart: list[tuple[Tensor, Tensor]] = []
+    for out, ref in zip(output, base, strict=True):
+        if _floating(out):
+            if out.shape != ref.shape:
+                raise ConfigError(
+                    f"the reference network answers {tuple(ref.shape)} where the tuned one answers "
+                    f"{tuple(out.shape)}: pass a frozen copy of the tuned network as it was before training"
+                )
+            wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+            apart.append((out, out.detach().to(wide) - ref.to(wide)))
+    n = sum(d.numel() for _, d in apart)
+    distance = sum(float(d.square().sum(dtype=torch.float64)) for _, d in apart) / n
+    return distance, [(out, (2 * weight / n * d).to(out.dtype)) for out, d in apart if out.requires_grad]
+
+
+def _summed(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Every output once, with the sum of its cotangents."""
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    for out, c in pairs:
+        sums[id(out)] = (out, sums[id(out)][1] + c) if id(out) in sums else (out, c)
+    return list(sums.values())
+
+
+def check_reference(module: nn.Module) -> None:
+    """ConfigError unless ``module`` without its adapters is the base model: all that is trained lies in adapters."""
+    adapters = {
+        id(p)
+        for layer in _adapter_layers(module)
+        for name in layer.adapter_layer_names
+        for p in getattr(layer, name).parameters()
+    }
+    outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
+    if outside:
+        raise ConfigError(
+            f"the KL term compares with the base model, but {len(outside)} trained tensors ({outside[0]} ...) are its "
+            "own weights and not an adapter's: train a LoRA, pass reference=<a frozen copy of the network>, or set "
+            "the KL weight to 0"
+        )
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """``module`` as its base model: every adapter of peft (LoRA, DoRA) switched off, and back in its state after it.
+
+    peft's own ``enable_adapters`` also rewrites ``requires_grad`` and the list of active adapters; the switch alone
+    leaves both as they are.
+    """
+    layers = [layer for layer in _adapter_layers(module) if not layer.disable_adapters]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        assert all(layer.disable_adapters for layer in layers)
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _adapter_layers(module: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _processors(module: nn.Module) -> dict[str, Any] | None:

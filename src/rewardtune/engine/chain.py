@@ -108,7 +108,7 @@ def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any])
         noise = _noise_like(x0, call.get("generator"))
         after = snapshot(pipe, call)
         begin()
-        restart = _renoise(x0, timestep, noise)
+        restart = renoise(x0, timestep, noise)
         _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=restart)
     after()
     return graphs, calls
@@ -142,7 +142,9 @@ def execution_device(pipe: Any) -> torch.device:
     return torch.device(getattr(pipe, "_execution_device", "cpu"))
 
 
-def _renoise(x0: Tensor, timestep: Any, noise: Tensor) -> Any:
+def renoise(x0: Tensor, timestep: Any, noise: Tensor) -> Callable[[Any], Tensor]:
+    """x_t by the scheduler's own law of noising; call the result when the scheduler stands at that step."""
+
     def at(scheduler: Any) -> Tensor:
         times = torch.as_tensor(timestep, device=x0.device).reshape(-1).expand(len(x0))
         if hasattr(scheduler, "add_noise"):

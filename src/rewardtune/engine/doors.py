@@ -39,8 +39,10 @@ class Doors:
     """What the doors do during one sampling chain, and what they saw.
 
     Attributes:
-        plan: the chain's plan; None computes everything and records nothing (or, with ``blank``, computes each
-            distinct network call once and answers the others with it: enough to count steps).
+        plan: the chain's plan; None computes everything and records nothing.
+        blank: compute the first of equally shaped network calls and answer the others with it, trained steps and what
+            comes before the loop apart: enough to count steps, or to reach one step of a chain cheaply.
+        prediction: with ``blank``, the ``model_output`` of the last trained step, with its graph.
         step: scheduler steps carried out so far; ``asked``: those asked for, the ones after the stop included.
         calls: the tape, in order.
         calls_per_step: denoiser calls before each scheduler step.
@@ -76,6 +78,7 @@ class Doors:
         self.outputs: list[Any] = []
         self.timesteps: list[Any] = []
         self.final: Tensor | None = None
+        self.prediction: Tensor | None = None
         self._answers: dict[Any, Any] = {}
         self._end: Any = None
 
@@ -116,7 +119,7 @@ class Doors:
         if self.plan is None and not self.blank and not self.keep_outputs:
             return self._constant(inner, args, kwargs)
         signature = (name, *_shapes((args, kwargs)))
-        if (self.stopped or self.blank) and signature in self._answers:
+        if (self.stopped or self._idle) and signature in self._answers:
             return _copied(self._answers[signature])
         if self.given and self.step < self._start:
             return _copied(self.given.pop(0))
@@ -139,6 +142,13 @@ class Doors:
         if self.keep_outputs:
             self.outputs.append(_copied(self._answers[signature]))  # the pipeline may write into what it got
         return output
+
+    @property
+    def _idle(self) -> bool:
+        """Whether the networks answer from memory: ``blank``, and this is no trained step (nor a text encoder)."""
+        if not self.blank or self.plan is None:
+            return self.blank
+        return bool(self.calls_per_step) and self.step not in self.plan.train
 
     @property
     def _start(self) -> int:
@@ -191,6 +201,8 @@ class Doors:
                 self._end = self._stop(real_step, bound)
                 self.step += 1
                 return self._end if as_dict else self._end.to_tuple()
+            if self.blank and self.plan is not None and self.step in self.plan.train:
+                self.prediction = bound.arguments["model_output"]
             answer = real_step(*bound.args, **bound.kwargs)
             answer = self._restarted(answer)
             self.final = _previous(answer)

@@ -1,0 +1,227 @@
+"""Do the regularisers keep the pictures diverse and faithful at equal reward? `python benchmarks/regularisers.py`
+
+The playground, driven into reward hacking on purpose: DRTune on the aesthetic reward alone at a high learning rate,
+alone and with several strengths of the KL term and of the denoising loss, three seeds each. Held-out prompts with fixed
+noise are judged every few updates by the reward, by CLIPScore (never trained on), and by diversity (mean pairwise
+distance 1 - cos of CLIP image features). Writes docs/results/regularisers.md, a curve and the numbers as JSON; a run
+whose row already stands in the JSON is not repeated. Some five minutes a run and core.
+
+The loop here is the plain one of a researcher, not the trainer: rollout, reward, sweep, Adam.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("docs/results")
+STORED = RESULTS / "regularisers.json"
+LR, CLIP, BATCH, RANK = 1e-3, 0.1, 8, 16
+CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
+SETTINGS: dict[str, dict[str, float]] = {
+    "none": {},
+    "kl 0.1": {"kl": 0.1},
+    "kl 1": {"kl": 1.0},
+    "kl 10": {"kl": 10.0},
+    "denoise 1": {"denoise": 1.0},
+    "denoise 10": {"denoise": 10.0},
+    "denoise 100": {"denoise": 100.0},
+}
+MEASURES = ("reward", "clipscore", "diversity")
+
+
+def tune(name: str, seed: int, *, updates: int, every: int, count: int) -> dict[str, Any]:
+    """One run: the three measures before, every `every` updates and at the end."""
+    import torch
+
+    from rewardtune import adapters, evaluate, methods, playground, rewards
+    from rewardtune.engine import count_steps, rollout
+    from rewardtune.gradient import derive_seed
+    from rewardtune.prompts import batch_prompts
+    from rewardtune.regularize import Denoising
+
+    torch.set_num_threads(1)
+    started, strengths = time.perf_counter(), SETTINGS[name]
+    pipe = playground.pipeline()
+    parameters = adapters.add_lora(pipe.unet, RANK, targets="attention+conv", seed=seed)
+    train, held_out = (playground.prompts(n, split=s, layout="free") for n, s in ((1000, "train"), (count, "eval")))
+    reward = rewards.Aesthetic(model=str(playground.reward_path("aesthetic")))
+    clip = rewards.CLIPScore(model=str(playground.clip_path()))
+    T = count_steps(pipe, **evaluate.for_prompts(train[:1], CALL))
+    method = methods.drtune(K=2, m=8)
+    denoising = None
+    if strengths.get("denoise"):
+        denoising = Denoising(weight=strengths["denoise"]).prepare(pipe, train, call=CALL, seed=seed)
+
+    @torch.no_grad()
+    def measured(update: int) -> dict[str, float]:
+        seeds = [derive_seed("eval", index) for index in range(count)]  # the same noise for every run
+        images = evaluate.sample(pipe, held_out, seeds=seeds, call=CALL)
+        pixels = clip.preprocess(images)
+        features = torch.nn.functional.normalize(
+            clip.model.get_image_features(pixel_values=pixels).pooler_output, dim=1
+        )
+        pairs = (features @ features.T)[tuple(torch.triu_indices(count, count, offset=1))]
+        return {
+            "update": update,
+            "reward": float(reward(images, held_out).mean()),
+            "clipscore": float(clip(images, held_out).mean()),
+            "diversity": float((1 - pairs).mean()),
+        }
+
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    trace, distances, losses = [measured(0)], [], []
+    for step in range(updates):
+        optimizer.zero_grad()
+        prompts = batch_prompts(train, seed=seed, step=step, size=BATCH)
+        seeds = [derive_seed(seed, step, index) for index in range(BATCH)]
+        plan = method(T, random.Random(f"plan {seed} {step}"))
+        given = {**CALL, "prompt": prompts, "generator": evaluate.generators(seeds)}
+        with rollout(pipe, plan, seed=seeds[0], **given) as tape:
+            swept = tape.backward(-reward(tape.images, prompts).mean(), kl=strengths.get("kl", 0.0))
+        if swept.kl is not None:
+            distances.append(swept.kl)
+        if denoising is not None:
+            losses.append(denoising.add(step, first=0, size=BATCH, batch=BATCH))
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == updates:
+            trace.append(measured(step + 1))
+    return {
+        "setting": name,
+        "seed": seed,
+        "updates": updates,
+        "seconds": round(time.perf_counter() - started),
+        "trace": trace,
+        "kl": distances[-10:],
+        "denoise": [statistics.mean(part) for part in (losses[:10], losses[-10:]) if part],
+    }
+
+
+def at_reward(trace: list[dict[str, float]], level: float, measure: str) -> float | None:
+    """The measure where the run first reaches this reward, linear between two evaluations; None if it never does."""
+    for a, b in pairwise(trace):
+        if a["reward"] <= level <= b["reward"]:
+            share = (level - a["reward"]) / (b["reward"] - a["reward"] or 1.0)
+            return a[measure] + share * (b[measure] - a[measure])
+    return None
+
+
+def common_level(rows: list[dict[str, Any]]) -> float:
+    """The highest reward that every run without regulariser reached, less a tenth of its gain."""
+    plain = [row["trace"] for row in rows if row["setting"] == "none"] or [row["trace"] for row in rows]
+    start = statistics.mean(trace[0]["reward"] for trace in plain)
+    return start + 0.9 * (min(max(point["reward"] for point in trace) for trace in plain) - start)
+
+
+def spread(values: list[float | None]) -> str:
+    found = [v for v in values if v is not None]
+    if not found:
+        return "not reached"
+    text = f"{statistics.mean(found):.4f}" + (f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else "")
+    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)} reach it)"
+
+
+def table(rows: list[dict[str, Any]], level: float) -> Iterator[str]:
+    yield f"| regulariser | seeds | aesthetic | CLIPScore | diversity | CLIPScore at {level:.3f} | diversity there |"
+    yield "|-|-|-|-|-|-|-|"
+    base = [row["trace"][0] for row in rows]
+    yield "| *before* | | " + " | ".join(spread([b[m] for b in base]) for m in MEASURES) + " | | |"
+    for name in SETTINGS:
+        traces = [row["trace"] for row in rows if row["setting"] == name]
+        if traces:
+            end = [spread([trace[-1][m] for trace in traces]) for m in MEASURES]
+            equal = [spread([at_reward(trace, level, m) for trace in traces]) for m in MEASURES[1:]]
+            yield f"| {name} | {len(traces)} | " + " | ".join(end + equal) + " |"
+
+
+def curve(rows: list[dict[str, Any]]) -> str:
+    """SVG: CLIPScore and diversity against the reward, one line a run, one colour a setting."""
+    colours = ["#222222", "#9ecae1", "#4292c6", "#084594", "#fdae6b", "#e6550d", "#8c2d04"]
+    width, height, gap = 420, 300, 60
+    points = [p for row in rows for p in row["trace"]]
+    parts = []
+    for k, measure in enumerate(MEASURES[1:]):
+        low = {m: min(p[m] for p in points) for m in MEASURES}
+        size = {m: max(p[m] for p in points) - low[m] or 1.0 for m in MEASURES}
+        left = gap + k * (width + gap)
+        parts.append(f'<rect x="{left}" y="20" width="{width}" height="{height}" fill="none" stroke="#bbb"/>')
+        parts.append(f'<text x="{left}" y="14">{measure} against the reward trained on</text>')
+        for end, anchor in ((0.0, "start"), (1.0, "end")):
+            value = low["reward"] + end * size["reward"]
+            parts.append(f'<text x="{left + end * width}" y="{height + 36}" text-anchor="{anchor}">{value:.3g}</text>')
+            value = low[measure] + end * size[measure]
+            parts.append(f'<text x="{left - 4}" y="{24 + (1 - end) * height}" text-anchor="end">{value:.3g}</text>')
+        for row in rows:
+            line = " ".join(
+                f"{left + width * (p['reward'] - low['reward']) / size['reward']:.1f},"
+                f"{20 + height * (1 - (p[measure] - low[measure]) / size[measure]):.1f}"
+                for p in row["trace"]
+            )
+            colour = colours[list(SETTINGS).index(row["setting"]) % len(colours)]
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    for k, name in enumerate(SETTINGS):
+        colour = colours[k % len(colours)]
+        parts.append(f'<text x="{gap + 120 * k}" y="{height + 64}" fill="{colour}">{name}</text>')
+    total = 2 * (width + gap) + gap
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height + 80}" font-family="sans-serif" '
+    return head + 'font-size="12"><rect width="100%" height="100%" fill="white"/>' + "".join(parts) + "</svg>\n"
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    updates = sorted({row["updates"] for row in rows})
+    lines = [
+        "# Regularisers at equal reward",
+        "",
+        f"`python benchmarks/regularisers.py`: the playground, {updates} updates of {BATCH} at {LR:g}, DRTune",
+        "(K=2, m=8) on the aesthetic reward alone; means over held-out prompts with fixed noise, ± standard deviation",
+        "over seeds.",
+        "Diversity is the mean pairwise 1 - cos of CLIP image features. The last two columns compare the runs where",
+        "each first reaches the same reward.",
+        "",
+        *table(rows, common_level(rows)),
+        "",
+        "![CLIPScore and diversity against the reward](regularisers.svg)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--every", type=int, default=10, help="updates between two evaluations")
+    parser.add_argument("--count", type=int, default=48, help="held-out prompts")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON, the table and the curve")
+    asked = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
+    stored = asked.results / STORED.name
+    rows = json.loads(stored.read_text()) if stored.exists() else []
+    done = {(row["setting"], row["seed"]) for row in rows}
+    jobs = [(name, seed) for seed in asked.seeds for name in asked.settings if (name, seed) not in done]
+    given = {"updates": asked.updates, "every": asked.every, "count": asked.count}
+    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+        for run in [pool.submit(tune, name, seed, **given) for name, seed in jobs]:
+            rows.append(run.result())
+            part = stored.with_suffix(".tmp")
+            part.write_text(json.dumps(rows, indent=1) + "\n")
+            part.replace(stored)
+            print(rows[-1], flush=True)
+    (asked.results / "regularisers.svg").write_text(curve(rows))
+    text = report(rows)
+    (asked.results / "regularisers.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
