@@ -50,7 +50,7 @@ def tune(name: str, seed: int, *, updates: int, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         changes = [f"reward={json.dumps(REWARDS[name])}", f"prompts={json.dumps(prompts['train'][:1000])}"]
         changes += [f"eval.prompts={json.dumps(prompts['eval'][:count])}", f"eval.count={count}", f"seed={seed}"]
-        changes += [f"optim.steps={updates}", f"optim.lr={LR}", "optim.workers=1", f"output_dir={folder}/run"]
+        changes += [f"optim.steps={updates}", f"optim.lr={LR}", f"output_dir={folder}/run"]
         result = train(load_config("playground", changes))
     if seed == 0:
         columns = {"before": result.before_images[:SHOWN], "after": result.after_images[:SHOWN]}

@@ -43,7 +43,7 @@ def run(name: str, *, updates: int, every: int, count: int, seed: int) -> dict[s
     prompts = playground.prompts(count, split="eval", layout="free")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        changes = [f"reward={json.dumps([TRAINED])}", f"seed={seed}", f"output_dir={path}", "optim.workers=1"]
+        changes = [f"reward={json.dumps([TRAINED])}", f"seed={seed}", f"output_dir={path}"]
         changes += [f"optim.steps={updates}", f"optim.lr={LR}", f"eval.every={every}", f"eval.count={count}"]
         changes += [f"eval.prompts={json.dumps(prompts)}"]
         if name == "with guards":

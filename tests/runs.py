@@ -14,7 +14,7 @@ BASE = {
     "method": {"name": "drtune", "options": {"K": 2, "m": 2}},
     "prompts": ["red heart", "blue star", "green moon"],
     "sampling": {"steps": 4, "guidance": 3.0, "width": 16, "height": 16},
-    "lora": {"rank": 4},
+    "adapter": {"rank": 4},
     "optim": {"steps": 2, "lr": 3e-3, "batch": 2},
     "eval": {"count": 2},
 }

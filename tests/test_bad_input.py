@@ -115,8 +115,8 @@ def test_unknown_names(train, tmp_path):
         ({"method": "drtuned"}, "unknown method 'drtuned' (did you mean 'drtune'?)"),
         ({"model": "no/such-model"}, "model 'no/such-model' cannot be loaded"),
         ({"sampling": BASE["sampling"] | {"scheduler": "DDIMSheduler"}}, "did you mean 'DDIMScheduler'?"),
-        ({"lora": {"rank": 4, "targets": ["to_w"]}}, "to_w match no layer; legal suffixes here: "),
-        ({"lora": {"rank": 4, "targets": "atention"}}, "legal are attention"),
+        ({"adapter": {"rank": 4, "targets": ["to_w"]}}, "to_w match no layer; legal suffixes here: "),
+        ({"adapter": {"rank": 4, "targets": "atention"}}, "legal are attention"),
     ):
         code, error = train(**changes)
         assert (code, message in one_line(error)) == (2, True), error

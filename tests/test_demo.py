@@ -11,7 +11,7 @@ from rewardtune import demo, playground
 from rewardtune.cli import main
 from rewardtune.config import load_config
 
-SMALL = ["eval.count=4", "optim.workers=1", "optim.batch=2"]
+SMALL = ["eval.count=4", "optim.batch=2"]
 
 
 def test_a_small_demo_runs_and_says_where_things_are(tmp_path, capsys):

@@ -31,7 +31,7 @@ COMPLETE, STATE, FORMAT = "COMPLETE", "state.json", 1
 LIBRARIES = ("rewardtune", "torch", "diffusers", "transformers", "peft", "accelerate")
 # What may change at a resume; everything else would make another run of it. `memory.vae_dtype` changes the pictures.
 LEGAL = re.compile(
-    r"(eval|guards|checkpoints|log|memory)(\..*)?|output_dir|model\.device|optim\.(max_seconds|micro_batch|workers)"
+    r"(eval|guards|checkpoints|log|memory)(\..*)?|output_dir|model\.device|optim\.(max_seconds|micro_batch)"
 )
 MEANING = re.compile(r"memory\.vae_dtype")
 
@@ -406,7 +406,7 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """What differs between a checkpoint's resolved settings and the present ones, a line each, all of it legal.
 
     Legal are eval, guards, checkpoints, log, memory (but its vae_dtype), output_dir, model.device, optim.max_seconds,
-    optim.micro_batch, optim.workers; and optim.steps when the schedule is constant: any other schedule's length is
+    optim.micro_batch; and optim.steps when the schedule is constant: any other schedule's length is
     part of its state. A key that is absent counts as null.
     Raises CheckpointError listing every other difference with both values.
     """

@@ -35,7 +35,7 @@ app.add_typer(playground_app, name="playground")
 @app.command()
 def demo(
     seconds: Annotated[float, typer.Option(help="Most time for tuning; evaluation comes on top.")] = 240,
-    steps: Annotated[int | None, typer.Option(help="Updates; default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates; default: the preset's.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option()] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
@@ -47,8 +47,45 @@ def demo(
 
 
 @app.command()
+def init(
+    preset: Annotated[str | None, typer.Argument(help="Its name; without one they are listed.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; default: PRESET.yaml.")] = None,
+) -> None:
+    """Write a commented run file to start from. Never overwrites."""
+    if preset is None:
+        from .listing import listing
+
+        print(f"{listing(['presets'])}\n\nrewardtune init NAME writes NAME.yaml")
+        return
+    from .config import copy_preset
+
+    path = copy_preset(preset, output)
+    print(f"{path} written; edit it, then: rewardtune train {path}")
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option(help="File to write; default: print it.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="The keys as Markdown instead, as in docs/run-files.md.")
+    ] = False,
+) -> None:
+    """The JSON schema of run files, for editors (`# yaml-language-server: $schema=FILE` as the first line)."""
+    import json
+
+    from .runfolder import write_text
+    from .schema import json_schema, keys_table
+
+    text = keys_table() if table else json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
+
+
+@app.command()
 def train(
-    run: Annotated[str, typer.Argument(help="A run file, or a shipped recipe by name.", metavar="RUN.yaml")],
+    run: Annotated[str, typer.Argument(help="A run file, or a shipped preset by name.", metavar="RUN.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
     count: Annotated[int, typer.Option("-n", min=1, help="Processes over all machines, one for each GPU.")] = 1,
@@ -186,7 +223,7 @@ def audit(
 
 @app.command("ls")
 def ls(
-    what: Annotated[str, typer.Argument(help="rewards, methods, recipes, models, or all")] = "all",
+    what: Annotated[str, typer.Argument(help="rewards, methods, presets, models, or all")] = "all",
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="After rewards: all about this one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The rewards as JSON.")] = False,
 ) -> None:

@@ -1,56 +1,129 @@
 """One strict YAML per run: unknown keys are errors with their line and the nearest legal key, all problems at once.
 
-omegaconf reads the numbers (PyYAML takes `1e-4` for a string) and the `key=value` overrides; pydantic checks them.
-Imports nothing heavy.
+The models below are the whole truth about the run file: `rewardtune schema`, the table in docs/run-files.md and the
+checks derive from their fields. `strictyaml` reads the file, pydantic checks it. Imports nothing heavy.
+Left out on purpose: `${...}` and includes; a run file says everything itself, and `key=value` changes it.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
+from . import strictyaml
 from .errors import ConfigError
 from .spelling import nearest
 
-RECIPES = Path(__file__).parent / "recipes"
+PRESETS = Path(__file__).parent / "presets"
+
+# What the run file knows and the trainer does not yet do: refused unless left at its default. `key=value` refuses one
+# value only. Emptied as the pieces are wired.
+NOT_YET: tuple[str, ...] = (
+    "model.revision",
+    "model.variant",
+    "model.config",
+    "model.quantize",
+    "model.compile",
+    "adapter.kind",
+    "memory.gradient_checkpointing",
+    "memory.cache_text",
+    "memory.vae_dtype",
+    "memory.offload=text_encoders",
+    "memory.offload=vae",
+    "optim.optimizer",
+    "optim.schedule",
+    "optim.warmup",
+    "optim.ema",
+    "regularize",
+    "guards",
+    "checkpoints",
+    "log",
+)
+
+MOVED = {  # keys of earlier run files
+    "lora": "it is called adapter now",
+    "model.path": "it is called model.id now",
+    "optim.offload_reward": "write memory: {offload: [reward]} now",
+    "optim.workers": "several processes are a matter of the command now: rewardtune train RUN.yaml -n 2",
+}
+
+SHORT = {  # `model: playground` is short for `model: {id: playground}`
+    "model": "id",
+    "method": "name",
+    "prompts": "source",
+    "eval.prompts": "source",
+}
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+Text = Annotated[str, Field(min_length=1)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 
 
 class Model(_Section):
-    path: str = Field(description="`playground`, a diffusers folder, or a hub id")
+    """The pipeline to tune."""
+
+    id: Text
+    """hub id, diffusers folder, one .safetensors file, or `playground`"""
+    revision: Text | None = None
+    """branch, tag or commit of a hub id; null: its main branch"""
+    variant: Text | None = None
+    """of the files on the hub, e.g. fp16; null: the plain ones"""
+    config: Text | None = None
+    """for one .safetensors file: the diffusers folder or hub id that tells its layout; null: guessed from its keys"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    """of the frozen weights; adapters are always float32"""
+    device: Text = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    quantize: Literal["int8", "nf4"] | None = None
+    """load the denoiser in 8 or 4 bits (bitsandbytes, CUDA)"""
+    compile: bool = False
+    """torch.compile of the denoiser's repeated blocks"""
 
 
 class Standardise(_Section):
+    """(r - mean) / std"""
+
     mean: float
+    """measured once on the untuned model"""
     std: float = Field(gt=0)
+    """measured once on the untuned model"""
 
 
 class Part(_Section):
     """A reward by name, or a group of rewards; at most one of hinge, target, standardise is put on it."""
 
-    name: str | None = Field(
-        default=None, description="a reward of `rewardtune ls rewards`, or an import path `module:Name`"
-    )
-    mean_of: list["Part"] | None = Field(default=None, min_length=2, description="an ensemble's mean, per image")
-    minimum_of: list["Part"] | None = Field(default=None, min_length=2, description="its worst member, per image")
-    balance: list["Part"] | None = Field(
-        default=None, min_length=2, description="a sum whose parts' gradients at the image get equal norms"
-    )
+    name: Text | None = None
+    """a reward of `rewardtune ls rewards`, or an import path `module:Name`"""
+    mean_of: list["Part"] | None = Field(default=None, min_length=2)
+    """an ensemble's mean, per image"""
+    minimum_of: list["Part"] | None = Field(default=None, min_length=2)
+    """its worst member, per image"""
+    balance: list["Part"] | None = Field(default=None, min_length=2)
+    """a sum whose parts' gradients at the image get equal norms"""
     weight: float = 1.0
-    options: dict[str, Any] = Field(default={}, description="settings of the named reward")
-    hinge: float | None = Field(default=None, description="-relu(level - r): pushes up to this level and no further")
-    target: float | None = Field(default=None, description="-|r - value|: holds the reward at this value")
-    standardise: Standardise | None = Field(default=None, description="(r - mean) / std")
+    """factor in the sum; 0: only logged"""
+    options: dict[str, Any] = {}
+    """settings of the named reward"""
+    hinge: float | None = None
+    """-relu(level - r): pushes up to this level and no further"""
+    target: float | None = None
+    """-|r - value|: holds the reward at this value"""
+    standardise: Standardise | None = None
+    """(r - mean) / std"""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,66 +152,270 @@ class Part(_Section):
 
 
 class MethodChoice(_Section):
-    name: str = "drtune"
+    """How the reward's gradient goes through the sampling chain."""
+
+    name: Text = "drtune"
+    """drtune, refl, draft, draft_lv, alignprop"""
     options: dict[str, Any] = {}
+    """the method's arguments, e.g. {K: 5, m: 20}; see `rewardtune ls methods`"""
+
+
+class PromptSource(_Section):
+    """Where prompts come from; docs/prompts.md."""
+
+    source: Text | Annotated[list[Text], Field(min_length=1)]
+    """a .txt, .jsonl, .json, .csv or .parquet file, hf:..., builtin:NAME, playground:train, or a list"""
+    template: Text | None = None
+    """put around every prompt, e.g. `a photo of {}`; null: as it is"""
+
+    @field_validator("template")
+    @classmethod
+    def _one_place(cls, value: str | None) -> str | None:
+        from .prompts import check_template
+
+        return value if value is None else check_template(value)
+
+
+class Prompts(PromptSource):
+    """What is trained on; docs/prompts.md."""
+
+    negative: Text | None = None
+    """one negative prompt for all; the same as sampling.negative_prompt"""
 
 
 class Sampling(_Section):
+    """How pictures are sampled, in training and in evaluation alike."""
+
     steps: int = Field(default=50, ge=1)
-    guidance: float | None = Field(
-        default=None, description="classifier-free guidance scale; none = the pipeline's default"
-    )
+    """sampling steps, as num_inference_steps"""
+    guidance: float | None = Field(default=None, ge=0)
+    """classifier-free guidance scale; null: the pipeline's default"""
     width: int | None = Field(default=None, ge=8)
+    """pixels; null: the pipeline's default"""
     height: int | None = Field(default=None, ge=8)
-    scheduler: str | None = Field(
-        default=None, description="a diffusers scheduler class, e.g. DDIMScheduler; none = as saved"
-    )
+    """pixels; null: the pipeline's default"""
+    scheduler: Text | None = None
+    """a diffusers scheduler class, e.g. DDIMScheduler; null: as saved with the model"""
     negative_prompt: str | None = None
+    """one negative prompt for all"""
     allow_no_guidance: bool = False
+    """permit guidance <= 1 on a pipeline made for guidance (turbo, lightning)"""
 
 
-class Lora(_Section):
+class Adapter(_Section):
+    """What is trained."""
+
+    kind: Literal["lora", "dora", "full"] = "lora"
+    """low-rank adapters, the same with a magnitude, or all weights of the denoiser"""
     rank: int = Field(default=128, ge=1)
-    alpha: int | None = Field(default=None, ge=1, description="none = rank")
-    targets: str | list[str] = "attention"
+    """of every adapter; full has none"""
+    alpha: int | None = Field(default=None, ge=1)
+    """the adapter is scaled by alpha / rank; null: rank"""
+    targets: Text | Annotated[list[Text], Field(min_length=1)] = "attention"
+    """attention, attention+conv, all-linear, all, or a list of module-name suffixes"""
+
+
+class Memory(_Section):
+    """What trades time or precision for memory; docs/memory.md."""
+
+    gradient_checkpointing: bool = False
+    """the denoiser computes its activations again in the backward pass"""
+    cache_text: bool = True
+    """prompts are encoded once, and the text encoders released"""
+    vae_dtype: Literal["float32", "bfloat16"] | None = None
+    """of the VAE, which gives black images in float16; null: as model.dtype"""
+    offload: list[Literal["text_encoders", "vae", "reward"]] = []
+    """what waits on the CPU while the denoiser works"""
 
 
 class Optim(_Section):
+    """The optimiser, and how long it works."""
+
     steps: int = Field(default=1000, ge=1)
+    """updates"""
     lr: float = Field(default=2e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    """learning rate"""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """adamw8bit and prodigy need the extra `optim`"""
+    betas: Pair = (0.9, 0.999)
+    """of the optimiser, each from 0 to below 1"""
     weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
+    """decoupled, as in AdamW"""
+    clip: float = Field(default=0.1, gt=0)
+    """largest gradient norm"""
     batch: int = Field(default=32, ge=1)
+    """pictures an update, over all processes"""
     micro_batch: int | None = Field(default=None, ge=1)
-    offload_reward: bool = Field(default=False, description="its networks wait on the CPU while the denoiser works")
+    """how many of them at a time; null: all"""
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    """of the learning rate"""
+    warmup: int = Field(default=0, ge=0)
+    """updates in which the learning rate rises from 0"""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """decay of the averaged adapters that are evaluated and saved; null: no average"""
     max_seconds: float | None = Field(default=None, gt=0)
+    """stop in time, with what is there"""
+
+    @field_validator("betas")
+    @classmethod
+    def _in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers, each from 0 to below 1")
+        return value
+
+
+class Denoise(_Section):
+    """The denoising (pre-training) loss, mixed into each update."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """factor in the loss; 0: off"""
+    images: Text | None = None
+    """a folder of pictures with captions beside them (cat.png, cat.txt); null: sampled from the base model"""
+    count: int = Field(default=256, ge=1)
+    """how many pictures"""
+    noise_range: Pair = (0.6, 1.0)
+    """part of the noise axis that is trained, 1 being pure noise; the early, noisy steps by default"""
+
+    @field_validator("noise_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("must be two rising numbers from 0 to 1, e.g. [0.6, 1.0]")
+        return value
+
+
+class Regularize(_Section):
+    """Against reward hacking; docs/regularize.md."""
+
+    kl: float = Field(default=0.0, ge=0)
+    """weight of the distance to the base model at the trained steps; 0: off"""
+    denoise: Denoise = Denoise()
 
 
 class Eval(_Section):
-    prompts: str | list[str] | None = Field(default=None, description="none = the first training prompts")
+    """The fixed pictures that are compared before, during and after."""
+
+    prompts: PromptSource | None = None
+    """as `prompts`; null: the first training prompts"""
     count: int = Field(default=16, ge=1)
+    """how many pictures"""
     every: int | None = Field(default=None, ge=1)
+    """updates between evaluations; null: only before and after"""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return value if value is None else _prompt_mapping(value)
+
+
+class Rule(_Section):
+    """A limit that the run may not cross; exactly one of falls_by, rises_by, below, above."""
+
+    metric: Text
+    """a name of the evaluation: a reward, a held-out reward, or a measure of docs/guards.md"""
+    falls_by: float | None = Field(default=None, gt=0)
+    """share of the value before training, 0.10 being 10 %"""
+    rises_by: float | None = Field(default=None, gt=0)
+    """the same, for a metric of which less is better"""
+    below: float | None = None
+    """the value itself"""
+    above: float | None = None
+    """the value itself"""
+    patience: int = Field(default=1, ge=1)
+    """evaluations in a row that must cross it"""
+    certain: bool = False
+    """count only what is beyond the 95 % interval over prompts"""
+    then: Literal["stop", "rollback", "warn"] = "stop"
+    """stop: end the run; rollback: end it with the best checkpoint; warn: only say so"""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "Rule":
+        words = ("falls_by", "rises_by", "below", "above")
+        given = [word for word in words if getattr(self, word) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'no limit'} given; legal is exactly one of {', '.join(words)}")
+        return self
+
+
+class Guards(_Section):
+    """What is watched and never trained on; docs/guards.md."""
+
+    rewards: list[Part] = []
+    """held-out rewards, written as in `reward`"""
+    features: Text | None = None
+    """CLIP for diversity and distance to the base pictures: hub id, folder or `playground`; null: none"""
+    rules: list[Rule] = []
+    """limits that stop the run"""
+
+
+class Checkpoints(_Section):
+    """The training state on disk; docs/checkpoints.md."""
+
+    every: int | None = Field(default=None, ge=1)
+    """updates between checkpoints; null: only at the end"""
+    keep: int = Field(default=2, ge=1)
+    """how many of the last ones stay"""
+    best: Text | None = "reward"
+    """the metric of the evaluation by which the best one stays too; null: none"""
+
+
+class Log(_Section):
+    """Trackers beside metrics.jsonl and train.log, which are always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """each needs the extra of its name"""
+    project: Text = "rewardtune"
+    """the project's name in the trackers"""
 
 
 class RunConfig(_Section):
+    """One run of rewardtune."""
+
     model: Model
-    reward: list[Part]
-    reward_weight: float = Field(default=1.0, description="a factor on the whole reward, in the loss and in the log")
+    """the pipeline; `model: playground` is short for `model: {id: playground}`"""
+    reward: Annotated[list[Part], Field(min_length=1)]
+    """what is maximised: a name, a part, or a list whose weighted sum counts; docs/rewards.md"""
+    reward_weight: float = 1.0
+    """a factor on the whole reward, in the loss and in the log"""
     method: MethodChoice = MethodChoice()
-    prompts: str | list[str]
+    """`method: refl` is short for `method: {name: refl}`"""
+    prompts: Prompts
+    """a source, a list, or a mapping; docs/prompts.md"""
     sampling: Sampling = Sampling()
-    lora: Lora = Lora()
+    adapter: Adapter = Adapter()
+    memory: Memory = Memory()
     optim: Optim = Optim()
+    regularize: Regularize = Regularize()
     eval: Eval = Eval()
-    output_dir: str
-    seed: int = Field(default=0, ge=0)
+    guards: Guards = Guards()
+    checkpoints: Checkpoints = Checkpoints()
+    log: Log = Log()
+    output_dir: Text
+    """folder of the run; one that holds something is refused"""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """every random number of the run derives from it"""
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return self.prompts.negative or self.sampling.negative_prompt or None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        """A section whose keys are all commented out is its default."""
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or not isinstance(_default(RunConfig, k), _Section)}
 
     @field_validator("model", "method", mode="before")
     @classmethod
     def _name_alone(cls, value: Any, info: Any) -> Any:
-        """`model: playground` for `model: {path: playground}`, `method: drtune` likewise."""
-        return {"path" if info.field_name == "model" else "name": value} if isinstance(value, str) else value
+        return {SHORT[info.field_name]: value} if isinstance(value, str) else value
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return _prompt_mapping(value)
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -146,107 +423,277 @@ class RunConfig(_Section):
         """`reward: clipscore`, one mapping, or a list of either."""
         return value if isinstance(value, list) else [value]
 
+    @model_validator(mode="after")
+    def _together(self) -> "RunConfig":
+        problems = [*_contradictions(self), *_not_yet(self)]
+        if problems:
+            text = "; ".join(f"{key}: {message}" for key, message in problems)
+            raise PydanticCustomError("together", "{text}", {"text": text, "problems": problems})
+        return self
 
-def recipes() -> dict[str, Path]:
-    """The recipes shipped with the package, by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+def _prompt_mapping(value: Any) -> Any:
+    if isinstance(value, str | list):
+        return {"source": value}
+    if isinstance(value, dict | PromptSource):
+        return value
+    raise ValueError("must be a string, a list of strings, or a mapping with a source")
+
+
+def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for settings that are legal alone and not together."""
+    optim, regularize, guards = config.optim, config.regularize, config.guards
+    if optim.warmup >= optim.steps:
+        yield "optim.warmup", f"{optim.warmup} updates of warmup, but optim.steps is {optim.steps}: must be less"
+    if optim.micro_batch is not None and optim.micro_batch > optim.batch:
+        yield "optim.micro_batch", f"{optim.micro_batch} is more than optim.batch, which is {optim.batch}"
+    if config.prompts.negative and config.sampling.negative_prompt:
+        yield "prompts.negative", "sampling.negative_prompt is given too; keep one of them"
+    if config.adapter.kind == "full":
+        if regularize.kl > 0:
+            yield (
+                "regularize.kl",
+                "needs adapters, which are switched off for the base model: adapter.kind lora or dora",
+            )
+        if config.model.quantize is not None:
+            yield "adapter.kind", "quantised weights cannot be trained: adapter.kind lora, or model.quantize null"
+    if regularize.denoise.images is not None and regularize.denoise.weight == 0:
+        yield (
+            "regularize.denoise.images",
+            "has no effect while regularize.denoise.weight is 0: raise it, or leave it out",
+        )
+    if config.eval.every is None:
+        if guards.rules:
+            yield "guards.rules", "are judged at evaluations, and there are none: set eval.every, e.g. 50"
+        if config.checkpoints.best not in (None, "reward"):
+            yield "checkpoints.best", f"{config.checkpoints.best!r} is measured at evaluations: set eval.every, e.g. 50"
+    for index, word in enumerate(config.memory.offload):
+        if word in config.memory.offload[:index]:
+            yield "memory.offload", f"{word} is given twice"
+
+
+def _not_yet(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for entry in NOT_YET:
+        key, _, refused = entry.partition("=")
+        value: Any = config
+        default: Any = None
+        for part in key.split("."):
+            default = _default(type(value), part)
+            value = getattr(value, part)
+        if refused and refused in value:
+            yield key, f"{refused} is not available yet; leave it out"
+        elif not refused and value != default:
+            yield key, "is not available yet; leave it out"
+
+
+def _default(model: Any, key: str) -> Any:
+    return model.model_fields[key].default if key in model.model_fields else None
+
+
+def presets() -> dict[str, Path]:
+    """The run files shipped with the package, by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def copy_preset(name: str, output: Path | None = None) -> Path:
+    """Write the preset `name` to `output` (default: NAME.yaml), give the path. ConfigError if something is there."""
+    from .runfolder import write_text
+
+    found = presets()
+    if name not in found:
+        raise ConfigError(f"unknown preset {name!r}{nearest(name, found)}; legal: {', '.join(found)}")
+    path = output or Path(f"{name}.yaml")
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"{path} exists; choose another name with --output, or remove it first")
+    write_text(path, found[name].read_text(encoding="utf-8"))
+    return path
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, or a shipped recipe by name (`playground`), with `key=value` overrides (`optim.lr=1e-4`).
+    """Read a run file, or a shipped preset by name (`playground`), with `key=value` overrides (`optim.lr=1e-4`).
 
-    Raises ConfigError listing every problem with its line.
+    A key may go through lists (`reward.0.weight=2`); a value is YAML (`prompts=[a, b]`, `eval.every=null`).
+    Raises ConfigError listing every problem with its line, or the key of its override.
     """
     path = Path(source)
-    if not path.exists() and str(source) in recipes():
-        path = recipes()[str(source)]
-    if not path.is_file():
-        known = ", ".join(recipes()) or "none"
-        raise ConfigError(f"run file {path} does not exist; give a YAML file or a shipped recipe ({known})")
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"run file {path} must be a mapping of sections; legal keys: {', '.join(_keys(()))}")
-        tree = OmegaConf.merge(OmegaConf.create(text), _dotlist(overrides))
-        values = OmegaConf.to_container(tree, resolve=True)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"run file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"run file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not path.exists() and str(source) in presets():
+        path = presets()[str(source)]
+    text = _read_text(path)
+    values, lines = strictyaml.read(text, f"run file {path}")
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(
+            f"run file {path}, line 1: must be a mapping of sections; legal keys: {', '.join(RunConfig.model_fields)}"
+        )
+    values = values or {}
+    places = {where: f"{path}, line {line}" for where, line in lines.items()}
+    for override in overrides:
+        key, value = _parse(override)
+        _set(values, key, value, override)
+        places = {where: place for where, place in places.items() if where[: len(key)] != key}
+        places[key] = f"override {override.partition('=')[0]}"
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = dict(_lines(node))
-        problems = [_explain(problem, path, lines, overrides) for problem in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+        raise ConfigError("\n".join(_explain(error, path, places))) from error
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        known = ", ".join(presets()) or "none"
+        raise ConfigError(f"run file {path} does not exist; give a YAML file or a shipped preset ({known})")
+    data = b""
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"run file {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"run file {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from error
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return strictyaml.write(config.model_dump(mode="json"))
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
     """`["K=5", "spacing=random"]` -> {"K": 5, "spacing": "random"}, typed as in YAML."""
-    return dict(OmegaConf.to_container(_dotlist(options)))  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for option in options:
+        key, value = _parse(option)
+        _set(values, key, value, option)
+    return values
 
 
-def _dotlist(overrides: Sequence[str]) -> Any:
-    for override in overrides:
-        if not re.match(r"[^=\s]+=", override):
-            raise ConfigError(f"{override!r}: write key=value, for example optim.lr=1e-4")
-    return OmegaConf.from_dotlist(list(overrides))
+Key = tuple[str | int, ...]
 
 
-def _explain(problem: Any, path: Path, lines: dict[tuple, int], overrides: Sequence[str]) -> str:
-    """One line for one pydantic problem: where, what was given, what is legal."""
-    where = tuple(problem["loc"])
-    if where[-1] in (
-        "str",
-        "list[str]",
-        "int",
-        "literal['auto']",
-    ):  # pydantic's name for a member of a union, not a key
-        where = where[:-1]
-    dotted = ".".join(str(part) for part in where)
-    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
-    place = f"{path}, line {line}" if line else str(path)
-    if any(override.partition("=")[0] == dotted for override in overrides):
-        place = f"override {dotted}"
+def _parse(override: str) -> tuple[Key, Any]:
+    """`reward.0.weight=2` -> ("reward", 0, "weight"), 2."""
+    dotted, equals, text = override.partition("=")
+    parts = re.sub(r"\[(\d+)\]", r".\1", dotted).split(".")
+    if not equals or not all(re.fullmatch(r"[^\s\[\]]+", part) for part in parts):
+        raise ConfigError(f"override {override!r}: write key=value, for example optim.lr=1e-4")
+    value, _ = strictyaml.read(text, f"override {dotted}")
+    return tuple(int(part) if re.fullmatch("[0-9]{1,6}", part) else part for part in parts), value
+
+
+def _set(values: Any, key: Key, value: Any, override: str) -> None:
+    """Put `value` at `key`, entering sections, lists and what is written in a short form."""
+    for position, part in enumerate(key):
+        if isinstance(values, list) != isinstance(part, int) or (isinstance(part, int) and part >= len(values)):
+            name = ".".join(map(str, key[:position]))
+            what = f"a list of {len(values)}" if isinstance(values, list) else "no list"
+            raise ConfigError(f"override {override.partition('=')[0]}: {name or 'the run file'} is {what}")
+        if position == len(key) - 1:
+            values[part] = value
+            return
+        here = values[part] if isinstance(part, int) else values.get(part)
+        values[part] = values = _written_out(key[: position + 1], here, key[position + 1])
+        if not isinstance(values, dict | list):
+            name = ".".join(map(str, key[: position + 1]))
+            raise ConfigError(f"override {override.partition('=')[0]}: {name} is {_short(values)}, which has no keys")
+
+
+def _written_out(where: Key, value: Any, key: str | int) -> Any:
+    """The long form of what stands at `where`, so that `key` can be set in it."""
+    if value is None:
+        return {}
+    if where == ("reward",) and not isinstance(value, list):
+        return [value]
+    short = SHORT.get(".".join(map(str, where)))
+    if short and (isinstance(value, str) or (isinstance(value, list) and not isinstance(key, int))):
+        return {short: value}
+    return {"name": value} if isinstance(value, str) and isinstance(where[-1], int) and where[0] != "prompts" else value
+
+
+# -- what is wrong, in words -----------------------------------------------------------------------------------------
+
+_UNION = re.compile(r"str|int|list\[.*\]|literal\[.*\]|constrained-\w+|nullable\[.*\]")
+
+
+def _explain(error: ValidationError, path: Path, places: dict[Key, str]) -> list[str]:
+    """One line for each problem: where, what was given, what is legal."""
+    found: dict[tuple, tuple[Any, list[str]]] = {}  # by place and kind, so that the members of a union share a line
+    unions = []
+    for problem in error.errors(include_url=False):
+        loc = tuple(problem["loc"])
+        last = len(loc) - (problem["type"] == "extra_forbidden")  # a key of the user's may be called `str`
+        where = tuple(w for n, w in enumerate(loc) if n >= last or not (isinstance(w, str) and _UNION.fullmatch(w)))
+        if problem["type"] == "together":
+            for key, message in problem["ctx"]["problems"]:
+                found[key, message] = {"loc": tuple(key.split(".")), "type": "together"}, [message]
+            continue
+        if where != loc:
+            unions.append(where)
+        entry = found.setdefault((where, problem["type"] == "extra_forbidden"), ({**problem, "loc": where}, []))
+        entry[1].append(problem["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+    deeper = {where[:n] for where in unions for n in range(1, len(where))}
+    lines = [
+        _line(problem, messages, path, places)
+        for problem, messages in found.values()
+        if not (problem["loc"] in unions and problem["loc"] in deeper)
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _line(problem: Any, messages: list[str], path: Path, places: dict[Key, str]) -> str:
+    where = problem["loc"]
+    dotted = ".".join(map(str, where))
+    place = _place(where, path, places)
+    if problem["type"] == "together":
+        return f"{place}: {dotted}: {messages[0]}"
     if problem["type"] == "extra_forbidden":
-        legal = _keys(where[:-1])
-        hint = nearest(str(where[-1]), legal)
-        return f"{place}: unknown key {dotted!r}{hint}; legal here: {', '.join(legal)}"
+        if dotted in MOVED:
+            return f"{place}: {dotted!r}: {MOVED[dotted]}"
+        model = _model_at(where[:-1])
+        legal = list(model.model_fields) if model else []
+        return f"{place}: unknown key {dotted!r}{nearest(str(where[-1]), legal)}; legal here: {', '.join(legal)}"
     if problem["type"] == "missing":
-        return f"{place}: {dotted!r} is missing (`rewardtune ls recipes` names complete run files to start from)"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{place}: {dotted} = {problem['input']!r}: {re.sub('dictionary( or instance of .*)?', 'mapping', message)}"
+        return f"{place}: {dotted!r} is missing (`rewardtune init` lists complete run files to start from)"
+    message = " or ".join(dict.fromkeys(messages))
+    message = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message).replace(
+        "valid tuple", "valid list"
+    )
+    message = message.replace("a valid boolean", "true or false")
+    plain = message[:1].isupper() or message.startswith(("must ", "nothing ", "no ")) or " given" in message
+    return f"{place}: {dotted} = {_short(problem['input'])}: {message if plain else f'must be {message}'}"
 
 
-def _keys(where: tuple) -> list[str]:
-    """Legal keys of the section at `where`."""
-    if where and where[0] == "reward":
-        return list((Standardise if where[-1] == "standardise" else Part).model_fields)
-    section: type[BaseModel] = RunConfig
+def _place(where: Key, path: Path, places: dict[Key, str]) -> str:
+    """The line, or the override, of the innermost key around `where` that is written somewhere."""
+    written = [
+        where,
+        tuple(part for part in where if part != "source"),  # `prompts: [a, b]`
+        where[:1] + where[2:] if where[:1] == ("reward",) else where,  # `reward: {name: clipscore}`
+    ]
+    found = [(n, places[form[:n]]) for form in written for n in range(len(form), 0, -1) if form[:n] in places]
+    return max(found, key=lambda pair: pair[0])[1] if found else str(path)
+
+
+def _model_at(where: Key) -> type[BaseModel] | None:
+    """The section at `where`."""
+    model: type[BaseModel] | None = RunConfig
     for part in where:
-        field = section.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        section = field.annotation
-    return list(section.model_fields)
+        if model is not None and isinstance(part, str):
+            field = model.model_fields.get(part)
+            model = None if field is None else section_in(field.annotation)
+    return model
 
 
-def _lines(node: Any, where: tuple = ()) -> Iterator[tuple[tuple, int]]:
-    """(path of keys, line number from 1) of every key in a YAML node tree."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*where, key.value)
-            yield here, key.start_mark.line + 1
-            yield from _lines(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*where, index), value.start_mark.line + 1
-            yield from _lines(value, (*where, index))
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, through lists and unions; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(section_in, get_args(annotation)) if found), None)
+
+
+def _short(value: Any) -> str:
+    """repr, at most a line of it, without writing out what is huge."""
+    if isinstance(value, dict | list) and len(value) > 20:
+        return f"{type(value).__name__} of {len(value)}"
+    text = repr(value) if not isinstance(value, str) or len(value) < 200 else repr(value[:200])
+    return text if len(text) <= 100 else f"{text[:97]}..."

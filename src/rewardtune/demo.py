@@ -1,7 +1,7 @@
-"""`rewardtune demo`: the shipped recipe `playground` (DRTune, symmetry + CLIPScore) on a CPU, in minutes.
+"""`rewardtune demo`: the shipped preset `playground` (DRTune, symmetry + CLIPScore) on a CPU, in minutes.
 
 Judged on held-out prompts with fixed seeds and the full number of sampling steps, and by a reader of objects that no
-reward uses. The recipe's settings are the best of those tried; all of them stand in docs/results/demo.md.
+reward uses. The preset's settings are the best of those tried; all of them stand in docs/results/demo.md.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ def run(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
 ) -> tuple[Figures, Figures]:
-    """Tune for the recipe's updates (or `steps`; `seconds` at most), print the table, save the grid.
+    """Tune for the preset's updates (or `steps`; `seconds` at most), print the table, save the grid.
 
     Gives the figures before and after.
 
-    overrides: other settings of the recipe, as `key=value`.
+    overrides: other settings of the preset, as `key=value`.
     """
     if seconds <= 0 or (steps is not None and steps < 1):
         raise ConfigError(f"seconds={seconds}, steps={steps}: both must be greater than 0")
@@ -49,7 +49,8 @@ def run(
     asked += [] if steps is None else [f"optim.steps={steps}"]
     config = load_config("playground", [*asked, *overrides])
     result = train(config, overwrite=overwrite)
-    prompts = load_prompts(config.eval.prompts or config.prompts)[: config.eval.count]
+    held_out = config.eval.prompts or config.prompts
+    prompts = load_prompts(held_out.source, template=held_out.template)[: config.eval.count]
     before = figures(result.before, result.before_images, prompts)
     after = figures(result.after, result.after_images, prompts)
     print(table(before, after, result))

@@ -28,10 +28,11 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
 
     RunFolder(config.output_dir, overwrite=overwrite)
     method = make_method(config.method)
-    prompts = load_prompts(config.prompts)
-    held_out = prompts if config.eval.prompts is None else load_prompts(config.eval.prompts)
+    prompts = load_prompts(config.prompts.source, template=config.prompts.template)
+    held = config.eval.prompts
+    held_out = prompts if held is None else load_prompts(held.source, template=held.template)
     pipe = load_pipeline(config.model, scheduler=config.sampling.scheduler)
-    negative = {"negative_prompt": config.sampling.negative_prompt} if config.sampling.negative_prompt else {}
+    negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     tuner = RewardTuner(
         pipe,
         reward=make_reward(config.reward, weight=config.reward_weight),
@@ -43,12 +44,12 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
         height=config.sampling.height,
         width=config.sampling.width,
         call=negative,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        targets=config.lora.targets,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        targets=config.adapter.targets,
         batch=config.optim.batch,
         micro_batch=config.optim.micro_batch,
-        offload_reward=config.optim.offload_reward,
+        offload_reward="reward" in config.memory.offload,
         seed=config.seed,
         eval_prompts=held_out,
         eval_count=config.eval.count,
@@ -142,12 +143,12 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
 
     device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, model.dtype)
-    if model.path == "playground":
+    if model.id == "playground":
         from . import playground
 
         pipe = playground.pipeline(dtype)
     else:
-        pipe = _from_pretrained(model.path, dtype)
+        pipe = _from_pretrained(model.id, dtype)
     if scheduler is not None:
         pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
     try:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib import metadata
 
 from . import __version__, methods
-from .config import recipes
+from .config import presets
 from .errors import ConfigError
 from .rewards.catalogue import REWARDS, Entry
 from .spelling import nearest
@@ -29,8 +29,8 @@ def _methods() -> list[tuple[str, str]]:
     ]
 
 
-def _recipes() -> list[tuple[str, str]]:
-    return [(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")) for name, path in recipes().items()]
+def _presets() -> list[tuple[str, str]]:
+    return [(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")) for name, path in presets().items()]
 
 
 def _models() -> list[tuple[str, str]]:
@@ -43,7 +43,7 @@ def _models() -> list[tuple[str, str]]:
 SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "rewards": _rewards,
     "methods": _methods,
-    "recipes": _recipes,
+    "presets": _presets,
     "models": _models,
 }
 

@@ -1,45 +1,98 @@
-"""Prompts: a text file (one a line), a list, or the playground's own; and which prompt each sample gets.
+"""Prompts from files, lists, the hub or the package; and which prompt each sample gets.
 
-Only .txt so far. The prompt of a sample is a pure function of (seed, step, index in the batch), so a resumed run and
-every process of a larger one see the same order without shared state.
+The prompt of a sample is a pure function of (seed, step, index in the batch), so a resumed run and every process of a
+larger one see the same order without shared state. Imports nothing heavy; the list is read once, whole.
 """
 
+import csv
+import io
+import json
 import random
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
+from .spelling import nearest
 
 PLAYGROUND_COUNT = {"train": 2000, "eval": 64}
+LISTS = Path(__file__).parent / "promptlists"
+COLUMNS = ("prompt", "text", "caption")  # the first of them that a table has
+SOURCES = (
+    "a .txt, .jsonl, .json, .csv or .parquet file, hf:DATASET:SPLIT:COLUMN, hf:DATASET:FILE, builtin:NAME, "
+    "playground:train, or a list"
+)
 
 
-def load_prompts(source: str | Path | Sequence[str], *, seed: int = 0) -> list[str]:
-    """The prompts of `source`: a .txt path (one prompt a line, blank lines skipped), a list of str,
-    `playground:train` or `playground:eval` (`:free` appended: only layouts without positions).
+def load_prompts(source: str | Path | Sequence[str], *, template: str | None = None, seed: int = 0) -> list[str]:
+    """The prompts of `source`, in their order, equal ones kept; blank lines and rows are left out.
 
-    Raises ConfigError naming file and line for a missing, empty or not-UTF-8 file.
+    source:
+        a list of str;
+        `NAME.txt`, one a line; `NAME.jsonl`, a str or an object a line; `NAME.json`, a list of either; `NAME.csv`,
+        `NAME.parquet`, a table: of objects and tables the column prompt, else text, else caption counts;
+        `hf:DATASET:SPLIT:COLUMN`, a dataset of the hub or a local folder, read by `datasets`;
+        `hf:DATASET:FILE,FILE[:100],...`, files of such a dataset, read as above, whole or their first prompts;
+        `builtin:NAME`, a list of the package (`builtin_lists()`);
+        `playground:train`, `playground:eval` (`:free` appended: only layouts without positions).
+    template: put around each, e.g. "a photo of {}". seed: of the playground's captions.
+
+    Raises ConfigError naming the file and its line for what is missing, empty or cannot be read.
     """
+    prompts = _load(source, seed)
+    return prompts if template is None else [check_template(template).replace("{}", prompt) for prompt in prompts]
+
+
+def _load(source: str | Path | Sequence[str], seed: int) -> list[str]:
     if not isinstance(source, str | Path):
         return _checked_list(source)
-    if str(source).startswith("playground:"):
-        return _playground(str(source), seed)
-    path = Path(source)
+    kind, colon, rest = str(source).partition(":")
+    if colon and kind in ("playground", "builtin", "hf"):
+        return {"playground": _playground, "builtin": _builtin, "hf": _hub}[kind](rest, seed)
+    return _read(Path(source))
+
+
+def check_template(template: str) -> str:
+    """`template` itself. ConfigError unless it holds {} exactly once and no other brace."""
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise ConfigError(
+            f"template {template!r} must hold {{}} exactly once and no other brace, for example 'a photo of {{}}'"
+        )
+    return template
+
+
+def builtin_lists() -> dict[str, Path]:
+    """The prompt lists shipped with the package, by name."""
+    return {path.stem: path for path in sorted(LISTS.glob("*.txt"))}
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> list[str]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"prompt file {path} {what}; give a .txt file with one prompt a line, or playground:train")
-    if path.suffix != ".txt":
-        raise ConfigError(f"prompt file {path}: only .txt files (one prompt a line, UTF-8) can be read")
-    lines = _decode(path).splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
+        raise ConfigError(f"prompt file {path} {what}; give a .txt file with one prompt a line, or {SOURCES}")
+    readers = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise ConfigError(
+            f"prompt file {path}: {path.suffix or 'no suffix'} cannot be read; legal: {', '.join(readers)}"
+        )
+    found = [prompt.strip() for prompt in readers[path.suffix.lower()](path)]
+    prompts = [prompt for prompt in found if prompt]
     if not prompts:
-        what = f"has only blank lines ({len(lines)})" if lines else "is empty"
+        what = f"has only blank lines ({len(found)})" if found else "is empty"
         raise ConfigError(f"prompt file {path} {what}; write one prompt a line")
     return prompts
 
 
 def _decode(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"prompt file {path} cannot be read: {error.strerror or error}") from error
     try:
         return data.decode("utf-8-sig")  # editors on Windows put a byte-order mark in front
     except UnicodeDecodeError as error:
@@ -48,6 +101,113 @@ def _decode(path: Path) -> str:
             f"prompt file {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; "
             f"convert the file, for example: iconv -f latin1 -t utf-8 {path.name} > utf8.txt"
         ) from error
+
+
+def _txt(path: Path) -> list[str]:
+    text = _decode(path).replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _jsonl(path: Path) -> list[str]:
+    prompts = []
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
+        if line.strip():
+            prompts.append(_entry(_parse_json(line, path, number), f"prompt file {path}, line {number}"))
+    return prompts
+
+
+def _json(path: Path) -> list[str]:
+    rows = _parse_json(_decode(path), path, 1)
+    if not isinstance(rows, list):
+        raise ConfigError(f"prompt file {path} holds no list; legal is a list of strings or of objects with a prompt")
+    return [_entry(row, f"prompt file {path}, entry {number}") for number, row in enumerate(rows)]
+
+
+def _parse_json(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"prompt file {path}, line {line + error.lineno - 1}: not valid JSON, {error.msg} (column {error.colno})"
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"prompt file {path}, line {line}: not valid JSON: {error}") from error
+
+
+def _entry(row: Any, place: str) -> str:
+    """The prompt of one row of a JSON file: a str, or an object with one."""
+    if isinstance(row, dict):
+        row = row[_column(list(row), place)]
+    if not isinstance(row, str):
+        raise ConfigError(f"{place}: {_short(row)} is no prompt; legal is a string, or an object with one under prompt")
+    return row
+
+
+def _csv(path: Path) -> list[str]:
+    place = f"prompt file {path}"
+    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+    prompts, column, width = [], None, 0
+    try:
+        for row in reader:
+            if not any(row):
+                continue
+            if column is None:
+                column, width = row.index(_column(row, f"{place}, line {reader.line_num}")), len(row)
+            elif len(row) != width:
+                raise ConfigError(
+                    f"{place}, line {reader.line_num}: {len(row)} columns, but the first line has {width}; "
+                    'put prompts with commas in quotes: "a cat, sitting"'
+                )
+            else:
+                prompts.append(row[column])
+    except csv.Error as error:
+        raise ConfigError(f"{place}, line {reader.line_num}: not valid CSV: {error}") from error
+    return prompts
+
+
+def _parquet(path: Path) -> list[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"prompt file {path}: .parquet needs the extra data: pip install 'rewardtune[data]'"
+        ) from error
+    place = f"prompt file {path}"
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        column = _column(file.schema_arrow.names, place)
+        values = file.read(columns=[column])[column].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{place} is no parquet file that can be read: {str(error).splitlines()[0]}") from error
+    return _strings(values, f"{place}, column {column}")
+
+
+def _column(names: Sequence[str], place: str) -> str:
+    """The column of the prompts. ConfigError naming all columns when none of COLUMNS is there."""
+    found = [name for wanted in COLUMNS for name in names if name.strip().lower() == wanted]
+    if not found:
+        columns = ", ".join(name or "''" for name in names) or "none"
+        raise ConfigError(f"{place}: no column {', '.join(COLUMNS)}; its columns are {_cut(columns)}: rename one")
+    return found[0]
+
+
+def _strings(values: Sequence[Any], place: str) -> list[str]:
+    for number, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{place}, row {number}: {_short(value)} is no prompt; legal is text")
+    return [value or "" for value in values]
+
+
+def _short(value: Any) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# -- other sources ---------------------------------------------------------------------------------------------------
 
 
 def _checked_list(source: Sequence[str]) -> list[str]:
@@ -60,13 +220,84 @@ def _checked_list(source: Sequence[str]) -> list[str]:
     return prompts
 
 
-def _playground(source: str, seed: int) -> list[str]:
+def _builtin(name: str, seed: int) -> list[str]:
+    lists = builtin_lists()
+    if name not in lists:
+        raise ConfigError(f"prompts 'builtin:{name}': no such list{nearest(name, lists)}; legal: {', '.join(lists)}")
+    return _read(lists[name])
+
+
+def _playground(rest: str, seed: int) -> list[str]:
     from . import playground
 
-    split, _, layout = source.removeprefix("playground:").partition(":")
+    split, _, layout = rest.partition(":")
     if split not in PLAYGROUND_COUNT or layout not in ("", "free", "any"):
-        raise ConfigError(f"prompts {source!r}: legal are playground:train, playground:eval, each with :free appended")
+        raise ConfigError(
+            f"prompts 'playground:{rest}': legal are playground:train, playground:eval, each with :free appended"
+        )
     return playground.prompts(PLAYGROUND_COUNT[split], split=split, seed=seed, layout=layout or "any")
+
+
+def _hub(rest: str, seed: int) -> list[str]:
+    """`DATASET:SPLIT:COLUMN` by the library datasets, or `DATASET:FILE,FILE,...` by our own readers."""
+    pieces = [re.fullmatch(r"\s*(.*?)(?:\[:(\d+)\])?\s*", piece) for piece in rest.partition(":")[2].split(",")]
+    files = [piece[1] for piece in pieces if piece]
+    counts = [int(piece[2]) if piece[2] else None for piece in pieces if piece]
+    parts = rest.split(":")
+    if len(parts) == 3 and all(parts) and counts == [None]:
+        return _dataset(*parts)
+    if not parts[0] or any(":" in file for file in files) or not all(Path(file).suffix for file in files):
+        raise ConfigError(
+            f"prompts 'hf:{rest}': write hf:DATASET:SPLIT:COLUMN, for example hf:me/my-prompts:train:prompt, "
+            "or hf:DATASET:FILE,FILE[:100], for example hf:ymhao/HPDv2:train.json"
+        )
+    prompts = []
+    for file, count in zip(files, counts, strict=True):
+        prompts += _read(_hub_file(parts[0], file))[:count]
+    return prompts
+
+
+def _hub_file(dataset: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if Path(dataset).is_dir():
+        return Path(dataset) / file
+    try:
+        return Path(hf_hub_download(dataset, file, repo_type="dataset"))
+    except Exception as error:  # its errors have no common base: offline, unknown, gated, disk full
+        raise ConfigError(
+            f"{file} of the dataset {dataset!r} cannot be had: {_first_line(error)}. On a machine with network: "
+            f"hf download {dataset} {file} --repo-type dataset --local-dir prompts, then name the file"
+        ) from error
+
+
+def _dataset(name: str, split: str, column: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"prompts 'hf:{name}:{split}:{column}' need the extra data: pip install 'rewardtune[data]'"
+        ) from error
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # its errors have no common base: offline, unknown, gated, no such split, a script
+        raise ConfigError(f"dataset {name!r}, split {split!r}, cannot be read: {_first_line(error)}") from error
+    if column not in table.column_names:
+        columns = ", ".join(table.column_names)
+        hint = nearest(column, table.column_names)
+        raise ConfigError(f"dataset {name!r} has no column {column!r}{hint}; its columns are {_cut(columns)}")
+    values = _strings(list(table[column]), f"dataset {name!r}, column {column!r}")
+    prompts = [value.strip() for value in values if value.strip()]
+    if not prompts:
+        raise ConfigError(f"dataset {name!r}, split {split!r}, column {column!r} holds no prompt")
+    return prompts
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+
+
+# -- the order -------------------------------------------------------------------------------------------------------
 
 
 def batch_prompts(prompts: Sequence[str], *, seed: int, step: int, size: int) -> list[str]:

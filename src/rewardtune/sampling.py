@@ -30,12 +30,10 @@ def sample_lora(
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     except Exception as error:
-        raise ConfigError(f"{file} does not load into {base.path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{file} does not load into {base.id}: {str(error).splitlines()[0]}") from error
     loaded = any(getattr(part, "peft_config", None) for part in pipe.components.values())
     if not loaded:
-        raise ConfigError(
-            f"{file} changes nothing in {base.path}: none of its keys fits; is it made for another model?"
-        )
+        raise ConfigError(f"{file} changes nothing in {base.id}: none of its keys fits; is it made for another model?")
     call: dict[str, Any] = {
         "num_inference_steps": steps or sampling.steps,
         "guidance_scale": guidance if guidance is not None else sampling.guidance,
@@ -53,12 +51,13 @@ def _settings(folder: Path, model: str | None) -> tuple[Model, Sampling]:
     """The base model and the sampling of the run in `folder`; a given `model` wins."""
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
-        return (config.model if model is None else Model(path=model)), config.sampling
+        sampling = config.sampling.model_copy(update={"negative_prompt": config.negative_prompt})
+        return (config.model if model is None else Model(id=model)), sampling
     if model is None:
         raise ConfigError(
             f"{folder} has no config.yaml to tell the base model; add --model (a folder, a hub id, playground)"
         )
-    return Model(path=model), Sampling()
+    return Model(id=model), Sampling()
 
 
 def show_playground(output: Path, *, count: int, seed: int) -> Path:
