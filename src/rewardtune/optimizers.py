@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules and the running average of the trained weights; all of them the libraries' own."""
+"""Optimisers, learning-rate schedules and the running average of the trained weights: all the libraries' own."""
 
 import importlib.util
 from collections.abc import Iterable, Iterator
