@@ -169,3 +169,159 @@ def test_euler_and_the_rest_of_the_pipeline_do_not_matter(tmp_path):
     for each in (pipe, plain):
         set_scheduler(each, "EulerDiscreteScheduler")
     assert torch.equal(images(plain, call), images(pipe, call))
+
+
+def dora(build=stable_diffusion, *, rank=4, alpha=None, targets=None, dtype=None):
+    """A DoRA away from its start, on a pipeline of `dtype`."""
+    pipe, call = without_lora(build)
+    if dtype is not None:
+        pipe.to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapters.attach(denoiser_of(pipe), kind="dora", rank=rank, alpha=alpha, targets=targets):
+        parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=generator)
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return pipe, call
+
+
+def test_dora_is_the_formula_of_its_paper():
+    """Eq. 5 of arXiv 2402.09353 for one layer: m (W + s B A) / ||W + s B A|| by rows, applied to x; autograd too.
+
+    The norm is a constant in the gradient (section 4.3 of the paper).
+    """
+    pipe, _ = dora(alpha=8)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+    A, B = layer.lora_A["rewardtune"].weight, layer.lora_B["rewardtune"].weight
+    m = layer.lora_magnitude_vector["rewardtune"].weight
+    assert A.shape[0] == 4
+    V = layer.base_layer.weight + 8 / 4 * B @ A
+    expected = x @ (m[:, None] * V / V.norm(dim=1, keepdim=True).detach()).T
+    assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(layer(x).square().sum(), [A, B, m])
+    theirs = torch.autograd.grad(expected.square().sum(), [A, B, m])
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(("alpha", "tolerance"), [(None, 0.0), (8, 0.0), (3, 1e-5)])
+def test_dora_file_gives_plain_diffusers_the_same_pictures(alpha, tolerance, tmp_path):
+    """alpha folds exactly where alpha / rank is a power of two, as with LoRA: it scales B A and nothing else."""
+    pipe, call = dora(alpha=alpha)
+    adapters.save_lora(pipe, tmp_path)
+    plain, _ = without_lora(stable_diffusion)
+    base = images(plain, call)
+    plain.load_lora_weights(tmp_path)
+    assert any("lora_magnitude_vector" in key for key in load_file(tmp_path / LORA_FILE))
+    assert (images(plain, call) - images(pipe, call)).abs().max() <= tolerance
+    assert (base - images(pipe, call)).abs().max() > 0.01
+    assert adapters.verify(pipe, tmp_path, call=few_steps(call)) <= tolerance
+
+
+@pytest.mark.parametrize("build", [stable_diffusion_xl, stable_diffusion_3])
+def test_dora_of_other_families_and_convolutions(build, tmp_path):
+    targets = "attention" if build is stable_diffusion_3 else "attention+conv"
+    pipe, call = dora(build, targets=targets)
+    adapters.save_lora(pipe, tmp_path)
+    plain, _ = without_lora(build)
+    plain.load_lora_weights(tmp_path)
+    assert torch.equal(images(plain, call), images(pipe, call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_dora_changes_nothing(dtype):
+    """Norms rounded to bfloat16 would scale every output by up to 0.4 %."""
+    pipe, _ = without_lora(stable_diffusion)
+    pipe.unet.to(dtype)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = layer(x)
+    parameters = adapters.attach(pipe.unet, kind="dora", rank=4, seed=1)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    adapted = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert torch.allclose(adapted(x).float(), before.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["drop a norm", "scale a norm"])
+def test_verify_finds_a_damaged_dora(damage, tmp_path):
+    pipe, call = dora()
+    path = adapters.save_lora(pipe, tmp_path)
+    state = load_file(path)
+    key = next(key for key in sorted(state) if "magnitude" in key)
+    if damage == "drop a norm":
+        del state[key]
+    else:
+        state[key] = state[key] * 1.01
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(RewardTuneError, match=r"does not load|differs from the trained one"):
+        adapters.verify_lora(pipe, tmp_path, call=few_steps(call))
+    assert list(pipe.unet.peft_config) == ["rewardtune"]
+
+
+def fully_tuned():
+    pipe, call = without_lora(stable_diffusion)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapters.attach(pipe.unet, kind="full"):
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return pipe, call
+
+
+def test_full_fine_tuning_is_saved_as_a_denoiser_that_diffusers_loads(tmp_path):
+    pipe, call = fully_tuned()
+    assert adapters.save(pipe, tmp_path) == tmp_path / "denoiser"
+    plain, _ = without_lora(stable_diffusion)
+    base = images(plain, call)
+    plain.unet = type(plain.unet).from_pretrained(tmp_path / "denoiser")
+    assert torch.equal(images(plain, call), images(pipe, call))
+    assert (base - images(pipe, call)).abs().max() > 0.01
+    assert adapters.verify(pipe, tmp_path, call=call) == 0
+    assert sorted(entry.name for entry in (tmp_path / "denoiser").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_verify_finds_a_changed_denoiser(tmp_path):
+    pipe, call = fully_tuned()
+    path = adapters.save(pipe, tmp_path) / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["conv_in.bias"] = state["conv_in.bias"] + 1e-6
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(RewardTuneError, match=r"1 of \d+ tensors, first: \['conv_in.bias'\]"):
+        adapters.verify(pipe, tmp_path, call=call)
+
+
+def test_full_disk_keeps_the_old_denoiser(tmp_path, monkeypatch):
+    pipe, _ = fully_tuned()
+    path = adapters.save(pipe, tmp_path) / "diffusion_pytorch_model.safetensors"
+    old = path.read_bytes()
+
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(pipe.unet), "save_pretrained", full)
+    with pytest.raises(RewardTuneError, match=r"No space left on device.*intact"):
+        adapters.save(pipe, tmp_path)
+    assert path.read_bytes() == old
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_full_fine_tuning_wants_float32():
+    pipe, _ = without_lora(stable_diffusion)
+    pipe.unet.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"are bfloat16 here: small updates.*model.dtype=float32"):
+        adapters.attach(pipe.unet, kind="full")
+
+
+def test_kinds_and_the_way_back():
+    pipe, call = without_lora(stable_diffusion)
+    before = images(pipe, call)
+    with pytest.raises(
+        ConfigError, match=r"adapter.kind='dorra' \(did you mean 'dora'\?\); legal are lora, dora, full"
+    ):
+        adapters.attach(pipe.unet, kind="dorra")
+    for kind in adapters.KINDS:
+        assert adapters.attach(pipe.unet, kind=kind, rank=2)
+        adapters.detach(pipe.unet)
+        assert not adapters.trainable(pipe.unet)
+        assert not getattr(pipe.unet, "peft_config", None)
+        assert torch.equal(images(pipe, call), before)

@@ -1,6 +1,7 @@
-"""LoRA on the denoiser by peft; saved in the diffusers format, loaded back and compared before anyone relies on it.
+"""What is trained in the denoiser: LoRA or DoRA by peft, or all of its weights.
 
-Left out: DoRA, kohya keys, text-encoder adapters.
+Saved in the diffusers format, loaded back and compared before anyone relies on it.
+Left out: kohya keys, text-encoder adapters.
 """
 
 import inspect
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from .engine import find_denoiser, quiet
 from .errors import ConfigError, RewardTuneError
 from .runfolder import LORA_FILE, atomic
+from .spelling import nearest
 
 ADAPTER = "rewardtune"
+KINDS = ("lora", "dora", "full")
+DENOISER_FOLDER = "denoiser"  # of full fine-tuning, in the run folder
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 GROUPS = {
     "attention": "the attention projections " + ", ".join(ATTENTION),
@@ -32,6 +36,39 @@ def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
+def attach(
+    denoiser: Any,
+    *,
+    kind: str = "lora",
+    rank: int = 128,
+    alpha: int | None = None,
+    targets: str | list[str] | None = None,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Make `denoiser` trainable as `kind` says and return the float32 parameters to train.
+
+    kind: "lora"; "dora", which trains the norm of every output of a layer besides its direction (Liu et al. 2024,
+    arXiv 2402.09353, eq. 5); "full", all weights (the base model must be loaded in float32).
+    rank, alpha, targets, seed: see :func:`add_lora`; "full" does not use them.
+    The pictures do not change: exactly with lora and full, up to round-off with dora.
+    Raises ConfigError for an unknown kind, and where the denoiser does not fit. :func:`detach` undoes it.
+    """
+    if kind == "lora":
+        return add_lora(denoiser, rank, alpha=alpha, targets=targets, seed=seed)
+    if kind == "dora":
+        return _add_adapter(denoiser, rank, alpha=alpha, targets=targets, seed=seed, dora=True)
+    if kind == "full":
+        return _train_all(denoiser)
+    raise ConfigError(f"adapter.kind={kind!r}{nearest(kind, KINDS)}; legal are {', '.join(KINDS)}")
+
+
+def detach(denoiser: Any) -> None:
+    """Take the adapter of :func:`attach` off and freeze the denoiser; what full fine-tuning has changed stays."""
+    if ADAPTER in getattr(denoiser, "peft_config", {}):
+        denoiser.unload_lora()
+    denoiser.requires_grad_(False)
+
+
 def add_lora(
     denoiser: Any, rank: int, *, alpha: int | None = None, targets: str | list[str] | None = None, seed: int = 0
 ) -> list[nn.Parameter]:
@@ -43,27 +80,65 @@ def add_lora(
     lora_B starts at zero, so the pictures do not change; lora_A is drawn from `seed`.
     Raises ConfigError when nothing matches, or when the denoiser carries an adapter already.
     """
+    return _add_adapter(denoiser, rank, alpha=alpha, targets=targets, seed=seed, dora=False)
+
+
+def _add_adapter(
+    denoiser: Any, rank: int, *, alpha: int | None, targets: str | list[str] | None, seed: int, dora: bool
+) -> list[nn.Parameter]:
     from peft import LoraConfig
 
     if rank < 1:
         raise ConfigError(f"LoRA rank {rank}: must be at least 1")
-    if getattr(denoiser, "peft_config", None):
-        raise ConfigError(
-            f"the denoiser carries LoRA adapters already ({', '.join(denoiser.peft_config)}); "
-            "fuse or remove them first: pipe.fuse_lora(); pipe.unload_lora_weights()"
-        )
+    _refuse_adapters(denoiser)
     names = _match(denoiser, targets or "attention")
     denoiser.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)
+    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names, use_dora=dora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         denoiser.add_adapter(config, adapter_name=ADAPTER)
     parameters = trainable(denoiser)
     for parameter in parameters:  # peft creates them in the base's dtype here: fp16 Adam steps would vanish
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if dora:
+        _exact_magnitudes(denoiser)
     assert parameters
     assert all(parameter.dtype in (torch.float32, torch.float64) for parameter in parameters)
     return parameters
+
+
+def _refuse_adapters(denoiser: Any) -> None:
+    if getattr(denoiser, "peft_config", None):
+        raise ConfigError(
+            f"the denoiser carries LoRA adapters already ({', '.join(denoiser.peft_config)}); "
+            "fuse or remove them first: pipe.fuse_lora(); pipe.unload_lora_weights()"
+        )
+
+
+@torch.no_grad()
+def _exact_magnitudes(denoiser: nn.Module) -> None:
+    """DoRA's norms of the base weights, in float32: rounded to a half base's dtype they would change the pictures."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    for module in denoiser.modules():
+        magnitudes: Any = getattr(module, "lora_magnitude_vector", {})
+        if ADAPTER in magnitudes:
+            weight = dequantize_module_weight(module.get_base_layer()).float()  # type: ignore[operator]
+            norm = magnitudes[ADAPTER].get_weight_norm(weight, torch.zeros_like(weight), 1.0)
+            magnitudes[ADAPTER].weight.data.copy_(norm)
+
+
+def _train_all(denoiser: Any) -> list[nn.Parameter]:
+    _refuse_adapters(denoiser)
+    dtypes = {parameter.dtype for parameter in denoiser.parameters()}
+    if not dtypes <= {torch.float32, torch.float64}:
+        given = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ConfigError(
+            f"adapter.kind=full trains the weights themselves, which are {given} here: small updates would be rounded "
+            "away. Set model.dtype=float32 and model.quantize=null, or use adapter.kind=lora"
+        )
+    denoiser.requires_grad_(True)
+    return trainable(denoiser)
 
 
 def _match(denoiser: nn.Module, targets: str | list[str]) -> list[str]:
@@ -102,7 +177,10 @@ def _suffix(name: str) -> str:
 
 
 def lora_state(denoiser: Any) -> dict[str, Tensor]:
-    """The adapter's tensors with alpha / rank folded into lora_B, so that alpha = rank and no loader can lose it."""
+    """The adapter's tensors with alpha / rank folded into lora_B, so that alpha = rank and no loader can lose it.
+
+    The same holds for DoRA: alpha / rank stands nowhere but before lora_B lora_A, also within the norm.
+    """
     from peft.utils import get_peft_model_state_dict
 
     config = denoiser.peft_config[ADAPTER]
@@ -178,6 +256,82 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
             f"allowed {allowed:.0e}): do not use it, and please report this pipeline"
         )
     return difference
+
+
+def save_denoiser(pipe: Any, folder: str | Path) -> Path:
+    """Write the whole denoiser (full fine-tuning) to `folder`/denoiser by its `save_pretrained`; return that folder.
+
+    One weights file, written beside its place and renamed. Raises RewardTuneError when it cannot be written.
+    """
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+    denoiser, target = getattr(pipe, find_denoiser(pipe)), Path(folder) / DENOISER_FOLDER
+    with atomic(target / SAFETENSORS_WEIGHTS_NAME) as temporary:
+        try:
+            denoiser.save_pretrained(temporary.parent, max_shard_size="1TB")
+        except OSError:
+            raise
+        except Exception as error:  # safetensors wraps the system's error in its own class
+            raise OSError(f"{error}") from error
+        written = temporary.parent / temporary.name
+        weights = next(temporary.parent.glob("*.safetensors"))
+        if weights != written:
+            weights.rename(written)
+        for other in temporary.parent.iterdir():
+            if other.suffix == ".json":
+                with atomic(target / other.name) as place:
+                    place.write_bytes(other.read_bytes())
+    return target
+
+
+def verify_denoiser(pipe: Any, folder: str | Path) -> float:
+    """Load the saved denoiser back (on the CPU) and compare class, configuration and every tensor; return 0.0.
+
+    Equal weights in an equal network are the same function, so no pictures are made.
+    Raises RewardTuneError when the folder does not load or anything differs.
+    """
+    denoiser, place = getattr(pipe, find_denoiser(pipe)), Path(folder) / DENOISER_FOLDER
+    expected = denoiser.state_dict()
+    try:
+        with _silent():
+            copy = type(denoiser).from_pretrained(place, torch_dtype=denoiser.dtype)
+    except Exception as error:
+        raise RewardTuneError(f"the saved denoiser in {place} does not load: {str(error).splitlines()[0]}") from error
+    loaded = copy.state_dict()
+    wrong = sorted(
+        key
+        for key in expected.keys() | loaded.keys()
+        if not _same(expected[key].detach().cpu() if key in expected else None, loaded.get(key))
+    )
+    if wrong or _public(copy) != _public(denoiser):
+        raise RewardTuneError(
+            f"the saved denoiser in {place} differs from the trained one after loading "
+            f"({len(wrong)} of {len(expected)} tensors, first: {wrong[:1]}): do not use it"
+        )
+    return 0.0
+
+
+def _public(network: Any) -> dict[str, Any]:
+    """The configuration that makes the network, without the library's remarks on where it came from."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in network.config.items()
+        if not key.startswith("_")
+    }
+
+
+def save(pipe: Any, folder: str | Path) -> Path:
+    """What was trained: the adapter's file, or with full fine-tuning the denoiser's folder."""
+    return (save_lora if _has_adapter(pipe) else save_denoiser)(pipe, folder)
+
+
+def verify(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float:
+    """Load back what `save` wrote and compare; see `verify_lora` and `verify_denoiser`."""
+    return verify_lora(pipe, folder, call=call) if _has_adapter(pipe) else verify_denoiser(pipe, folder)
+
+
+def _has_adapter(pipe: Any) -> bool:
+    return ADAPTER in getattr(getattr(pipe, find_denoiser(pipe)), "peft_config", {})
 
 
 @contextmanager

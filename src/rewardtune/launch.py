@@ -1,18 +1,14 @@
 """From a run file to a RewardTuner: the model, the reward and the method that its words name."""
 
 import inspect
-import warnings
-from contextlib import nullcontext
 from functools import reduce
 from operator import add
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import methods
 from .config import MethodChoice, Model, Part, RunConfig, dump_config
 from .errors import ConfigError
 from .methods import Method
-from .quietly import no_loading_bars
 from .spelling import nearest
 
 if TYPE_CHECKING:
@@ -138,55 +134,17 @@ def _named(name: str, options: dict[str, Any], loaded: dict[str, "Reward"]) -> "
 
 
 def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
-    """The diffusers pipeline on its device, with another scheduler if asked. ConfigError when it cannot be had."""
-    import torch
+    """The pipeline that a run file's `model` names, on its device (see `models.load_pipeline`)."""
+    from . import models
 
-    device = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, model.dtype)
-    if model.id == "playground":
-        from . import playground
-
-        pipe = playground.pipeline(dtype)
-    else:
-        pipe = _from_pretrained(model.id, dtype)
-    if scheduler is not None:
-        pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"model.device={device!r}: {str(error).splitlines()[0]}; legal are auto, cpu, cuda"
-        ) from error
-
-
-def _from_pretrained(path: str, dtype: Any) -> Any:
-    from diffusers import DiffusionPipeline
-
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"model {path}: the folder has no model_index.json; give a folder saved by pipe.save_pretrained"
-        )
-    try:
-        with warnings.catch_warnings():  # newer diffusers call it dtype, older ones do not know that name
-            warnings.simplefilter("ignore", FutureWarning)
-            with no_loading_bars() if folder.is_dir() else nullcontext():
-                return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model {path!r} cannot be loaded: {first}. Give a diffusers folder, a hub id that this machine can reach, "
-            "or `playground`"
-        ) from error
-
-
-def _scheduler(name: str, old: Any) -> Any:
-    import diffusers
-
-    legal = [word for word in dir(diffusers) if word.endswith("Scheduler")]
-    cls = getattr(diffusers, name, None) if name in legal else None
-    if cls is None:
-        raise ConfigError(
-            f"unknown scheduler {name!r}{nearest(name, legal)}; legal: the scheduler classes of diffusers"
-        )
-    return cls.from_config(old.config)
+    return models.load_pipeline(
+        model.id,
+        revision=model.revision,
+        variant=model.variant,
+        config=model.config,
+        dtype=model.dtype,
+        device=model.device,
+        quantize=model.quantize,
+        compile=model.compile,
+        scheduler=scheduler,
+    )

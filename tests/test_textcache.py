@@ -1,0 +1,216 @@
+"""The text cache: the same pictures and gradients, every prompt encoded once, and a pipeline left as it came."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from tiny import fresh
+from torch import nn
+
+from rewardtune.engine import count_steps, rollout
+from rewardtune.plan import Plan
+from rewardtune.textcache import cached_text
+
+BUILDERS = {"sd": tiny.stable_diffusion, "sdxl": tiny.stable_diffusion_xl, "sd3": tiny.stable_diffusion_3}
+BUILDERS["flux"] = tiny.flux
+
+
+def images(pipe, call, prompts=None):
+    given = fresh(call) | ({} if prompts is None else {"prompt": prompts, "generator": tiny.generators(len(prompts))})
+    return torch.as_tensor(pipe(**given, output_type="pt").images)
+
+
+def count_calls(pipe):
+    """A list that grows with every call of a text encoder."""
+    seen = []
+    for name, module in pipe.components.items():
+        if name.startswith("text_encoder") and module is not None:
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    return seen
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pictures_are_bit_for_bit_those_of_each_prompt_and_no_encoder_runs_twice(name):
+    """Filled beforehand, and read back in any order: never the embeddings of a neighbour."""
+    pipe, call = BUILDERS[name](steps=2)
+    call.pop("negative_prompt", None)
+    prompts = ["red heart", "blue stars", "green moon"]
+    alone = [images(pipe, call, [prompt]) for prompt in prompts]
+    assert (alone[0] - alone[1]).abs().max() > 1e-3  # prompts matter
+    seen = count_calls(pipe)
+    with cached_text(pipe) as text:
+        images(pipe, call, prompts[:1])
+        assert seen
+        text.fill(prompts)
+        assert text.encoded == 3
+        seen.clear()
+        for prompt, picture in reversed(list(zip(prompts, alone, strict=True))):
+            assert torch.equal(images(pipe, call, [prompt]), picture)
+        assert not seen
+    images(pipe, call)
+    assert seen  # the block is over
+    assert "encode_prompt" not in vars(pipe)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_batch_is_the_pipelines_own_up_to_the_encoders_round_off(name):
+    """An encoder rounds a batch of two and a batch of one differently; the cache gives that of one, always the same."""
+    pipe, call = BUILDERS[name](steps=2)
+    expected = images(pipe, call)
+    seen = count_calls(pipe)
+    with cached_text(pipe) as text:
+        first = images(pipe, call)
+        assert torch.allclose(first, expected, rtol=0, atol=1e-4)
+        seen.clear()
+        assert torch.equal(images(pipe, call), first)
+        assert not seen
+        assert text.notes == []
+
+
+PLANS = {
+    "drtune": Plan(T=4, train=frozenset({1, 2}), end=2),
+    "draft-lv": Plan(T=4, train=frozenset({3}), start=3, draws=2),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_equal_gradients_inside_a_rollout(plan):
+    """Counting steps answers networks with blanks, and DRaFT-LV hands a chain's outputs on: neither meets the cache."""
+
+    def gradient(pipe, call):
+        for p in pipe.unet.parameters():
+            p.grad = None
+        with rollout(pipe, PLANS[plan], seed=0, **fresh(call)) as tape:
+            weights = torch.linspace(-1, 1, tape.images.numel()).view_as(tape.images)
+            tape.backward((tape.images * weights).mean())
+        return [p.grad for p in pipe.unet.parameters() if p.requires_grad]
+
+    pipe, call = tiny.stable_diffusion()
+    expected = gradient(pipe, call)
+    with cached_text(pipe) as text:
+        assert count_steps(pipe, **fresh(call)) == 4
+        first, second = gradient(pipe, call), gradient(pipe, call)
+        assert text.encoded == 2
+    for theirs, one, other in zip(expected, first, second, strict=True):
+        assert torch.equal(theirs, one)
+        assert torch.equal(theirs, other)
+
+
+def test_given_embeddings_go_their_own_way():
+    pipe, _ = tiny.stable_diffusion(steps=2)
+    embeds = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": -embeds, "num_inference_steps": 2}
+    expected = pipe(**given, generator=torch.Generator().manual_seed(3), output_type="pt").images
+    with cached_text(pipe) as text:
+        assert torch.equal(pipe(**given, generator=torch.Generator().manual_seed(3), output_type="pt").images, expected)
+        assert text.encoded == 0
+
+
+class Letters:
+    """A pipeline's text half: (B, letters, 2) embeddings of the codes, padded to the longest; position ids."""
+
+    def __init__(self, style):
+        self.style, self.calls, self.components = style, 0, {"text_encoder": nn.Linear(1, 1)}
+        self._execution_device = torch.device("cpu")
+
+    def encode_prompt(self, prompt, device=None, scale=1.0, prompt_embeds=None):
+        self.calls += 1
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        rows = [torch.tensor([[ord(letter), scale] for letter in text]) for text in prompt]
+        if self.style == "list":
+            return rows, [-row for row in rows]
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if self.style == "mixing":
+            embeds = embeds - embeds.mean(0)
+        if self.style == "alone":
+            return embeds
+        return embeds, embeds.sum(1), torch.zeros(embeds.shape[1], 3), None
+
+
+def equal(a, b):
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a is b
+
+
+@pytest.mark.parametrize("style", ["padded", "list", "alone", "mixing"])
+def test_answers_are_the_pipelines_own_whatever_their_form(style):
+    """Equal lengths, other lengths, repeated prompts, one prompt as a str: the very structure of `encode_prompt`."""
+    pipe, plain = Letters(style), Letters(style)
+    with cached_text(pipe):
+        for prompt in (["abc", "xyz"], ["abc", "abc"], ["abc", "de", "q"], "xyz", ["q"], ["xyz", "abc"]):
+            for scale in (1.0, 2.0):
+                assert equal(pipe.encode_prompt(prompt, scale=scale), plain.encode_prompt(prompt, scale=scale))
+
+
+def test_a_batch_that_is_more_than_its_prompts_is_encoded_by_the_pipeline():
+    pipe = Letters("mixing")
+    with cached_text(pipe) as text:
+        for _ in range(3):
+            pipe.encode_prompt(["abc", "xyz"])
+        assert text.notes == [
+            "Letters: it encodes the prompts of a batch together, so text is encoded at every call of more than one "
+            "prompt"
+        ]
+    assert pipe.calls == 1 + 2 + 3  # once a batch and its prompts alone, to compare; then every batch
+
+
+def test_the_longest_unused_prompts_leave():
+    pipe = Letters("alone")
+    size = pipe.encode_prompt("abcd").numel() * 4
+    pipe.calls = 0
+    with cached_text(pipe, max_bytes=2 * size) as text:
+        pipe.encode_prompt("zzzz")  # the first is kept for its equals and not counted
+        for prompt in ("aaaa", "bbbb", "aaaa", "cccc", "aaaa"):
+            pipe.encode_prompt(prompt)
+        assert pipe.calls == 4
+        assert text.bytes <= 2 * size
+        pipe.encode_prompt("bbbb")
+        assert pipe.calls == 5
+        text.fill(["aaaa", "bbbb", "cccc", "dddd", "eeee"])
+        assert any("the text cache is full" in note for note in text.notes)
+
+
+def test_what_comes_out_is_a_copy():
+    pipe = Letters("padded")
+    with cached_text(pipe):
+        first = pipe.encode_prompt("abc")
+        kept = first[0].clone()
+        first[0].zero_()
+        assert torch.equal(pipe.encode_prompt("abc")[0], kept)
+
+
+def test_a_pipeline_without_encode_prompt_is_told_so():
+    pipe = SimpleNamespace(components={})
+    with cached_text(pipe) as text:
+        assert text.fill(["red"]) == 0
+        text.release()
+    assert "has no encode_prompt" in text.notes[0]
+    assert vars(pipe) == {"components": {}}
+
+
+def test_an_error_leaves_the_pipeline_as_it_came():
+    pipe = Letters("padded")
+    with pytest.raises(RuntimeError, match="stop"), cached_text(pipe):
+        raise RuntimeError("stop")
+    assert "encode_prompt" not in vars(pipe)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BUILDERS)
+def test_released_encoders_are_on_the_cpu_and_come_back(name):
+    pipe, call = BUILDERS[name](steps=2)
+    pipe.to("cuda")
+    encoders = [module for part, module in pipe.components.items() if part.startswith("text_encoder") and module]
+    expected = images(pipe, call, ["green moon"])
+    with cached_text(pipe) as text:
+        images(pipe, call, ["red heart"])
+        text.fill(["red heart", "blue stars"])
+        assert all(next(module.parameters()).device.type == "cpu" for module in encoders)
+        assert torch.equal(images(pipe, call, ["green moon"]), expected)  # not in the cache
+        assert all(next(module.parameters()).device.type == "cpu" for module in encoders)
+        assert pipe._execution_device.type == "cuda"
+    assert all(next(module.parameters()).device.type == "cuda" for module in encoders)
+    assert not any(hasattr(module, "_hf_hook") for module in encoders)
