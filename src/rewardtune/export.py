@@ -13,9 +13,9 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .config import Model, RunConfig, load_config
 from .engine import find_denoiser
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
+from .quietly import no_loading_bars
 from .runfolder import LORA_FILE, write_text
 from .spelling import nearest
 
@@ -43,7 +44,10 @@ DROPPED = {"checkpoint": "ckpt", "optimizer": "optim", "scheduler": "sched"}  # 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run, opened again. `facts`: run.json; `call`: sampling arguments of `pipe(...)`."""
+    """A finished run, opened again.
+
+    facts: run.json. call: sampling arguments of `pipe(...)`. checkpoint: "best", or the number of a checkpoint.
+    """
 
     folder: Path
     file: Path
@@ -136,8 +140,10 @@ def open_run(run: str | Path, *, checkpoint: str | int = "best", model: str | No
         )
     facts = _facts(folder)
     prompts, notes = _prompts(config)
+    scheduler: str | None = None
+    call: dict[str, Any] = {}
     if config is None:
-        base, scheduler, call = Model(path=str(model)), None, {}
+        base = Model(path=str(model))
     else:
         sampling = config.sampling
         base = config.model if model is None else config.model.model_copy(update={"path": model})
@@ -159,7 +165,7 @@ def open_run(run: str | Path, *, checkpoint: str | int = "best", model: str | No
         call={"num_inference_steps": 50} | call,
         facts=facts,
         config=config,
-        checkpoint=str(checkpoint),
+        checkpoint="best" if file.parent == folder else file.parent.name.removeprefix("checkpoint-"),
         notes=notes,
     )
 
@@ -179,13 +185,13 @@ def _lora_file(folder: Path, checkpoint: str | int) -> Path:
         for path in folder.glob(f"checkpoint-*/{LORA_FILE}")
         if path.parent.name.removeprefix("checkpoint-").isdigit()
     }
-    number = max(found, default=None) if checkpoint == "latest" else checkpoint
-    if isinstance(number, str) and number.isdigit():
-        number = int(number)
+    number = int(checkpoint) if str(checkpoint).isdigit() else -1
+    if checkpoint == "latest":
+        number = max(found, default=-1)
     if number not in found:
         there = ", ".join(map(str, sorted(found))) or "none with a LoRA file"
         raise ConfigError(f"{folder} has no checkpoint {checkpoint!r}; legal: best, latest, or a number of: {there}")
-    return found[int(number)]
+    return found[number]
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -279,10 +285,11 @@ class _Trained:
         """
         assert self.pictures is not None
         exact = getattr(pipe, self.component).dtype == torch.float32
-        measure: Callable[[Tensor], Tensor] = torch.max if exact else torch.mean
-        loaded = self.sample(pipe)
-        difference = float(measure((loaded - self.pictures.trained).abs()))
-        effect = float(measure((self.pictures.base - self.pictures.trained).abs()))
+        loaded, gaps = self.sample(pipe), []
+        for pictures in (loaded, self.pictures.base):
+            gap = (pictures - self.pictures.trained).abs()
+            gaps.append(float(gap.max() if exact else gap.mean()))
+        difference, effect = gaps
         allowed = (1e-4 if exact else 1e-2) + 10 * self.pictures.noise
         if effect > 1e-5 + 10 * self.pictures.noise:
             allowed = min(allowed, effect / 2)
@@ -416,7 +423,7 @@ def _export(trained: _Trained, form: str, target: Path) -> Exported:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     place = target / made.relative_to(staging)
-    return Exported(**{**vars(result), "path": place, "notes": trained.run.notes + result.notes})
+    return replace(result, path=place, notes=trained.run.notes + result.notes)
 
 
 def _write_lora(trained: _Trained, form: str, folder: Path) -> Path:
@@ -490,7 +497,8 @@ def write_merged(pipe: Any, component: str, state: Mapping[str, Tensor], folder:
     except ValueError as error:  # peft's word for a NaN
         raise RewardTuneError(f"merging gives weights that are not finite: {error}") from error
     denoiser.unload_lora()
-    pipe.save_pretrained(folder, safe_serialization=True)
+    with no_loading_bars():
+        pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
 

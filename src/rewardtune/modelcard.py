@@ -192,7 +192,7 @@ def card_data(run: "Run", *, gallery: Mapping[str, str], licence: Mapping[str, s
 
     method = str(run.facts.get("method", "")).partition("(")[0]
     base = hub_id(run.model.path)
-    extra: dict[str, Any] = {"base_model_relation": "adapter"} if base else {}
+    extra: dict[str, Any] = dict(licence) | ({"base_model_relation": "adapter"} if base else {})
     if gallery:
         extra["widget"] = [{"text": plain(text) or "-", "output": {"url": file}} for file, text in gallery.items()]
     tags = ["text-to-image", "diffusers", "lora", "rewardtune", re.sub(r"[^\w-]+", "-", method).strip("-")]
@@ -201,7 +201,6 @@ def card_data(run: "Run", *, gallery: Mapping[str, str], licence: Mapping[str, s
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[tag for tag in tags if tag],
-        **licence,
         **extra,
     )
 
