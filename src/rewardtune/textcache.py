@@ -74,7 +74,7 @@ class TextCache:
         self._real: Any = getattr(pipe, "encode_prompt", None)
         self.works = callable(self._real)
         if self.works:
-            self._signature = inspect.signature(self._real)
+            self._signature = inspect.signature(pipe.encode_prompt)
         else:
             self.notes.append(f"{type(pipe).__name__} has no encode_prompt: its text is encoded at every call")
 
