@@ -54,11 +54,11 @@ def test_prodigy_descends():
     (x,) = parameters(1)
     optimizer = make_optimizer("prodigy", [x], lr=1.0)
     first = float(x.square().sum())
-    for _ in range(60):
+    for _ in range(150):  # the first fifty find the step size, from 1e-6 up
         optimizer.zero_grad()
         x.square().sum().backward()
         optimizer.step()
-    assert float(x.square().sum()) < 0.5 * first
+    assert float(x.square().sum()) < 0.01 * first
 
 
 def rates(name, *, warmup, steps, lr=2.0):

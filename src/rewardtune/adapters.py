@@ -273,14 +273,8 @@ def save_denoiser(pipe: Any, folder: str | Path) -> Path:
             raise
         except Exception as error:  # safetensors wraps the system's error in its own class
             raise OSError(f"{error}") from error
-        written = temporary.parent / temporary.name
-        weights = next(temporary.parent.glob("*.safetensors"))
-        if weights != written:
-            weights.rename(written)
-        for other in temporary.parent.iterdir():
-            if other.suffix == ".json":
-                with atomic(target / other.name) as place:
-                    place.write_bytes(other.read_bytes())
+        with atomic(target / "config.json") as place:
+            place.write_bytes((temporary.parent / place.name).read_bytes())
     return target
 
 

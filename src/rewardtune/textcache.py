@@ -12,7 +12,6 @@ Left out: trained text encoders; encoders that are not named `text_encoder...` s
 """
 
 import inspect
-import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,10 +71,10 @@ class TextCache:
         self._encoders = {name: module for name, module in networks.items() if name.startswith("text_encoder")}
         self._hooks: list[Any] = []
         self._home: dict[str, torch.device] = {}
-        self._real = getattr(pipe, "encode_prompt", None)
+        self._real: Any = getattr(pipe, "encode_prompt", None)
         self.works = callable(self._real)
         if self.works:
-            self._signature = inspect.signature(self._real)
+            self._signature = inspect.signature(pipe.encode_prompt)
         else:
             self.notes.append(f"{type(pipe).__name__} has no encode_prompt: its text is encoded at every call")
 
@@ -283,8 +282,7 @@ def _join(answers: Sequence[tuple[Any, ...]], rules: tuple[str, ...], device: An
         elif isinstance(first, list):
             parts.append([_to(each, device) for value in values for each in value])
         else:
-            same = torch.equal if isinstance(first, Tensor) else operator.eq
-            if not all(same(value, first) for value in values):
+            if not all(torch.equal(value, first) if isinstance(first, Tensor) else value == first for value in values):
                 return None
             parts.append(_to(first, device))
     return tuple(parts)
