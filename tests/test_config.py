@@ -229,7 +229,7 @@ def test_wrong_overrides_are_named_by_their_key(override, message, tmp_path):
 TOGETHER = {
     "optim: {steps: 5, warmup: 5}": "optim.warmup: 5 updates of warmup, but optim.steps is 5",
     "optim: {batch: 4, micro_batch: 8}": "optim.micro_batch: 8 is more than optim.batch, which is 4",
-    "sampling: {negative_prompt: x}\nprompts: {source: a.txt, negative: y}": "prompts.negative: sampling.negative_prompt is",
+    "sampling: {negative_prompt: x}\nprompts: {source: a.txt, negative: y}": "prompts.negative: sampling.negative",
     "adapter: {kind: full}\nregularize: {kl: 0.1}": "regularize.kl: needs adapters",
     "adapter: {kind: full}\nmodel: {id: x, quantize: nf4}": "adapter.kind: quantised weights cannot be trained",
     "regularize: {denoise: {images: pictures}}": "regularize.denoise.images: has no effect while",

@@ -5,6 +5,7 @@ Never another exception. What is accepted survives `dump_config` and reads back 
 
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rewardtune import config as config_module
 from rewardtune.config import dump_config, load_config, presets
 from rewardtune.errors import ConfigError
 
@@ -65,8 +67,6 @@ junk = st.one_of(
             "!!bool x",
             "!!python/name:os ",
             "---\n",
-        ]
-        + [
             "'",
             '"',
             '"\\ud800"',
@@ -81,8 +81,6 @@ junk = st.one_of(
             "%YAML 9\n",
             "@",
             "`",
-        ]
-        + [
             "\nseed: 1\nseed: 2\n",
             "\nlora: {}\n",
             "[" * 200,
@@ -92,8 +90,9 @@ junk = st.one_of(
             "0o8",
             ".nan",
             "1:30",
+            "\nx: &x [1, 1]\ny: &y [*x, *x]\nz: [*y, *y]\n",
+            "\nx: &x {<<: *x}\n",
         ]
-        + ["\nx: &x [1, 1]\ny: &y [*x, *x]\nz: [*y, *y]\n", "\nx: &x {<<: *x}\n"]
     ),
 )
 
@@ -145,8 +144,15 @@ def files(draw):
 
 
 keys = st.sampled_from(
-    ["optim.lr", "model.dtype", "reward.0.weight", "prompts", "prompts.template", "eval.prompts", "lora.rank", "seed.x"]
-    + [
+    [
+        "optim.lr",
+        "model.dtype",
+        "reward.0.weight",
+        "prompts",
+        "prompts.template",
+        "eval.prompts",
+        "lora.rank",
+        "seed.x",
         "reward",
         "reward[0]",
         "model",
@@ -161,6 +167,11 @@ keys = st.sampled_from(
     ]
 ) | st.text(max_size=8)
 overrides = st.lists(st.builds(lambda key, value: f"{key}={value}", keys, junk | scalars.map(str)) | junk, max_size=2)
+
+
+@pytest.fixture(autouse=True)
+def _all_wired(monkeypatch):
+    monkeypatch.setattr(config_module, "NOT_YET", ())  # else most presets are refused for that
 
 
 def check(data, changes):
@@ -198,7 +209,7 @@ def test_thousands_of_broken_run_files(data, changes):
 
 def test_the_fuzzer_reaches_both_ends():
     """Were everything refused (or accepted), the tests above would say little."""
-    results = []
+    results = Counter()
 
     @settings(max_examples=60, derandomize=True, **ANY)
     @given(files())
@@ -208,9 +219,9 @@ def test_the_fuzzer_reaches_both_ends():
             path.write_bytes(data)
             try:
                 load_config(path)
-                results.append("accepted")
+                results["accepted"] += 1
             except ConfigError as error:
-                results.append("YAML" if "not valid YAML" in str(error) else "refused")
+                results["YAML" if "not valid YAML" in str(error) else "refused"] += 1
 
     count()
-    assert {"accepted", "YAML", "refused"} <= set(results)
+    assert min(results["accepted"], results["YAML"], results["refused"]) >= 3, results
