@@ -157,7 +157,7 @@ def test_transformers_have_no_kohya_names(tmp_path, monkeypatch):
         export.export_run(run, ["diffusers", "kohya"])
     assert not (run / "export").exists()  # refused before anything was written
     lora, merged = export.export_run(run, ["diffusers", "merged"])
-    plain = load(Model(path=str(run.parent / "base")))
+    plain = load(Model(id=str(run.parent / "base")))
     plain.load_lora_weights(str(lora.path.parent))
     torch.testing.assert_close(images(plain, call), images(tuned, call), rtol=0, atol=1e-5)
     assert merged.difference < 1e-4

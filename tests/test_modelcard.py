@@ -39,7 +39,7 @@ def made_run(folder: Path, **changes) -> export.Run:
     fields = {
         "folder": folder,
         "file": folder / "pytorch_lora_weights.safetensors",
-        "model": Model(path="user/base-model"),
+        "model": Model(id="user/base-model"),
         "scheduler": None,
         "prompts": ("red heart", "blue star"),
         "call": {"num_inference_steps": 4, "guidance_scale": 3.0},
@@ -145,7 +145,7 @@ def test_local_paths_are_cut(tmp_path):
     private.write_text("red heart")
     run = made_run(
         tmp_path,
-        model=Model(path=str(tmp_path / "secret" / "base")),
+        model=Model(id=str(tmp_path / "secret" / "base")),
         settings={"prompts": str(private), "model": str(tmp_path / "secret" / "base")},
     )
     head, body = card_of(run, tmp_path / "card")

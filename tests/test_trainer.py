@@ -312,7 +312,7 @@ def test_a_reward_waits_on_the_cpu_while_the_denoiser_is_replayed(tmp_path, monk
     monkeypatch.setattr(Tape, "backward", lambda tape, *a, **k: (seen.append("sweep"), backward(tape, *a, **k))[1])
     updates = {}
     for offload in (False, True):
-        tuner(tmp_path / str(offload), reward=Redness(), offload_reward=offload).train(1, lr=1e-3)
+        tuner(tmp_path / str(offload), reward=Redness(), offload=["reward"] if offload else []).train(1, lr=1e-3)
         last = len(seen) - 1 - seen[::-1].index("sweep")  # the preflight sweeps too
         updates[offload] = seen[last - 2 : last]
         seen.clear()

@@ -88,6 +88,9 @@ def train(
     run: Annotated[str, typer.Argument(help="A run file, or a shipped preset by name.", metavar="RUN.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on from a checkpoint of the run: latest, a step, or a path.")
+    ] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Processes over all machines, one for each GPU.")] = 1,
     launcher: Annotated[
         str, typer.Option(help='More arguments of `accelerate launch`, e.g. "--num_machines 2 --machine_rank 0".')
@@ -100,11 +103,12 @@ def train(
     config = load_config(run, overrides or [])  # before torch is imported: typing errors answer at once
     if count > 1 and not processes.launched():
         again = ["train", run, *(overrides or []), *(["--overwrite"] if overwrite else [])]
+        again += ["--resume", resume] if resume is not None else []
         cpu = processes.on_cpu(config.model.device)
         raise typer.Exit(processes.launch(count, again, cpu=cpu, extra=shlex.split(launcher)))
     from . import launch
 
-    result = launch.train(config, overwrite=overwrite)
+    result = launch.train(config, overwrite=overwrite, resume=resume)
     if not processes.join().first:
         return
     print(f"{result.status}: {result.steps} updates in {result.seconds:.0f} s")
@@ -238,6 +242,50 @@ def ls(
         print(reward_page(name) if name else rewards_json() if as_json else rewards_table())
     else:
         print(listing(list(SECTIONS) if what == "all" else [what]))
+
+
+@app.command("export")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    formats: Annotated[str, typer.Option("--format", help="diffusers,kohya,merged")] = "diffusers",
+    output: Annotated[Path | None, typer.Option(help="Folder; default: RUN/export.")] = None,
+    weight: Annotated[float, typer.Option(help="Factor on the LoRA.")] = 1.0,
+    checkpoint: Annotated[str, typer.Option(help="best, latest, or a number.")] = "best",
+    model: Annotated[str | None, typer.Option(help="Base model, where the run has no config.yaml.")] = None,
+) -> None:
+    """The LoRA as files for other programs, each loaded back and compared."""
+    from .export import export_run
+
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    for made in export_run(run, names, output=output, weight=weight, checkpoint=checkpoint, model=model):
+        print(made, *(f"note: {note}" for note in made.notes), sep="\n")
+
+
+@app.command("push")
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repo: Annotated[str, typer.Option(help="user/name on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that only you see.")] = False,
+    formats: Annotated[str, typer.Option("--format", help="diffusers,kohya")] = "diffusers",
+    weight: Annotated[float, typer.Option(help="Factor on the LoRA.")] = 1.0,
+    checkpoint: Annotated[str, typer.Option(help="best, latest, or a number.")] = "best",
+    model: Annotated[str | None, typer.Option(help="Base model, where the run has no config.yaml.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder and upload nothing.")] = False,
+) -> None:
+    """Upload the LoRA with a model card to the Hugging Face hub."""
+    from .export import push_run
+
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    settings: dict[str, Any] = {
+        "formats": names,
+        "weight": weight,
+        "checkpoint": checkpoint,
+        "model": model,
+        "dry_run": dry_run,
+    }
+    pushed = push_run(run, repo, private=private, **settings)
+    print(*pushed.exported, *(f"note: {note}" for note in pushed.notes), sep="\n")
+    print(pushed.url or f"written: {pushed.folder}")
 
 
 @app.command()

@@ -6,9 +6,9 @@ Left out on purpose: `${...}` and includes; a run file says everything itself, a
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,27 +21,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 # What the run file knows and the trainer does not yet do: refused unless left at its default. `key=value` refuses one
 # value only. Emptied as the pieces are wired.
-NOT_YET: tuple[str, ...] = (
-    "model.revision",
-    "model.variant",
-    "model.config",
-    "model.quantize",
-    "model.compile",
-    "adapter.kind",
-    "memory.gradient_checkpointing",
-    "memory.cache_text",
-    "memory.vae_dtype",
-    "memory.offload=text_encoders",
-    "memory.offload=vae",
-    "optim.optimizer",
-    "optim.schedule",
-    "optim.warmup",
-    "optim.ema",
-    "regularize",
-    "guards",
-    "checkpoints",
-    "log",
-)
+NOT_YET: tuple[str, ...] = ("log",)
 
 MOVED = {  # keys of earlier run files
     "lora": "it is called adapter now",
@@ -552,6 +532,19 @@ def _read_text(path: Path) -> str:
         raise ConfigError(
             f"run file {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from error
+
+
+S = TypeVar("S", bound=_Section)
+
+
+def section(model: type[S], given: Mapping[str, Any] | S | None, name: str) -> S:
+    """A section of the run file from a mapping, as Python callers give it; ConfigError as for a file."""
+    if isinstance(given, model):
+        return given
+    try:
+        return model.model_validate(dict(given or {}))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, Path(name), {}))) from error
 
 
 def dump_config(config: RunConfig) -> str:

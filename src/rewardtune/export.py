@@ -143,17 +143,17 @@ def open_run(run: str | Path, *, checkpoint: str | int = "best", model: str | No
     scheduler: str | None = None
     call: dict[str, Any] = {}
     if config is None:
-        base = Model(path=str(model))
+        base = Model(id=str(model))
     else:
         sampling = config.sampling
-        base = config.model if model is None else config.model.model_copy(update={"path": model})
+        base = config.model if model is None else config.model.model_copy(update={"id": model})
         scheduler = sampling.scheduler
         call = {
             "num_inference_steps": sampling.steps,
             "guidance_scale": sampling.guidance,
             "height": sampling.height,
             "width": sampling.width,
-            "negative_prompt": sampling.negative_prompt,
+            "negative_prompt": config.negative_prompt,
         }
     call = {key: value for key, value in (call | facts.get("call", {})).items() if value is not None}
     return Run(
@@ -211,7 +211,8 @@ def _prompts(config: RunConfig | None) -> tuple[tuple[str, ...], tuple[str, ...]
     if config is None:
         return (), ()
     try:
-        return tuple(load_prompts(config.eval.prompts or config.prompts)[: config.eval.count]), ()
+        source = config.eval.prompts or config.prompts
+        return tuple(load_prompts(source.source, template=source.template)[: config.eval.count]), ()
     except ConfigError as error:
         return (), (f"compared on a stand-in prompt, because the run's cannot be read: {error}",)
 
@@ -531,7 +532,7 @@ def file_stem(name: str) -> str:
 def _verify(trained: _Trained, form: str, folder: Path, made: Path) -> Exported:
     notes: tuple[str, ...] = ()
     if form == "merged":
-        saved = trained.run.model.model_copy(update={"path": str(folder)})
+        saved = Model(id=str(folder), dtype=trained.run.model.dtype, device=trained.run.model.device)
         pipe = launch.load_pipeline(saved)
         lost = check_merged(getattr(trained.base(), trained.component), getattr(pipe, trained.component), trained.state)
         if lost > 0.1:
@@ -708,7 +709,7 @@ def push_run(
     opened = open_run(run, checkpoint=checkpoint, model=model)
     made = export_run(run, formats, weight=weight, checkpoint=checkpoint, model=model)
     folder = opened.folder / "export" / "hub"
-    licence = modelcard.base_licence(opened.model.path, api=api)
+    licence = modelcard.base_licence(opened.model.id, api=api)
     with _writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         for export in made:

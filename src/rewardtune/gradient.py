@@ -6,14 +6,15 @@ several processes with the same pictures.
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .engine import Sweep, Tape, rollout
+from .engine import Sweep, rollout
 from .errors import RewardError, TrainingStopped
 from .evaluate import for_prompts, generators
 from .methods import Method
@@ -22,6 +23,7 @@ from .processes import Processes
 from .prompts import batch_prompts
 
 if TYPE_CHECKING:
+    from .regularize import DenoisingLoss
     from .rewards import Reward
 
 
@@ -39,6 +41,7 @@ class Part:
     scores: dict[str, Tensor]
     natives: list[str]
     sweep: Sweep
+    denoise: float | None = None  # the denoising loss, without its weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Gradient:
     """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time.
 
     offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
+    kl: weight of the distance to the base model; denoising: the denoising loss, if it is asked for.
     """
 
     pipe: Any
@@ -59,6 +63,8 @@ class Gradient:
     micro_batch: int
     call: dict[str, Any]
     offload_reward: bool = False
+    kl: float = 0.0
+    denoising: "DenoisingLoss | None" = None
 
     def plan(self, step: int) -> Plan:
         """Drawn from (seed, step) alone: all micro-batches and all processes share it."""
@@ -105,18 +111,24 @@ class Gradient:
                 (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
             if self.offload_reward:
                 self.reward.to("cpu")
-            sweep = _sweep(tape, step)
+            with _at(step):
+                sweep = tape.backward(allow_zero=True, kl=self.kl * len(part) / self.batch)
+        denoise = None
+        if self.denoising is not None:
+            with _at(step):
+                denoise = self.denoising.add(step, first=first, size=len(part), batch=self.batch)
         scores = {name: value.detach().float().cpu() for name, value in (natives | {"reward": total}).items()}
-        return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep)
+        return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep, denoise=denoise)
 
 
-def _sweep(tape: Tape, step: int) -> Sweep:
+@contextmanager
+def _at(step: int) -> Iterator[None]:
     """The reward passed its check at start-up, so a missing gradient now is a training that went wrong.
 
     One micro-batch may be flat (a hinge that is satisfied); the trainer refuses a batch that is flat altogether.
     """
     try:
-        return tape.backward(allow_zero=True)
+        yield
     except (RewardError, TrainingStopped) as error:
         raise TrainingStopped(f"step {step}: {error}") from error
 

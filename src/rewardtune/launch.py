@@ -6,8 +6,9 @@ from operator import add
 from typing import TYPE_CHECKING, Any
 
 from . import methods
-from .config import MethodChoice, Model, Part, RunConfig, dump_config
+from .config import Memory, MethodChoice, Model, Part, RunConfig, dump_config
 from .errors import ConfigError
+from .guards import check_held_out
 from .methods import Method
 from .spelling import nearest
 
@@ -16,18 +17,22 @@ if TYPE_CHECKING:
     from .trainer import RewardTuner
 
 
-def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: bool = True) -> "RewardTuner":
+def tuner_from(
+    config: RunConfig, *, overwrite: bool = False, resume: str | None = None, show_progress: bool = True
+) -> "RewardTuner":
     """A RewardTuner as the run file says; cheap mistakes (prompts, folder, method) are found before weights load."""
+    from .processes import join
     from .prompts import load_prompts
     from .runfolder import RunFolder
     from .trainer import RewardTuner
 
-    RunFolder(config.output_dir, overwrite=overwrite)
+    RunFolder(config.output_dir, overwrite=overwrite, resume=resume is not None, writes=join().first)
     method = make_method(config.method)
+    check_held_out(config.reward, config.guards.rewards)
     prompts = load_prompts(config.prompts.source, template=config.prompts.template)
     held = config.eval.prompts
     held_out = prompts if held is None else load_prompts(held.source, template=held.template)
-    pipe = load_pipeline(config.model, scheduler=config.sampling.scheduler)
+    pipe = load_pipeline(config.model, memory=config.memory, scheduler=config.sampling.scheduler)
     negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     tuner = RewardTuner(
         pipe,
@@ -40,32 +45,42 @@ def tuner_from(config: RunConfig, *, overwrite: bool = False, show_progress: boo
         height=config.sampling.height,
         width=config.sampling.width,
         call=negative,
+        kind=config.adapter.kind,
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         targets=config.adapter.targets,
         batch=config.optim.batch,
         micro_batch=config.optim.micro_batch,
-        offload_reward="reward" in config.memory.offload,
+        offload=config.memory.offload,
+        cache_text=config.memory.cache_text,
+        regularize=config.regularize,
+        guards=config.guards.model_dump(),
+        checkpoints=config.checkpoints,
         seed=config.seed,
         eval_prompts=held_out,
         eval_count=config.eval.count,
         allow_no_guidance=config.sampling.allow_no_guidance,
         overwrite=overwrite,
+        resume=resume,
         show_progress=show_progress,
     )
-    tuner.config_text = dump_config(config)
+    tuner.settings, tuner.config_text = config.model_dump(mode="json"), dump_config(config)
     return tuner
 
 
-def train(config: RunConfig, *, overwrite: bool = False) -> Any:
+def train(config: RunConfig, *, overwrite: bool = False, resume: str | None = None) -> Any:
     """The run that the file describes, from loading to the before/after grid; gives the trainer's Result."""
     optim = config.optim
-    return tuner_from(config, overwrite=overwrite).train(
+    return tuner_from(config, overwrite=overwrite, resume=resume).train(
         optim.steps,
         lr=optim.lr,
+        optimizer=optim.optimizer,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         clip=optim.clip,
+        schedule=optim.schedule,
+        warmup=optim.warmup,
+        ema=optim.ema,
         max_seconds=optim.max_seconds,
         eval_every=config.eval.every,
     )
@@ -133,10 +148,11 @@ def _named(name: str, options: dict[str, Any], loaded: dict[str, "Reward"]) -> "
     return loaded[key]
 
 
-def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
+def load_pipeline(model: Model, *, memory: Memory | None = None, scheduler: str | None = None) -> Any:
     """The pipeline that a run file's `model` names, on its device (see `models.load_pipeline`)."""
     from . import models
 
+    memory = memory or Memory()
     return models.load_pipeline(
         model.id,
         revision=model.revision,
@@ -146,5 +162,7 @@ def load_pipeline(model: Model, *, scheduler: str | None = None) -> Any:
         device=model.device,
         quantize=model.quantize,
         compile=model.compile,
+        gradient_checkpointing=memory.gradient_checkpointing,
+        vae_dtype=memory.vae_dtype,
         scheduler=scheduler,
     )

@@ -40,8 +40,8 @@ def header(run: "Run", pipe: Any, *, ranks: Mapping[str, int], weight: float = 1
     facts, train = run.facts, run.facts.get("train", {})
     architecture, kohya_base = architecture_of(pipe)
     width, height = _size(run, pipe)
-    base = public_name(run.model.path)
-    licence = base_licence(run.model.path).get("license")
+    base = public_name(run.model.id)
+    licence = base_licence(run.model.id).get("license")
     most = max(ranks.values())
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type"))
     convolutions = [name for name in ranks if "conv" in name.rpartition(".")[2] or name.endswith(".conv")]
@@ -175,7 +175,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard
 
-    licence = base_licence(run.model.path) if licence is None else licence
+    licence = base_licence(run.model.id) if licence is None else licence
     gallery = _copy_pictures(run, folder)
     data = card_data(run, gallery=gallery, licence=licence)
     body = card_text(run, repo=repo, exported=exported, licence=licence, weight=weight, grid=_copy_grid(run, folder))
@@ -191,7 +191,7 @@ def card_data(run: "Run", *, gallery: Mapping[str, str], licence: Mapping[str, s
     from huggingface_hub import ModelCardData
 
     method = str(run.facts.get("method", "")).partition("(")[0]
-    base = hub_id(run.model.path)
+    base = hub_id(run.model.id)
     extra: dict[str, Any] = dict(licence) | ({"base_model_relation": "adapter"} if base else {})
     if gallery:
         extra["widget"] = [{"text": plain(text) or "-", "output": {"url": file}} for file, text in gallery.items()]
@@ -216,7 +216,7 @@ def card_text(
 ) -> str:
     """The Markdown under the head."""
     facts = run.facts
-    base = "the playground of rewardtune" if run.model.path == "playground" else code(public_name(run.model.path))
+    base = "the playground of rewardtune" if run.model.id == "playground" else code(public_name(run.model.id))
     kohya = [export.path.name for export in exported if export.format == "kohya"]
     sections = [
         f"# {code(run.name)}",
@@ -249,7 +249,7 @@ def card_text(
 
 def snippet(run: "Run", *, repo: str | None) -> str:
     """Python that samples the LoRA in plain diffusers. The playground's own folder stands for its hub id."""
-    base = run.model.path
+    base = run.model.id
     playground = base == "playground"
     where = "playground.path()" if playground else repr(hub_id(base) or public_name(base))
     comment = "" if playground or hub_id(base) else "  # a folder or file on the author's machine: put your own"

@@ -236,7 +236,8 @@ def _quantization(id: str, name: str, dtype: Any, revision: str | None) -> Any:
             f"model.quantize={name!r}: {id} has no {' / '.join(DENOISERS)} to quantise; set model.quantize=null"
         )
     compute = {"bnb_4bit_compute_dtype": dtype} if name == "nf4" else {}
-    return PipelineQuantizationConfig(quant_mapping={denoiser: BitsAndBytesConfig(**QUANTIZE[name], **compute)})
+    mapping: dict[str, Any] = {denoiser: BitsAndBytesConfig(**QUANTIZE[name], **compute)}
+    return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
 def _from_pretrained(path: str, dtype: Any, settings: dict[str, Any]) -> Any:
@@ -261,7 +262,7 @@ def _from_single_file(file: Path, config: str | None, dtype: Any) -> Any:
     source = config or _guessed_config(file)
     try:
         name = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
-        cls = getattr(diffusers, name, None)
+        cls: Any = getattr(diffusers, name, None)
         if not hasattr(cls, "from_single_file"):
             raise ConfigError(f"model {file}: diffusers has no single-file loading for {name}; give a diffusers folder")
         with warnings.catch_warnings(), no_loading_bars():

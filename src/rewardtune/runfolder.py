@@ -17,12 +17,13 @@ from typing import Any
 from .errors import ConfigError, RewardTuneError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load_lora_weights` looks for
+DENOISING_FILE = "denoising.safetensors"  # the clean latents of the denoising loss
 UNVERIFIED = "pytorch_lora_weights.unverified"
 KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
 LOGS = ("metrics.jsonl", "eval.jsonl")  # one JSON line each time; a resume cuts them to the checkpoint's length
 CUT = "cut"  # what a resume set aside
 # removed by --overwrite; run.json last: a folder that still has it can be overwritten again after a kill
-REPLACED = (*(name for name in (*KNOWN, LORA_FILE, UNVERIFIED) if name != "run.json"), "run.json")
+REPLACED = (*(name for name in (*KNOWN, LORA_FILE, UNVERIFIED, DENOISING_FILE) if name != "run.json"), "run.json")
 
 
 @contextmanager
@@ -64,6 +65,7 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
         return {}
     found = ((re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name), path) for path in run.iterdir())
     return {int(match[1]): path for match, path in found if match and path.is_dir()}
+
 
 def remove_leftovers(run: Path, prefix: str = "") -> None:
     """Remove the hidden temporary folders that a killed process left. Only for the process that writes the run."""

@@ -1,7 +1,6 @@
-"""RewardTuner: check, then gradient (`gradient.py`) -> clip -> AdamW -> log, then save and compare before with after.
+"""RewardTuner: check, then gradient (`gradient.py`) -> clip -> update (`state.py`); look, judge (`watch.py`), save.
 
-Thin on purpose: no base class, no callbacks.
-Left out so far: several processes, resume, learning-rate schedules, regularisers.
+Thin on purpose: no base class, no callbacks. All processes of a run do the same; the first one writes and speaks.
 """
 
 import inspect
@@ -10,8 +9,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,19 +18,27 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from . import adapters, evaluate
+from . import adapters, checkpoint, evaluate, guards
+from .config import Checkpoints, Guards, Regularize, section
 from .engine import count_steps, find_denoiser, preflight, quiet
+from .engine.call import check_reference
 from .errors import ConfigError, RewardTuneError, TrainingStopped
-from .gradient import Gradient, check_images, derive_seed
+from .gradient import Gradient
 from .methods import Method
+from .models import offloaded_vae
+from .panel import Panel
 from .processes import join
 from .progress import Progress
 from .prompts import load_prompts
+from .regularize import Denoising, DenoisingLoss
 from .rewards import check_reward
-from .rewards.base import as_reward
-from .runfolder import RunFolder, write_text
+from .rewards.base import Reward, as_reward
+from .runfolder import DENOISING_FILE, RunFolder, write_text
+from .state import TrainingState
+from .textcache import TextCache, cached_text
+from .watch import Score, Watch, line
 
-Score = dict[str, tuple[float, float]]  # name -> mean and half the width of its 95% interval over prompts
+ROLLBACKS = 2  # the third stops the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +56,25 @@ class Result:
 
 
 class RewardTuner:
-    """Tune `pipe` by LoRA to give pictures that `reward` likes. The pipeline itself stays usable, tuned.
+    """Tune `pipe` to give pictures that `reward` likes. The pipeline itself stays usable, tuned.
 
     Args:
         pipe: any diffusers text-to-image pipeline.
         reward: callable (images (B, 3, H, W) in [0, 1], prompts) -> scores (B,), higher is better.
         method: a Method of `rewardtune.methods`, e.g. `methods.drtune(K=5, m=20)`.
-        prompts: a .txt file, a list of str, or `playground:train`.
-        output_dir: folder of the run; a non-empty one is refused unless `overwrite`.
+        prompts: a list of str, or any source of docs/prompts.md.
+        output_dir: folder of the run; a non-empty one is refused unless `overwrite` or `resume`.
         num_inference_steps, guidance_scale, height, width, call: sampling, `call` being further arguments of
             `pipe(...)`; None leaves the pipeline's default.
-        rank, alpha, targets: see `adapters.add_lora`.
-        batch: samples an update; micro_batch: how many of them at a time (None = all).
-        offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
+        kind, rank, alpha, targets: lora, dora or full; see `adapters.attach`.
+        batch: samples an update, over all processes; micro_batch: how many of them at a time (None = all).
+        offload: what waits on the CPU while the denoiser works: "text_encoders", "vae", "reward".
+        cache_text: encode each prompt once.
+        regularize, guards, checkpoints: the run file's sections of these names, as mappings; `guards["rewards"]` may
+            also be a reward.
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
         allow_no_guidance: permit guidance_scale <= 1 on a pipeline made for guidance.
+        resume: "latest", a step or a path: go on from that checkpoint of the run in `output_dir`.
 
     Raises ConfigError at once for wrong settings; `train` raises PreflightError, RewardError, TrainingStopped.
     """
@@ -81,17 +92,23 @@ class RewardTuner:
         height: int | None = None,
         width: int | None = None,
         call: dict[str, Any] | None = None,
+        kind: str = "lora",
         rank: int = 128,
         alpha: int | None = None,
         targets: str | list[str] | None = None,
         batch: int = 32,
         micro_batch: int | None = None,
-        offload_reward: bool = False,
+        offload: Sequence[str] = (),
+        cache_text: bool = True,
+        regularize: Mapping[str, Any] | Regularize | None = None,
+        guards: Mapping[str, Any] | None = None,
+        checkpoints: Mapping[str, Any] | Checkpoints | None = None,
         seed: int = 0,
         eval_prompts: str | Path | Sequence[str] | None = None,
         eval_count: int = 16,
         allow_no_guidance: bool = False,
         overwrite: bool = False,
+        resume: str | int | Path | None = None,
         show_progress: bool = True,
     ):
         self.pipe, self.method, self.seed = pipe, method, seed
@@ -99,8 +116,8 @@ class RewardTuner:
         self.prompts = load_prompts(prompts)
         held_out = self.prompts if eval_prompts is None else load_prompts(eval_prompts)
         self.eval_prompts = held_out[:eval_count]
-        self.processes = join()
-        self.folder = RunFolder(output_dir, overwrite=overwrite, writes=self.processes.first)
+        self.processes, self.resume = join(), resume
+        self.folder = RunFolder(output_dir, overwrite=overwrite, resume=resume is not None, writes=self.processes.first)
         sampling = {"guidance_scale": guidance_scale, "height": height, "width": width}
         self.call = {"num_inference_steps": num_inference_steps} | (call or {})
         self.call |= {name: value for name, value in sampling.items() if value is not None}
@@ -114,56 +131,126 @@ class RewardTuner:
             raise ConfigError(f"batch={batch}, micro_batch={micro_batch}: each must be at least 1")
         if batch < self.processes.world:
             raise ConfigError(f"batch={batch}: {self.processes.world} processes need at least one sample each")
-        self.batch, self.offload_reward = batch, offload_reward
+        unknown = [word for word in offload if word not in ("text_encoders", "vae", "reward")]
+        if unknown or ("text_encoders" in offload and not cache_text):
+            what = f"{unknown[0]!r} is unknown" if unknown else "text_encoders needs cache_text"
+            raise ConfigError(f"offload={list(offload)}: {what}; legal: text_encoders, vae, reward")
+        self.batch, self.offload, self.cache_text = batch, tuple(offload), cache_text
         self.show_progress = show_progress and self.processes.first
         self.micro_batch = min(micro_batch or batch, math.ceil(batch / self.processes.world))
-        self.lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
+        self.adapter: dict[str, Any] = {"kind": kind, "rank": rank, "alpha": alpha, "targets": targets}
+        self.regularize = section(Regularize, regularize, "regularize")
+        self.checkpoints = section(Checkpoints, checkpoints, "checkpoints")
         self.denoiser = getattr(pipe, find_denoiser(pipe))
         self.device = self.denoiser.device
+        self.watch = self._watch(dict(guards or {}))
         self.parameters: list[torch.nn.Parameter] = []
-        self.step, self.saved, self.T = 0, 0, 0
-        self.config_text: str | None = None  # the run file, resolved; saved as config.yaml
+        self.denoising: DenoisingLoss | None = None
+        self.step, self.saved, self.T, self.rollbacks, self.rolled_back_at = 0, 0, 0, 0, 0
+        self.settings: dict[str, Any] = {}  # the run file, resolved; what a resume compares
+        self.config_text: str | None = None  # the same as YAML; saved as config.yaml
+
+    def _watch(self, given: dict[str, Any]) -> Watch:
+        """The eval pictures with their panel and rules; ConfigError for what cannot be watched."""
+        from .diversity import Features
+        from .launch import make_reward
+
+        held_out = given.pop("rewards", None)
+        settings = section(Guards, given | ({"rewards": held_out} if isinstance(held_out, list) else {}), "guards")
+        rewards: Reward | None = make_reward(settings.rewards) if settings.rewards else None
+        if held_out is not None and not isinstance(held_out, list):
+            rewards = as_reward(held_out, action="guard with it")
+        panel = Panel(
+            prompts=self.eval_prompts,
+            rewards=rewards,
+            trained=self.reward,
+            features=Features(settings.features) if settings.features else None,
+            batch=self.micro_batch,
+            device=self.device,
+        )
+        watch = Watch(
+            pipe=self.pipe,
+            reward=self.reward,
+            prompts=self.eval_prompts,
+            call=self.call,
+            seed=self.seed,
+            batch=self.micro_batch,
+            device=self.device,
+            folder=self.folder,
+            processes=self.processes,
+            panel=panel,
+            rules=guards.make_rules([rule.model_dump() for rule in settings.rules]),
+            best=self.checkpoints.best,
+        )
+        watch.check()
+        return watch
 
     def train(
         self,
         steps: int,
         *,
         lr: float = 2e-5,
+        optimizer: str = "adamw",
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip: float = 0.1,
+        schedule: str = "constant",
+        warmup: int = 0,
+        ema: float | None = None,
         max_seconds: float | None = None,
         eval_every: int | None = None,
     ) -> Result:
-        """Make `steps` updates (fewer when `max_seconds` is over), save the LoRA, and give the scores before and after.
+        """Make `steps` updates (fewer when `max_seconds` is over), save, and give the scores before and after.
 
-        lr, betas, weight_decay: AdamW; clip: largest gradient norm; eval_every: pictures and scores every so often.
+        A second call makes `steps` more, with an optimiser of its own; a resumed run makes the rest of `steps`.
+        lr, optimizer, betas, weight_decay, schedule, warmup, ema: see optimizers.py; clip: largest gradient norm;
+        eval_every: pictures, scores and rules every so often. With it, the best look is what is kept at the end
+        (`checkpoints`).
         The first Ctrl-C or SIGTERM finishes the update, saves and leaves (KeyboardInterrupt, SystemExit(143)).
-        Raises TrainingStopped on a NaN, on black pictures, or when no gradient arrives; the last good LoRA is saved.
+        Raises TrainingStopped on a NaN, on black pictures, when no gradient arrives, or when a guard says so; the last
+        good weights are saved.
         """
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
             if not value > 0:
                 raise ConfigError(f"{name}={value}: must be greater than 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or weight_decay < 0:
             raise ConfigError(f"betas={betas}, weight_decay={weight_decay}: two betas in 0 .. 1 (below 1), decay >= 0")
-        with quiet(self.pipe) as set_aside:
-            self._prepare(set_aside)
-            settings = {"steps": steps, "lr": lr, "betas": betas, "weight_decay": weight_decay, "clip": clip}
-            self.folder.set_status("running", train=settings | {"batch": self.batch, "max_seconds": max_seconds})
-            optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+        moves: dict[str, Any] = {
+            "steps": steps,
+            "lr": lr,
+            "optimizer": optimizer,
+            "betas": list(betas),
+            "weight_decay": weight_decay,
+        }
+        moves |= {"schedule": schedule, "warmup": warmup, "ema": ema}
+        with ExitStack() as stack:
+            set_aside = stack.enter_context(quiet(self.pipe))
+            text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
+            if "vae" in self.offload:
+                stack.enter_context(offloaded_vae(self.pipe))
+            self._prepare(set_aside, text)
+            state = TrainingState(self.denoiser, **moves)
+            facts = moves | {"clip": clip, "batch": self.batch, "max_seconds": max_seconds}
+            settings = (self.settings or self._settings()) | {"prompts_digest": checkpoint.digest(self.prompts)}
+            settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
+            found = self._find(settings)
+            self.folder.set_status("running", train=facts)
             with _Signals() as signals:
                 try:
-                    before, before_images = self._evaluate()
+                    begun = time.perf_counter()
+                    before, before_images = self._begin(state, found, settings)
                     started = time.perf_counter()
-                    status = self._loop(optimizer, steps, clip, max_seconds, eval_every, signals)
+                    last = (0 if found is not None else self.step) + steps
+                    status = self._loop(state, settings, last, clip, max_seconds, eval_every, signals)
                     seconds = time.perf_counter() - started
-                    self._save(status, seconds=round(seconds, 1))
-                    if signals.caught is None:
-                        after, after_images = self._evaluate(final=True)
-                        self._grid(before, after, before_images, after_images)
+                    if status != "interrupted":
+                        after, after_images = self._finish(state, status, bool(eval_every), before, before_images)
+                    self._save(state, status, seconds=round(seconds, 1))
+                    if status != "interrupted":
                         self.folder.set_status(status, after=after)
+                        self._say(f"all of it took {time.perf_counter() - begun:.0f} s")
                 except BaseException as error:
-                    self._rescue(error)
+                    self._rescue(state, error)
                     raise
             signals.leave(self.folder.path)
         return Result(
@@ -177,12 +264,14 @@ class RewardTuner:
             folder=self.folder.path,
         )
 
-    def _prepare(self, set_aside: list[str]) -> None:
+    def _prepare(self, set_aside: list[str], text: TextCache | None) -> None:
         """Once: every check that can refuse the run before it costs anything, then the folder."""
         if self.parameters:
             return
         try:
-            self.parameters = adapters.add_lora(self.denoiser, seed=self.seed, **self.lora)
+            self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
+            if self.regularize.kl:
+                check_reference(self.denoiser)
             call = evaluate.for_prompts(self.prompts[:1], self.call)
             self.T = count_steps(self.pipe, **call)
             plans = [self.method(self.T, random.Random(draw)) for draw in range(8)]  # refuses K > T and m > T
@@ -191,17 +280,31 @@ class RewardTuner:
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
+            if text is not None and "text_encoders" in self.offload:
+                text.fill([*self.prompts, *self.eval_prompts])
             self.folder.open()
+            self.folder.set_status("running", **self._describe(), notes=facts.notes)
             if self.config_text is not None and self.folder.writes:
                 write_text(self.folder.path / "config.yaml", self.config_text)
-            self.folder.set_status("running", **self._describe(), notes=facts.notes)
+            self.denoising = self._denoising()
         except BaseException:
             if self.parameters:
-                self.denoiser.unload_lora()  # hand the pipeline back as it came
+                adapters.detach(self.denoiser)  # hand the pipeline back as it came
                 self.parameters = []
             raise
-        for line in [*facts.notes, *(f"{name} set aside while training" for name in set_aside)]:
-            self._say(line)
+        notes = [*facts.notes, *(text.notes if text else ()), *(f"{name} set aside" for name in set_aside)]
+        for note in notes:
+            self._say(note)
+
+    def _denoising(self) -> DenoisingLoss | None:
+        settings = self.regularize.denoise
+        if not settings.weight:
+            return None
+        loss = Denoising(**settings.model_dump())
+        file = self.folder.path / DENOISING_FILE
+        mine = file if self.folder.writes or file.exists() else None  # the others sample the same pictures
+        batch = self.micro_batch
+        return loss.prepare(self.pipe, self.prompts, call=self.call, seed=self.seed, batch=batch, file=mine)
 
     def _describe(self) -> dict[str, Any]:
         name = getattr(self.pipe.config, "_name_or_path", None) if hasattr(self.pipe, "config") else None
@@ -210,25 +313,66 @@ class RewardTuner:
             "model": None if name is None else str(name),
             "scheduler": type(self.pipe.scheduler).__name__,
             "reward": str(getattr(self.reward, "name", self.reward)),
+            "held_out": sorted(self.watch.panel.held_out),
             "method": str(self.method),
             "T": self.T,
             "call": {key: value for key, value in self.call.items() if isinstance(value, int | float | str)},
-            "lora": self.lora | {"parameters": sum(p.numel() for p in self.parameters)},
+            "lora": self.adapter | {"parameters": sum(p.numel() for p in self.parameters)},
             "prompts": len(self.prompts),
+            "processes": self.processes.world,
             "seed": self.seed,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """What a resume compares, where there is no run file."""
+        facts = self._describe()
+        told = {key: facts[key] for key in ("pipeline", "model", "scheduler", "reward", "method", "T", "call", "seed")}
+        return told | {"adapter": self.adapter, "regularize": self.regularize.model_dump(mode="json")}
+
+    def _find(self, settings: dict[str, Any]) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, if it is one of the same run; each `resume` serves one call of train."""
+        which, self.resume = self.resume, None
+        if which is None:
+            return None
+        found = checkpoint.find(self.folder.path, which)
+        for note in [*found.notes, *checkpoint.compare_settings(found.state["settings"], settings)]:
+            self._say(note)
+        return found
+
+    def _begin(
+        self, state: TrainingState, found: checkpoint.Checkpoint | None, settings: dict[str, Any]
+    ) -> tuple[Score, Tensor]:
+        """Scores and pictures before training: looked at now, or remembered by the run that goes on."""
+        if found is not None:
+            state.load(found)
+            self.step = self.saved = found.step
+            self.rollbacks, self.rolled_back_at = found.state["rollbacks"], found.state["rolled_back_at"]
+            if self.processes.first:
+                for note in checkpoint.rewind(self.folder.path, found):
+                    self._say(note)
+            self.processes.agree(None)  # nobody reads before all is rewound
+            self._say(f"goes on after step {self.step}, from {found.path}")
+            return self.watch.resume()
+        scores, images = self.watch.look(self.step)
+        if self.step == 0:
+            self.folder.set_status("running", before=scores)
+            self._say(f"before: {line(scores)}")
+            if self.checkpoints.every or self.watch.rules:
+                self._checkpoint(state, settings)
+        return scores, images
+
     def _loop(
         self,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
+        state: TrainingState,
+        settings: dict[str, Any],
+        last: int,
         clip: float,
         max_seconds: float | None,
         eval_every: int | None,
         signals: "_Signals",
     ) -> str:
-        """The updates; gives why they ended: done, out of time, interrupted."""
-        started = time.perf_counter()
+        """The updates up to step `last`; gives why they ended: done, out of time, interrupted."""
+        started, begun = time.perf_counter(), self.step
         gradient = Gradient(
             pipe=self.pipe,
             reward=self.reward,
@@ -240,34 +384,97 @@ class RewardTuner:
             batch=self.batch,
             micro_batch=self.micro_batch,
             call=self.call,
-            offload_reward=self.offload_reward,
+            offload_reward="reward" in self.offload,
+            kl=self.regularize.kl,
+            denoising=self.denoising,
         )
-        bar = Progress(steps, max_seconds=max_seconds, enabled=self.show_progress)
-        with bar as progress:
-            for done in range(1, steps + 1):
-                record = self._update(gradient, optimizer, clip)
+        status = "done"
+        with Progress(last - begun, max_seconds=max_seconds, enabled=self.show_progress) as progress:
+            while self.step < last:
+                record = self._update(gradient, state, clip)
                 self.step += 1
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
-                elapsed = time.perf_counter() - started
-                late = max_seconds is not None and elapsed + elapsed / done > max_seconds and done < steps
+                elapsed, done = time.perf_counter() - started, self.step - begun
+                late = max_seconds is not None and elapsed + elapsed / done > max_seconds and self.step < last
                 everyone = self.processes.gather((signals.caught, late))
                 signals.caught = next((caught for caught, _ in everyone if caught), None)
-                if signals.caught:
-                    return "interrupted"
-                if any(late for _, late in everyone):
-                    return "out of time"
-                if eval_every and done % eval_every == 0 and done < steps:
-                    if self.processes.first:
-                        adapters.save_lora(self.pipe, self.folder.path)
-                    scores, _ = self._evaluate()
-                    progress.message(f"step {self.step}: {_line(scores)}")
-        return "done"
+                if signals.caught or any(late for _, late in everyone):
+                    status = "interrupted" if signals.caught else "out of time"
+                    break
+                every = self.checkpoints.every
+                save = every is not None and self.step % every == 0
+                if eval_every and self.step % eval_every == 0 and self.step < last:
+                    save |= self._judge(state, progress)
+                if save and self.step < last:
+                    self._checkpoint(state, settings)
+        if self.checkpoints.every or status == "interrupted" or self.watch.rules:
+            self._checkpoint(state, settings)
+        return status
 
-    def _update(self, gradient: Gradient, optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Any]:
+    def _judge(self, state: TrainingState, progress: Progress) -> bool:
+        """A look, the weights as of now in the folder, and what the rules say; whether this is the best look so far."""
+        with state.averaged():
+            scores, _ = self.watch.look(self.step)
+            if self.processes.first:
+                adapters.save(self.pipe, self.folder.path)
+        words = f"step {self.step}: {line(scores)}"
+        self.folder.log(words)
+        progress.message(words)
+        verdicts = self.watch.verdicts(since=self.rolled_back_at)
+        for verdict in verdicts:
+            self.folder.log(verdict.words)
+            progress.message(verdict.words)
+        act = guards.action(verdicts)
+        if act == "rollback" and self.rollbacks == ROLLBACKS:
+            act = "stop"
+            progress.message(f"rolled back {ROLLBACKS} times already: training stops")
+        if act == "rollback":
+            self.rollbacks, self.rolled_back_at = self.rollbacks + 1, self.step
+            back = self._take_back(state)
+            state.slower(0.5)
+            progress.message(f"the weights are those of step {back} again, the learning rate is halved")
+        if act == "stop":
+            back = self._take_back(state)
+            kept = (
+                f"the weights kept are those of step {back}, the best" if back is not None else "the weights are kept"
+            )
+            raise TrainingStopped(f"{' '.join(v.words for v in verdicts if v.due)}; {kept}")
+        return act is None and self.watch.best_step() == self.step
+
+    def _take_back(self, state: TrainingState) -> int | None:
+        """The weights of the best look, where its checkpoint is there; its step."""
+        best = self.watch.best_step()
+        if best is None or best == self.step or best not in checkpoint.steps(self.folder.path):
+            return None
+        state.load_weights(checkpoint.find(self.folder.path, best))
+        return best
+
+    def _finish(
+        self, state: TrainingState, status: str, looked: bool, before: Score, before_images: Tensor
+    ) -> tuple[Score, Tensor]:
+        """The last look; where an earlier one was better, its weights. Scores and pictures of what is kept."""
+        with state.averaged():
+            after, after_images = self.watch.look(self.step, name="final")
+        back = self._take_back(state) if looked else None
+        if back is not None:
+            self._say(f"step {back} was better by {self.watch.best} (docs/checkpoints.md): its weights are kept")
+            self.folder.set_status(status, kept_step=back)
+            with state.averaged():
+                after, after_images = self.watch.look(back, name="final", record=False)
+        if self.processes.first:
+            shown = slice(0, 12)
+            pictures = {"before": before_images[shown], "after": after_images[shown]}
+            path = self.folder.path / "before_after.png"
+            evaluate.save_grid(pictures, self.eval_prompts[shown], path)
+            self._say(f"after:  {line(after)}")
+            self._say(f"pictures before and after: {path}")
+        return after, after_images
+
+    def _update(self, gradient: Gradient, state: TrainingState, clip: float) -> dict[str, Any]:
         """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan."""
-        started, step = time.perf_counter(), self.step
-        optimizer.zero_grad(set_to_none=True)
+        started, step, lr = time.perf_counter(), self.step, state.lr
+        state.optimizer.zero_grad(set_to_none=True)
         parts = gradient.compute(step, self.processes)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
         if not math.isfinite(norm) or norm == 0:
@@ -275,14 +482,20 @@ class RewardTuner:
             raise TrainingStopped(
                 f"step {step}: the gradient {what}; try a lower lr or another dtype, or check the reward"
             )
-        optimizer.step()
+        state.update()
         plan = gradient.plan(step)
         means = {name: float(torch.cat([part.scores[name] for part in parts]).mean()) for name in parts[0].scores}
+        extra = {
+            name: sum(part.size * value for part in parts if (value := read(part)) is not None) / self.batch
+            for name, read in (("kl", lambda part: part.sweep.kl), ("denoise", lambda part: part.denoise))
+            if read(parts[0]) is not None
+        }
         return {
             "step": step,
             "reward": means["reward"],
             "parts": {name: means[name] for name in parts[0].natives},
             "loss": -means["reward"],
+            **extra,
             "grad_norm": norm,
             "clipped": norm > clip,
             # with micro-batches: the sum of their norms, an upper bound of the norm of the sum
@@ -292,88 +505,52 @@ class RewardTuner:
             "steps_run": plan.steps_run,
             "seconds": time.perf_counter() - started,
             "images": (step + 1) * self.batch,
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": lr,
             "replay_error": max(part.sweep.replay_error for part in parts),
             "clamped": sum(part.size * part.sweep.clamped for part in parts) / self.batch,
         }
 
-    def _evaluate(self, *, final: bool = False) -> tuple[Score, Tensor]:
-        """Fixed prompts and seeds: pictures to samples/, scores to eval.jsonl."""
-        images, values = self._sample_and_score()
-        scores = {name: evaluate.interval(value) for name, value in values.items()}
-        if self.processes.first:
-            evaluate.save_images(images, self.folder.path / "samples" / ("final" if final else f"step-{self.step:06d}"))
-        self.folder.append("eval.jsonl", {"step": self.step, "count": len(images), "scores": scores})
-        if self.step == 0 and not final:
-            self.folder.set_status("running", before=scores)
-            self._say(f"before: {_line(scores)}")
-        return scores, images
-
-    def _sample_and_score(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The eval prompts' pictures and scores, dealt out to the processes."""
-        indices = range(len(self.eval_prompts))
-        own = self.processes.mine(indices)
-        error: Exception | None = None
-        images, values = torch.empty(0), dict[str, Tensor]()
-        try:
-            if own:
-                prompts = [self.eval_prompts[index] for index in own]
-                seeds = [derive_seed(self.seed, "eval", index) for index in own]
-                images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.micro_batch)
-                check_images(images, self.step)
-                values = evaluate.score(self.reward, images, prompts, batch=self.micro_batch, device=self.device)
-        except Exception as met:
-            error = met
-        self.processes.raise_together(error)
-        shares = [share for share in self.processes.gather((images, values)) if len(share[0])]
-        back = sorted(indices, key=lambda index: (index % self.processes.world, index))  # where the dealt ones lie
-        order = torch.tensor(back).argsort()
-        names = list(shares[0][1])
-        return torch.cat([share[0] for share in shares])[order], {
-            name: torch.cat([share[1][name] for share in shares])[order] for name in names
-        }
-
-    def _grid(self, before: Score, after: Score, before_images: Tensor, after_images: Tensor) -> None:
-        shown = slice(0, 12)
-        path = self.folder.path / "before_after.png"
+    def _checkpoint(self, state: TrainingState, settings: dict[str, Any]) -> None:
+        """checkpoint-N of this step, with the LoRA file of its own; older ones are pruned."""
         if not self.processes.first:
             return
-        pictures = {"before": before_images[shown], "after": after_images[shown]}
-        evaluate.save_grid(pictures, self.eval_prompts[shown], path)
-        self._say(f"after:  {_line(after)}")
-        self._say(f"pictures before and after: {path}")
+        facts = {"settings": settings, "rollbacks": self.rollbacks, "rolled_back_at": self.rolled_back_at}
+        best = self.watch.best_step()
+        state.save(self.folder.path, self.step, facts, keep=self.checkpoints.keep, best=best)
 
-    def _save(self, status: str, **facts: Any) -> None:
-        """The LoRA file, loaded back and compared; one that fails is kept under a name that no loader reads."""
+    def _save(self, state: TrainingState, status: str, **facts: Any) -> None:
+        """The weights, loaded back and compared; a file that fails is kept under a name that no loader reads."""
         self.saved = self.step
         if not self.processes.first:
             return
-        path = adapters.save_lora(self.pipe, self.folder.path)
         short = self.call | {"num_inference_steps": min(2, self.call["num_inference_steps"])}
         call = evaluate.for_prompts(self.eval_prompts[:1], short)
-        try:
-            difference = adapters.verify_lora(self.pipe, self.folder.path, call=call)
-        except RewardTuneError:
-            path.replace(path.with_suffix(".unverified"))
-            raise
+        with state.averaged():
+            path = adapters.save(self.pipe, self.folder.path)
+            try:
+                difference = adapters.verify(self.pipe, self.folder.path, call=call)
+            except RewardTuneError:
+                path.replace(path.with_suffix(".unverified"))
+                raise
         self._say(f"saved {path}, verified (loaded back: pictures differ by {difference:.1e})")
         self.folder.set_status(status, steps=self.step, lora_verified=True, **facts)
 
-    def _rescue(self, error: BaseException) -> None:
+    def _rescue(self, state: TrainingState, error: BaseException) -> None:
         """An error ends the run: the parameters are those of the last good update, save them and say why."""
         status = {TrainingStopped: "stopped", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
+        at_once = status == "interrupted"  # the second Ctrl-C
         with suppress(Exception):  # the first error is the one to report
-            at_once = status == "interrupted"  # the second Ctrl-C
             if self.processes.first and self.step > self.saved and not at_once:
-                adapters.save_lora(self.pipe, self.folder.path)
-                self._say(f"the LoRA after {self.step} good updates is in {self.folder.path}")
+                with state.averaged():
+                    adapters.save(self.pipe, self.folder.path)
+                self._say(f"the weights of the last good state are in {self.folder.path}")
         with suppress(Exception):
             self.folder.set_status(status, steps=self.step, error=str(error) or type(error).__name__)
 
-    def _say(self, line: str) -> None:
-        self.folder.log(line)
+    def _say(self, text: str) -> None:
+        self.folder.log(text)
         if self.show_progress:
-            print(line, flush=True)
+            print(text, flush=True)
 
 
 class _Signals:
@@ -400,7 +577,8 @@ class _Signals:
 
     def leave(self, folder: Path) -> None:
         if self.caught is not None:
-            print(f"interrupted; the LoRA so far is in {folder}", flush=True)
+            again = f"rewardtune train {folder / 'config.yaml'} --resume latest"
+            print(f"interrupted; the weights so far are in {folder}. To go on: {again}", flush=True)
         if self.caught == signal.SIGINT:
             raise KeyboardInterrupt
         if self.caught == signal.SIGTERM:
@@ -418,7 +596,3 @@ def check_sampling(pipe: Any, call: dict[str, Any], *, allow_no_guidance: bool) 
             "by default: the tuned model would be used with guidance it never saw. Set guidance_scale above 1, "
             "or sampling.allow_no_guidance=true if the model is made for it (turbo, lightning)"
         )
-
-
-def _line(scores: Score) -> str:
-    return ", ".join(f"{name} {mean:.4f} ± {half:.4f}" for name, (mean, half) in scores.items())

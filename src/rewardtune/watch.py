@@ -1,0 +1,135 @@
+"""The fixed eval pictures of a run: sampled, scored and measured at some steps, and held against the rules."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import evaluate, guards
+from .errors import ConfigError
+from .gradient import check_images, derive_seed
+from .guards import Evaluation, Rule, Verdict
+from .panel import Panel
+from .processes import Processes
+from .runfolder import RunFolder
+from .spelling import nearest
+
+if TYPE_CHECKING:
+    from .rewards import Reward
+
+Score = dict[str, tuple[float, float]]  # name -> mean and half the width of its 95% interval over prompts
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """Looks at a pipeline by fixed prompts and seeds, dealt out to the processes; remembers every look.
+
+    batch: pictures at a time. best: the metric by which the best step is told; None: no step is better.
+    """
+
+    pipe: Any
+    reward: "Reward"
+    prompts: list[str]
+    call: dict[str, Any]
+    seed: int
+    batch: int
+    device: Any
+    folder: RunFolder
+    processes: Processes
+    panel: Panel
+    rules: list[Rule]
+    best: str | None
+    history: list[Evaluation] = field(default_factory=list)
+    base: Tensor | None = None  # (N, 3, H, W), the pictures of step 0
+
+    def check(self) -> None:
+        """ConfigError for rules and a best metric that cannot be measured; before anything is sampled."""
+        metrics = self.panel.metrics()
+        guards.check_rules(self.rules, metrics)
+        if self.best is not None and self.best not in metrics:
+            raise ConfigError(
+                f"checkpoints.best={self.best!r} is not measured{nearest(self.best, metrics)}; legal: "
+                f"{', '.join(metrics)}, null"
+            )
+
+    def look(self, step: int, *, name: str | None = None, record: bool = True) -> tuple[Score, Tensor]:
+        """Pictures to samples/`name` (default: by step), scores and measures to eval.jsonl, unless not to `record`.
+
+        Raises TrainingStopped for NaN and black pictures, and ConfigError at step 0 for rules that would act at once.
+        """
+        images, values = self._sample_and_score(step)
+        if self.base is None:
+            self.base = images
+        found = None
+        if self.processes.first:
+            found = self.panel(images, base=self.base, step=step, scores=values)
+        found = self.processes.agree(found)
+        assert found is not None
+        also = self.panel.held_out
+        held_out = {metric: torch.tensor(row) for metric, row in found.pictures.items() if metric in also}
+        scores = {metric: evaluate.interval(value) for metric, value in (values | held_out).items()}
+        if self.processes.first:
+            evaluate.save_images(images, self.folder.path / "samples" / (name or f"step-{step:06d}"))
+        if record:
+            facts = {"step": step, "count": len(images), "scores": scores, "panel": asdict(found)}
+            self.folder.append("eval.jsonl", facts)
+            self.history.append(found)
+        if step == 0:
+            guards.check_start(self.rules, found)
+        return scores, images
+
+    def verdicts(self, *, since: int = 0) -> list[Verdict]:
+        """What the rules say to the latest look; crossings up to step `since` led to an earlier rollback."""
+        return guards.judge(self.history, self.rules, best=self.best_step(), since=since)
+
+    def best_step(self) -> int | None:
+        """The step of the best look so far that violates no rule; the first one's, where none is better."""
+        if self.best is None:
+            return None
+        less = self.panel.metrics()[self.best].better == "less"
+        return guards.best_of(self.history, self.best, self.rules, less=less)
+
+    def resume(self) -> tuple[Score, Tensor]:
+        """Remember what eval.jsonl and samples/ hold; gives the scores and pictures of step 0."""
+        from .pictures import open_image
+
+        path = self.folder.path / "eval.jsonl"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        files = sorted((self.folder.path / "samples" / "step-000000").glob("*.png"))
+        if not lines or lines[0]["step"] != 0 or len(files) != len(self.prompts):
+            raise ConfigError(
+                f"{self.folder.path} cannot be resumed: its first evaluation (eval.jsonl, samples/step-000000 with "
+                f"{len(self.prompts)} pictures) is not there; start a new run in another output_dir"
+            )
+        self.history = [Evaluation(**line["panel"]) for line in lines]
+        self.base = torch.stack([open_image(file)[0] for file in files])
+        return {name: tuple(pair) for name, pair in lines[0]["scores"].items()}, self.base
+
+    def _sample_and_score(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        indices = range(len(self.prompts))
+        own = self.processes.mine(indices)
+        error: Exception | None = None
+        images, values = torch.empty(0), dict[str, Tensor]()
+        try:
+            if own:
+                prompts = [self.prompts[index] for index in own]
+                seeds = [derive_seed(self.seed, "eval", index) for index in own]
+                images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.batch)
+                check_images(images, step)
+                values = evaluate.score(self.reward, images, prompts, batch=self.batch, device=self.device)
+        except Exception as met:
+            error = met
+        self.processes.raise_together(error)
+        shares = [share for share in self.processes.gather((images, values)) if len(share[0])]
+        dealt = [index for rank in range(self.processes.world) for index in indices[rank :: self.processes.world]]
+        order = torch.tensor(dealt).argsort()  # from the order of the processes back to that of the prompts
+        names = list(shares[0][1])
+        pictures = torch.cat([share[0] for share in shares])[order]
+        return pictures, {name: torch.cat([share[1][name] for share in shares])[order] for name in names}
+
+
+def line(scores: Score) -> str:
+    """Scores in one line for people."""
+    return ", ".join(f"{name} {mean:.4g} ± {half:.2g}" for name, (mean, half) in scores.items())
