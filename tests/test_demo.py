@@ -64,7 +64,7 @@ def test_held_out_means_held_out():
 @pytest.mark.slow  # the demo at full length: minutes of tuning a seed
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_the_demo_reaches(seed, tmp_path):
-    """docs/results/demo.md, seeds 0-2: symmetry 72 to 79 % of the base, CLIPScore 96 %, the count of objects not lower."""
+    """docs/results/demo.md, seeds 0-2: symmetry 72 to 79 % of the base, CLIPScore 96 %, the count not lower."""
     before, after = demo.run(seed=seed, output=tmp_path / "demo", seconds=1200)
     assert after.symmetry < 0.85 * before.symmetry
     assert after.clipscore > 0.94 * before.clipscore
