@@ -109,7 +109,7 @@ def main() -> None:
         f"{torch.__version__.partition('+')[0]}, Pillow {Image.__version__}, 4:2:0. Errors are mean squares on [0, 1].",
         "\n## The codec\n",
         "| picture | quality | PSNR, hard rounding, dB | PSNR, cubic, dB | error (I - ours) | error (I - Pillow's) "
-        "| `mode="cubic"` reads lower by |",
+        "| cubic reads lower by |",
         "|-|-|-|-|-|-|-|",
         *codec_rows(),
         f"\n## {args.steps} steps of Adam on the pixels, quality {args.quality}\n",

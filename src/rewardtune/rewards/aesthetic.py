@@ -1,7 +1,7 @@
 """Aesthetic scores: an affine map of a normalised image embedding; prompts are ignored.
 
 LAION's predictor is an MLP without activations, so in eval mode one affine map w.e + b. It is folded in float64 once,
-which removes its rounding in half precision and its dropout. |w| = 18 and b = 5.24: scores are nominally 1 to 10, but
+which removes its rounding in half precision and its dropout. Scores are nominally 1 to 10, but
 nothing bounds them there.
 """
 
