@@ -24,7 +24,7 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .errors import ConfigError, RewardTuneError, TrainingStopped
 from .gradient import Gradient, check_images, derive_seed
 from .methods import Method
-from .progress import Progress
+from .progress import Progress, with_interval
 from .prompts import load_prompts
 from .rewards import check_reward
 from .rewards.base import as_reward
@@ -389,4 +389,4 @@ def check_sampling(pipe: Any, call: dict[str, Any], *, allow_no_guidance: bool) 
 
 
 def _line(scores: Score) -> str:
-    return ", ".join(f"{name} {mean:.4f} ± {half:.4f}" for name, (mean, half) in scores.items())
+    return ", ".join(f"{name} {with_interval(mean, half)}" for name, (mean, half) in scores.items())
