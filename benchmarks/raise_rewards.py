@@ -31,10 +31,11 @@ REWARDS: dict[str, list[dict[str, Any]]] = {
 }
 LESS = ("objectness", "symmetry", "compressibility")  # of which less is better
 SHOWN = 12  # pictures of the grid
-LR = 4e-4  # four times that of the recipe: at twice, 40 updates moved the symmetry of seed 0 by 4 % only
+UPDATES, LR = 40, 4e-4  # four times the rate of the recipe: at twice, symmetry of seed 0 moved by 4 % only
+SLOWER = {"clipscore": (80, 2e-4)}  # at 4e-4 it fell for seed 0; chosen with seed 7 on prompts of the training split
 
 
-def tune(name: str, seed: int, *, updates: int, count: int) -> dict[str, Any]:
+def tune(name: str, seed: int, *, count: int) -> dict[str, Any]:
     """One run; the native values of its rewards before and after, on held-out prompts with fixed noise."""
     import torch
 
@@ -43,14 +44,16 @@ def tune(name: str, seed: int, *, updates: int, count: int) -> dict[str, Any]:
     from rewardtune.launch import train
 
     torch.set_num_threads(1)
+    updates, lr = SLOWER.get(name, (UPDATES, LR))
     prompts = {
         split: [p for p in playground.prompts(2000, split=split, layout="free") if name != "objectness" or OBJECT in p]
         for split in ("train", "eval")
     }
     with tempfile.TemporaryDirectory() as folder:
-        changes = [f"reward={json.dumps(REWARDS[name])}", f"prompts={json.dumps(prompts['train'][:1000])}"]
+        changes = ["method={name: drtune, options: {K: 2, m: 8}}"]
+        changes += [f"reward={json.dumps(REWARDS[name])}", f"prompts={json.dumps(prompts['train'][:1000])}"]
         changes += [f"eval.prompts={json.dumps(prompts['eval'][:count])}", f"eval.count={count}", f"seed={seed}"]
-        changes += [f"optim.steps={updates}", f"optim.lr={LR}", f"output_dir={folder}/run"]
+        changes += [f"optim.steps={updates}", f"optim.lr={lr}", f"output_dir={folder}/run"]
         result = train(load_config("playground", changes))
     if seed == 0:
         columns = {"before": result.before_images[:SHOWN], "after": result.after_images[:SHOWN]}
@@ -90,18 +93,20 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def report(rows: list[dict[str, Any]], *, updates: int, count: int) -> str:
+def report(rows: list[dict[str, Any]], *, count: int) -> str:
+    slower = ", ".join(f"{name} {updates} at {lr:g}" for name, (updates, lr) in SLOWER.items())
     lines = [
         "# DRTune raises the seven rewards",
         "",
-        f"`python benchmarks/raise_rewards.py`: the playground, {updates} updates of 8 at {LR:g}, DRTune as in",
-        f"`recipes/playground.yaml`; native values, means over {count} held-out prompts with fixed noise, all sampling",
-        "steps, the same before and after. *Noise of seeds* is the standard deviation of the change over seeds;",
+        f"`python benchmarks/raise_rewards.py`: the playground, {UPDATES} updates of 8 at {LR:g} ({slower}), DRTune",
+        f"with K=2, m=8; native values, means over {count} held-out prompts with fixed noise, all",
+        "sampling steps, the same before and after. *Noise of seeds*: the standard deviation of the change over seeds;",
         "*beyond*: every seed improved and the mean change is more than twice that.",
         "",
         "Chosen on the way: the learning rate was raised from 2e-4 after the first runs of seed 0, on these prompts;",
-        "and the noise is that of the change, since before and after share prompts and noise (settled before seeds 1",
-        "and 2 ran).",
+        "clipscore's was lowered again, for twice as many updates, when 4e-4 had given -0.0037, +0.0085 and +0.0026",
+        "(nothing beyond noise), by one run of another seed on training prompts. The noise is that of the change,",
+        "since before and after share prompts and noise (settled before seeds 1 and 2 ran).",
         "",
         *table(rows),
         "",
@@ -116,7 +121,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", choices=list(REWARDS), default=list(REWARDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--count", type=int, default=48, help="held-out prompts")
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
@@ -124,12 +128,12 @@ def main() -> None:
     done = {(row["reward"], row["seed"]) for row in rows}
     jobs = [(name, seed) for seed in asked.seeds for name in asked.rewards if (name, seed) not in done]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(tune, name, seed, updates=asked.updates, count=asked.count) for name, seed in jobs]
+        runs = [pool.submit(tune, name, seed, count=asked.count) for name, seed in jobs]
         for run in runs:
             rows.append(run.result())
             STORED.write_text(json.dumps(rows, indent=1) + "\n")
             print(rows[-1], flush=True)
-    text = report(rows, updates=asked.updates, count=asked.count)
+    text = report(rows, count=asked.count)
     (RESULTS / "raise_rewards.md").write_text(text)
     print(text)
 

@@ -195,3 +195,16 @@ def test_a_signal_finishes_the_step_saves_and_leaves(number, code, model, tmp_pa
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert (status["status"], status["steps"], status["lora_verified"]) == ("interrupted", len(lines), True)
     assert main(["sample", str(tmp_path / "out"), "-p", "red heart", "--output", str(tmp_path / "pictures")]) == 0
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code():
+    code = (
+        "import warnings, rewardtune.listing as listing\n"
+        "from rewardtune.cli import main\n"
+        "listing.environment = lambda: warnings.warn('hpsv2 reads\\n77 tokens', stacklevel=1)\n"
+        "before = warnings.formatwarning\n"
+        "main(['env'])\n"
+        "assert warnings.formatwarning is before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "rewardtune: warning: hpsv2 reads 77 tokens\n"

@@ -310,7 +310,27 @@ def test_run_files_say_playground(name):
     rewards.check_reward(reward, size=64, prompts=["a red heart, night background", "a blue star, sea background"])
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (rewards.CLIPScore, "clipscore"),
+        (rewards.PickScore, "pickscore"),
+        (rewards.HPSv2, "hpsv2"),
+        (rewards.Aesthetic, "aesthetic"),
+        (lambda model: rewards.Objectness("heart", model=model), "objectness"),
+    ],
+)
+def test_classes_say_playground_too(make, name):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red heart", "a blue star"]
+    assert torch.equal(
+        make(model="playground")(images, prompts), make(model=str(playground.reward_path(name)))(images, prompts)
+    )
+
+
 def test_other_rewards_have_no_network_here():
+    with pytest.raises(ConfigError, match="no network for the reward 'imagereward'"):
+        rewards.ImageReward(model="playground")
     with pytest.raises(ConfigError, match="no network for the reward 'imagereward'; it has clipscore, pickscore"):
         make_reward([Part(name="imagereward", options={"model": "playground"})])
 

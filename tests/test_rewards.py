@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError, RewardError
@@ -239,7 +240,9 @@ def written_in_place(images, prompts):
 
 BROKEN = [
     (lambda i, p: i.mean(), r"returned the shape \(\) for 2 images; legal is \(2,\): drop the .mean"),
+    (lambda i, p: i.mean()[None], r"shape \(1,\) .*: drop the .mean"),
     (lambda i, p: i.mean(dim=(2, 3))[:, :1], r"shape \(2, 1\).*squeeze"),
+    (lambda i, p: i.mean(dim=(1, 2, 3), keepdim=True), r"shape \(2, 1, 1, 1\).*: add .flatten\(\)"),
     (lambda i, p: i.mean(dim=(2, 3)), r"shape \(2, 3\).*one number"),
     (lambda i, p: [0.0, 1.0], "returned list; legal is a tensor"),
     (lambda i, p: i.mean(dim=(1, 2, 3)).long(), "torch.int64; legal is a float"),
@@ -285,3 +288,43 @@ def test_good_rewards_pass_and_logged_parts_need_no_gradient():
 def test_check_needs_a_list_of_prompts(prompts):
     with pytest.raises(ConfigError, match="at least one prompt"):
         rewards.check_reward(rewards.Brightness(), size=16, prompts=prompts)
+
+
+@pytest.mark.parametrize(("shape", "hint"), [((), "drop the .mean"), ((1, 1), r"add \.squeeze"), ((3,), "one number")])
+def test_the_advice_on_the_shape_of_a_single_score(shape, hint):
+    with pytest.raises(RewardError, match=rf"for 1 images; legal is \(1,\): .*{hint}"):
+        rewards.from_callable(lambda i, p: i.mean().expand(shape))(torch.rand(1, 3, 8, 8), ["a"])
+
+
+@pytest.mark.parametrize("size", [-3, 0, "64", (64,), (64, 0), 64.0, None])
+def test_a_size_that_is_none(size):
+    with pytest.raises(ConfigError, match=r"size is .*; legal is a side such as 512, or \(height, width\)"):
+        rewards.check_reward(rewards.Symmetry(), size=size, prompts=["a"])
+
+
+def test_what_a_users_reward_raises_is_named_everywhere_in_the_same_words():
+    def crash(images, prompts):
+        raise ValueError("boom")
+
+    reward = rewards.Symmetry() + rewards.from_callable(crash)
+    words = (
+        r"^reward 'crash'.* raised ValueError: boom; "
+        r"legal is \(images \(2, 3, H, W\) in \[0, 1\], 2 prompts\) -> \(2,\)$"
+    )
+    for ask in (
+        lambda: reward(torch.rand(2, 3, 8, 8), ["a", "b"]),
+        lambda: reward.parts(torch.rand(2, 3, 8, 8), ["a", "b"]),
+        lambda: rewards.check_reward(reward, size=8, prompts=["a"]),
+    ):
+        with pytest.raises(RewardError, match=words) as caught:
+            ask()
+        assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_reward_may_be_recomputed():
+    """torch's checkpoint ends the recomputation by an exception inside the reward, which is not the reward's."""
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    reward = rewards.from_callable(lambda i, p: ((i.exp() * i).sin() * i).mean(dim=(1, 2, 3)))
+    (plain,) = torch.autograd.grad(reward(images, ["a", "b"]).sum(), images)
+    (again,) = torch.autograd.grad(checkpoint(reward, images, ["a", "b"], use_reentrant=False).sum(), images)
+    assert torch.equal(plain, again)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from reward_table import PROMPTS, ROWS, images
 
 from rewardtune import rewards
@@ -16,6 +17,7 @@ def holed(value, *which):
 
 
 BATCH = images()
+PICTURES = [Image.new("RGB", (56, 40))] * 3
 CASES = {
     "grey": (
         BATCH[:, :1],
@@ -28,8 +30,15 @@ CASES = {
     "two channels": (BATCH[:, :2], PROMPTS, r"Tensor \(3, 2, 40, 56\); legal is a tensor \(B, 3, H, W\)$"),
     "no images": (BATCH[:0], [], r"\(0, 3, 40, 56\).*this one is empty"),
     "no pixels": (BATCH[..., :0], PROMPTS, r"\(3, 3, 40, 0\).*this one is empty"),
-    "numpy": (BATCH.numpy(), PROMPTS, r"ndarray \(3, 3, 40, 56\)"),
-    "a list": (list(BATCH), PROMPTS, r"images are a list \(\); legal is a tensor"),
+    "numpy": (BATCH.numpy(), PROMPTS, r'ndarray \(3, 3, 40, 56\).*output_type="pt"'),
+    "a list": (list(BATCH), PROMPTS, r"a list of 3 \(Tensor first\); legal is a tensor .*: torch.stack\(images\)$"),
+    "a tuple of batches": ((BATCH[:1], BATCH[1:]), PROMPTS, r"a tuple of 2 .*: torch.cat\(images\)$"),
+    "pictures": (
+        PICTURES,
+        PROMPTS,
+        r'a list of 3 \(Image first\).*: of a pipeline pipe\(\.\.\., output_type="pt"\)\.images$',
+    ),
+    "one picture": (PICTURES[0], PROMPTS[:1], r'images are a Image;.*output_type="pt"'),
     "nothing": (None, PROMPTS, "images are a NoneType"),
     "uint8": (BATCH.mul(255).byte(), PROMPTS, r"torch.uint8; legal is float in \[0, 1\]: images.float\(\) / 255"),
     "bool": (BATCH > 0.5, PROMPTS, "torch.bool; legal is float"),

@@ -234,10 +234,16 @@ def test_ftfy_mends_the_text_where_it_is_installed_and_is_asked_for_where_not(fo
 
 
 @pytest.mark.parametrize(("version", "legal"), [("2.0", "2.0"), ("v2.1", "2.1"), (2.1, "2.1")])
-def test_versions_of_hps(folder, version, legal):
+def test_versions_of_hps(hps, version, legal):
+    folder, transformers_folder = hps
     assert rewards.HPSv2(version, model=str(folder)).version == legal
+    assert rewards.HPSv2(model=str(folder)).version == "2.1"
     with pytest.raises(ConfigError, match=r"version is '3'; legal: 2\.0, 2\.1"):
         rewards.HPSv2("3", model=str(folder))
+    with pytest.raises(
+        ConfigError, match=rf"version is {legal} but .* CLIPModel, which is its own version; leave the v"
+    ):
+        rewards.HPSv2(version, model=str(transformers_folder))
 
 
 @pytest.mark.parametrize("make", FAMILY)
@@ -309,7 +315,9 @@ def test_hps_checkpoints_are_checked(hps, monkeypatch):
     path = folder / "HPS_v2.1_compressed.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
-    with pytest.raises(ConfigError, match=r"hpsv2: .*HPS_v2\.1_compressed\.pt .* is no checkpoint or a truncated one"):
+    with pytest.raises(
+        ConfigError, match=r"hpsv2: .*HPS_v2\.1_compressed\.pt .* is not a checkpoint, or a truncated one"
+    ):
         rewards.HPSv2(model=str(folder))
     torch.save({"state_dict": {"fc.weight": torch.ones(2, 2)}}, path)
     with pytest.raises(ConfigError, match=r"has 'fc\.weight', which open_clip's CLIP does not know"):

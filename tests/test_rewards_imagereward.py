@@ -196,7 +196,7 @@ def test_the_prompt_matters_and_belongs_to_its_image(folder):
         (lambda f: without(f / "ImageReward.pt", "0.mlp.fc1"), "lacks encoder.layers.0.mlp.fc1.weight of the vision"),
         (lambda f: edit(f / "med_config.json", {"num_attention_heads": 0}), "num_attention_heads 0; legal is a whole"),
         (lambda f: edit(f / "med_config.json", {"vocab_size": None}), "vocab_size None; legal is a whole number"),
-        (lambda f: cut(f / "ImageReward.pt"), "no checkpoint or a truncated one"),
+        (lambda f: cut(f / "ImageReward.pt"), "not a checkpoint, or a truncated one"),
         (lambda f: drop_words(f / "vocab.txt"), "has 30 tokens, the model 59 .*legal is bert-base-uncased"),
         (lambda f: (f / "vocab.txt").unlink(), "needs vocab.txt from .*/bert-base-uncased; .*its path as tokenizer"),
     ],

@@ -208,6 +208,25 @@ def test_bad_settings_are_config_errors(folder, settings, words):
         rewards.Objectness(**{"model": str(folder)} | settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "has no 'book'; legal"),
+        ({"target": "haert"}, r"has no 'haert' \(did you mean 'heart'\?\); legal targets there: a shape \(.*heart"),
+        ({"target": "red hart"}, r"\(did you mean 'red heart'\?\).*, or none for each image's own prompt"),
+    ],
+)
+def test_the_playground_has_no_such_object(given, words):
+    for make in (rewards.Objectness, lambda **settings: rewards.load("objectness", settings)):
+        with pytest.raises(ConfigError, match=words):
+            make(model="playground", **given)
+
+
+@pytest.mark.parametrize("target", ["heart", "red heart", None])
+def test_what_the_playground_has(target):
+    assert rewards.load("objectness", {"model": "playground", "target": target}).target == target
+
+
 def remove(folder, name):
     (folder / name).unlink()
 

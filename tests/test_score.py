@@ -14,7 +14,7 @@ from rewardtune.cli import main
 from rewardtune.errors import ConfigError
 from rewardtune.intervals import mean_interval, student
 from rewardtune.pictures import captions, find_images, open_image, read_table
-from rewardtune.score import choose
+from rewardtune.score import Picture, as_table, choose
 from rewardtune.tables import text_table
 
 
@@ -174,6 +174,20 @@ def test_prompts_that_do_not_fit(folder):
         captions(paths, prompts=folder / "t.csv")
 
 
+def test_a_row_that_two_pictures_claim(folder):
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        save(folder / name / "x.png")
+    paths = find_images([str(folder / "one"), str(folder / "two")])
+    (folder / "t.csv").write_text("file,prompt\nx.png,A\n")
+    with pytest.raises(
+        ConfigError, match=r"the row x\.png fits .*one/x\.png and .*two/x\.png; write the folder too, as two/x"
+    ):
+        captions(paths, prompts=folder / "t.csv")
+    (folder / "t.csv").write_text("file,prompt\nx.png,A\ntwo/x.png,B\n")
+    assert [caption.prompt for caption in captions(paths, prompts=folder / "t.csv")] == ["A", "B"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -181,7 +195,7 @@ def test_prompts_that_do_not_fit(folder):
         ("t.csv", "file,prompt\na.png,A\na.png,B\n", "line 3: a.png occurs twice"),
         ("t.csv", "file,prompt\na.png\n", "line 2: the columns are"),
         ("t.jsonl", '{"file": "a.png", "prompt": "A"}\n[1]\n', "line 2: no JSON object"),
-        ("t.jsonl", "{broken", "cannot read .*t.jsonl"),
+        ("t.jsonl", '{"file": "a.png", "prompt": "A"}\n\n{broken', "t.jsonl, line 3, column 2: no JSON .*; legal: "),
     ],
 )
 def test_bad_tables(tmp_path, name, text, words):
@@ -317,6 +331,8 @@ def test_the_playgrounds_clipscore_prefers_the_right_prompt(tmp_path, capsys):
     [
         (["nowhere", "-r", "symmetry"], "no image in 'nowhere'"),
         (["a.png", "-r", "symetry", "--prompt", "x"], "unknown reward 'symetry' (did you mean 'symmetry'?)"),
+        (["a.png", "-r", "clipscor"], "unknown reward 'clipscor' (did you mean 'clipscore'?)"),
+        (["a.png", "-r", "absent:f"], "reward 'absent:f': importing absent failed"),
         (["a.png", "-r", "clipscore"], "the reward 'clipscore' reads a prompt and none is given"),
         (["a.png", "-r", "mine:function"], "the reward 'mine:function' reads a prompt and none is given"),
         (["a.png", "-r", "symmetry", "-r", "symmetry"], "'symmetry' is given twice"),
@@ -325,11 +341,19 @@ def test_the_playgrounds_clipscore_prefers_the_right_prompt(tmp_path, capsys):
             "say of which reward: -o symmetry.colour=red",
         ),
         (["a.png", "-r", "symmetry", "-o", "epss=1"], "no setting 'epss' (did you mean 'eps'?)"),
-        (["a.png", "-r", "symmetry", "--prompts", "none.txt"], "none.txt does not exist"),
+        (["a.png", "-r", "symmetry", "-o", "eps"], "write [REWARD.]SETTING=VALUE, for example -o symmetry.eps=VALUE"),
+        (["a.png", "-r", "symmetry", "--prompts", "none.txt"], "none.txt does not exist; give a .txt with one prompt"),
+        (
+            ["a.png", "-r", "symmetry", "--prompts", "none.txt"],
+            "or a .csv (with headings) or .jsonl of file and prompt",
+        ),
+        (["a.png", "-r", "symmetry", "--prompts", "notes.md"], "notes.md is of another kind; give a .txt"),
+        (["a.png", "-r", "symmetry", "--prompts", "."], "prompt file . is a folder"),
         (["a.png", "-r", "symmetry", "--device", "quantum"], "device 'quantum'"),
     ],
 )
 def test_mistakes_are_one_clear_line(folder, monkeypatch, capsys, arguments, words):
+    (folder / "mine.py").write_text("def function(images, prompts): return images.mean((1, 2, 3))\n")
     monkeypatch.chdir(folder)
     assert main(["score", *arguments]) == 2
     error = capsys.readouterr().err
@@ -383,7 +407,7 @@ def test_bad_pictures_are_skipped_and_named_and_all_others_scored(folder, monkey
     assert document["summary"]["symmetry"]["images"] == 3
     words = {
         "aa_small.png": "images are 8x20",
-        "ab_thirty.png": "ValueError: no thirties",
+        "ab_thirty.png": "reward 'f' raised ValueError: no thirties",
         "ba_black.png": "scored ba_black.png nan",
         "bb_cut.png": "cannot read the image bb_cut.png",
         "d.png": "cannot read the image d.png",
@@ -407,3 +431,32 @@ def test_where_no_picture_can_be_scored_the_first_reason_is_the_error(folder, mo
 def test_options_go_to_their_reward():
     assert choose(["a:B"], ["x=1", "a:B.y=[1,2]"]) == {"a:B": {"x": 1, "y": [1, 2]}}
     assert choose(["a", "b"], ["b.x=1e-4"]) == {"a": {}, "b": {"x": 1e-4}}
+
+
+@pytest.mark.parametrize(
+    ("option", "line"), [("target=heart", "looks for 'heart'"), ("target=null", "looks for each image's own prompt")]
+)
+def test_the_table_says_what_objectness_looks_for(folder, capsys, option, line):
+    arguments = ["-r", "objectness", "-o", "model=playground", "-o", option, "--prompt", "a red heart"]
+    assert main(["score", str(folder / "a.png"), *arguments]) == 0
+    assert f"\nobjectness {line}\n" in capsys.readouterr().out
+
+
+def test_the_table_says_what_objectness_looks_for_by_default():
+    picture = Picture(file="a.png", width=8, height=8, prompt=None, converted="", native={"objectness": 0.5})
+    assert as_table([picture], {"objectness": {}}).endswith("\nobjectness looks for 'book'")
+    assert "looks for" not in as_table([picture], {"symmetry": {}})
+
+
+@pytest.mark.parametrize(
+    "command", [["score", "a.png", "--prompt", "x", "-r"], ["audit", "--images", ".", "--prompt", "x"]]
+)
+def test_an_error_in_a_users_reward_is_not_called_a_bug_of_ours(folder, monkeypatch, capsys, command):
+    for index in range(8):
+        save(folder / f"more{index}.png", seed=index)
+    (folder / "crashing.py").write_text("def crash(images, prompts): raise ValueError('boom')\n")
+    monkeypatch.chdir(folder)
+    assert main([*command, "crashing:crash"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("rewardtune: reward 'crash' raised ValueError: boom; legal is (images (")
+    assert "bug" not in error

@@ -2,8 +2,10 @@
 
 import hashlib
 import http.client
+import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +74,7 @@ def test_a_truncated_download_is_an_error(tmp_path, suffix, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     with pytest.raises(
-        ConfigError, match=r"^hpsv2: .* bytes\) is no checkpoint or a truncated one; download it"
+        ConfigError, match=r"^hpsv2: .* bytes\) is not a checkpoint, or a truncated one; .*download it"
     ) as caught:
         open_checkpoint(path, who="hpsv2")
     assert "\n" not in str(caught.value)
@@ -81,7 +83,7 @@ def test_a_truncated_download_is_an_error(tmp_path, suffix, keep):
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_a_web_page_in_place_of_a_checkpoint(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").write_text("<!DOCTYPE html><html>404: Not Found</html>")
-    with pytest.raises(ConfigError, match="is no checkpoint or a truncated one") as caught:
+    with pytest.raises(ConfigError, match="is not a checkpoint, or a truncated one") as caught:
         open_checkpoint(tmp_path / f"a.{suffix}", who="hpsv2")
     assert "weights_only" not in str(caught.value)
 
@@ -110,8 +112,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
     assert fuse.exists()  # it is a bomb
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(("protocol", "words"), [(2, r"not run \(it asks for \w+\.mkdir\)"), (4, "is no checkpoint")])
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [(2, r"not run \(it asks for \w+\.mkdir\)"), (4, r"is not a checkpoint.*\(a pickle with code is refused; ")],
+)
+@pytest.mark.filterwarnings("error")  # torch's own, about the protocol
 def test_a_plain_pickle_with_code_is_refused_and_not_run(tmp_path, protocol, words):
     fuse = tmp_path / "the code ran"
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"weight": Bomb(fuse)}, protocol=protocol))
@@ -367,3 +372,80 @@ def test_local_weights_load_without_a_progress_bar(capfd):
             assert logging.is_progress_bar_enabled() == enabled
     finally:
         (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
+def copied(name, tmp_path):
+    """The playground's folder of a reward, to be changed."""
+    from rewardtune import playground
+
+    return shutil.copytree(playground.reward_path(name), tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("clipscore", {}), ("objectness", {"target": None}), ("aesthetic", {})])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_checkpoint_of_nan_is_refused(name, settings, value, tmp_path):
+    folder = copied(name, tmp_path)
+    state = load_file(folder / "model.safetensors")
+    last = sorted(state)[-1]
+    state[last].view(-1)[-1] = value
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{name}: {folder} has NaN or infinite weights, {last} first: .*; download"):
+        rewards.load(name, {"model": str(folder), **settings})
+
+
+def test_a_head_of_nan_is_refused(tmp_path):
+    folder = copied("aesthetic", tmp_path)
+    head = load_file(folder / "head.safetensors")
+    save_file({key: value * torch.nan for key, value in head.items()}, folder / "head.safetensors")
+    with pytest.raises(ConfigError, match=r"aesthetic: .*head\.safetensors has NaN or infinite weights, weight first"):
+        rewards.Aesthetic(model=str(folder))
+
+
+@pytest.mark.parametrize("make", [rewards.CLIPScore, rewards.Objectness, rewards.ImageReward, rewards.Aesthetic])
+def test_a_file_in_place_of_its_folder(make, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(STATE, path)
+    with pytest.raises(ConfigError, match=rf"{path} is a file; give its folder, {tmp_path}$"):
+        make(model=str(path))
+
+
+def test_a_checkpoint_of_another_kind_names_reward_file_and_cure(tmp_path):
+    torch.save(STATE, tmp_path / "mine.pt")
+    words = r"hpsv2: .*mine\.pt does not fit: .*'weight', which open_clip's CLIP .*; give the file that `rewardtune ls"
+    with pytest.raises(ConfigError, match=words):
+        rewards.HPSv2(model=str(tmp_path / "mine.pt"))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_libraries_remarks_are_not_heard_while_loading(local, tmp_path):
+    """The hub client logs each of its tries, transformers a table of what does not fit; our own error says it once."""
+    import huggingface_hub.utils.logging as hub_log
+    import transformers.utils.logging as transformers_log
+
+    loggers = [
+        log.get_logger(f"{name}.test")
+        for log, name in ((hub_log, "huggingface_hub"), (transformers_log, "transformers"))
+    ]
+    heard = []
+
+    def load():
+        for logger in loggers:
+            heard.append(logger.isEnabledFor(logging.WARNING))
+            assert logger.isEnabledFor(logging.ERROR)
+        heard.append(transformers_log.is_progress_bar_enabled())
+        raise OSError("no network")
+
+    levels = [log.get_verbosity() for log in (hub_log, transformers_log)]
+    shown = transformers_log.is_progress_bar_enabled()
+    try:
+        hub_log.set_verbosity_warning()
+        transformers_log.set_verbosity_warning()
+        transformers_log.enable_progress_bar()
+        with pytest.raises(ConfigError, match="no network"):
+            weights.found(load, str(tmp_path) if local else "someone/something", who="x", needed="files")
+        assert heard == [False, False, not local]  # the bar of a download stays
+        assert all(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+    finally:
+        for log, level in zip((hub_log, transformers_log), levels, strict=True):
+            log.set_verbosity(level)
+        (transformers_log.enable_progress_bar if shown else transformers_log.disable_progress_bar)()

@@ -152,8 +152,11 @@ class Judge:
         for first in range(0, len(images), self.batch):
             part = slice(first, first + self.batch)
             found += self.reward(images[part].to(self.device), list(prompts[part])).tolist()
-        if not all(map(math.isfinite, found)):
-            raise RewardError(f"reward '{self.name}' scored a picture {found}; legal are finite numbers")
+        if broken := [score for score in found if not math.isfinite(score)]:
+            raise RewardError(
+                f"reward '{self.name}' scored {len(broken)} of {len(found)} pictures {broken[0]}; legal are finite "
+                "numbers: look in it for a division by 0 or a log or root of a negative number"
+            )
         return found
 
     def unit(self, scores: Sequence[float]) -> float:

@@ -181,7 +181,7 @@ def score(
     if json_file == Path("-"):
         print(as_json(pictures, choices, skipped), end="")
     else:
-        print(as_table(pictures))
+        print(as_table(pictures, choices))
     if json_file not in (None, Path("-")):
         write_text(json_file, as_json(pictures, choices, skipped))
     if skipped:
@@ -333,7 +333,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code. Expected errors are one clear line each on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+        formatwarning, warnings.formatwarning = warnings.formatwarning, _one_line
+        try:
+            return _run(arguments)
+        finally:
+            warnings.formatwarning = formatwarning
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as the command shows it, without the place in the code."""
+    return f"rewardtune: warning: {' '.join(str(message).split())}\n"
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code: Any = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -1,7 +1,7 @@
 """`rewardtune demo`: the shipped preset `playground` (DRTune, symmetry + CLIPScore) on a CPU, in minutes.
 
 Judged on held-out prompts with fixed seeds and the full number of sampling steps, and by a reader of objects that no
-reward uses. The preset's settings are the best of those tried; all of them stand in docs/results/demo.md.
+reward uses. What was tried before the preset was settled stands in docs/log.md.
 """
 
 from collections.abc import Sequence

@@ -111,6 +111,8 @@ def captions(paths: Sequence[Path], *, prompts: Path | None = None, prompt: str 
         return _beside(paths)
     if prompts.suffix in (".csv", ".jsonl"):
         return _matched(paths, prompts)
+    if not str(prompts).startswith("playground:"):
+        _check_prompt_file(prompts)
     lines = load_prompts(prompts)
     if len(lines) != len(paths):
         raise ConfigError(
@@ -118,6 +120,15 @@ def captions(paths: Sequence[Path], *, prompts: Path | None = None, prompt: str 
             "order (folders by name), or a .csv or .jsonl with `file` and `prompt`"
         )
     return [Caption(prompt=line) for line in lines]
+
+
+def _check_prompt_file(path: Path) -> None:
+    if not path.is_file() or path.suffix not in (".txt", ".csv", ".jsonl"):
+        what = "is a folder" if path.is_dir() else "is of another kind" if path.is_file() else "does not exist"
+        raise ConfigError(
+            f"prompt file {path} {what}; give a .txt with one prompt for each image, or a .csv (with headings) or "
+            ".jsonl of file and prompt"
+        )
 
 
 def _beside(paths: Sequence[Path]) -> list[Caption] | None:
@@ -135,22 +146,26 @@ def _beside(paths: Sequence[Path]) -> list[Caption] | None:
 
 def _matched(paths: Sequence[Path], table: Path) -> list[Caption]:
     rows = read_table(table)
-    found = []
+    found, by_name = [], dict[str, Path]()
     for path in paths:
         names = [path.name, path.as_posix()]
         if path.resolve().is_relative_to(table.parent.resolve()):
             names.append(path.resolve().relative_to(table.parent.resolve()).as_posix())
-        row = next((rows[name] for name in reversed(names) if name in rows), None)
-        if row is None:
+        name = next((name for name in reversed(names) if name in rows), None)
+        if name is None:
             raise ConfigError(f"{table} has no row for the image {path}{nearest(path.name, rows)}; add one")
-        found.append(row)
+        if name == path.name and (other := by_name.setdefault(name, path)).resolve() != path.resolve():
+            raise ConfigError(
+                f"{table}: the row {name} fits {other} and {path}; write the folder too, as"
+                f" {path.parent.name}/{name}, a row for each"
+            )
+        found.append(rows[name])
     return found
 
 
 def read_table(path: Path) -> dict[str, Caption]:
     """{file: its caption} of a .csv with headings or a .jsonl. ConfigError with the line of what is wrong."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give a .txt, .csv or .jsonl of prompts")
+    _check_prompt_file(path)
     rows: dict[str, Caption] = {}
     for number, row in _rows(path):
         where = f"{path}, line {number}"
@@ -171,9 +186,15 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if path.suffix == ".csv":
             reader = csv.DictReader(text.splitlines())
             return [(reader.line_num, row) for row in reader]
-        rows = [(number, json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot read {path}: {error}; save it as UTF-8, a row for each image") from error
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rows += [(number, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            where = f"{path}, line {number}, column {error.colno}"
+            raise ConfigError(f'{where}: no JSON ({error.msg}); legal: {{"file": ..., "prompt": ...}}') from error
     if bad := [number for number, row in rows if not isinstance(row, dict)]:
         raise ConfigError(f'{path}, line {bad[0]}: no JSON object; legal: {{"file": ..., "prompt": ...}}')
     return rows

@@ -1,5 +1,6 @@
 """The run on the screen: a bar in a terminal, one plain line an interval otherwise."""
 
+import math
 import sys
 import time
 from typing import Any, Self
@@ -9,6 +10,16 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def digits(value: float) -> str:
+    """Four significant digits, and no exponent for large numbers."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def with_interval(mean: float, half: float) -> str:
+    """`0.25 ± 0.01`; the mean alone where a single value has no interval."""
+    return digits(mean) if math.isnan(half) else f"{digits(mean)} ± {digits(half)}"
 
 
 class Progress:
@@ -43,12 +54,14 @@ class Progress:
         """Show one line of metrics.jsonl."""
         self.done += 1
         self.smooth = record["seconds"] if self.done == 1 else 0.9 * self.smooth + 0.1 * record["seconds"]
-        several = record["parts"].items() if len(record["parts"]) > 1 else ()
-        parts = "".join(f", {name} {value:.3f}" for name, value in several)
+        reward = digits(record["reward"])
+        natives = {name: digits(value) for name, value in record["parts"].items()}
+        shown = natives if list(natives.values()) != [reward] else {}  # a single part that is the reward itself
+        parts = "".join(f", {name} {value}" for name, value in shown.items())
         elapsed = time.monotonic() - self.started
         step = str(self.done) if self.max_seconds else f"{self.done}/{self.total}"
         text = f"step {step}, {_clock(self.left())} left, {self.smooth:.2f} s/step"
-        text += f" | reward {record['reward']:.3f}{parts} | grad {record['grad_norm']:.3g}"
+        text += f" | reward {reward}{parts} | grad {record['grad_norm']:.3g}"
         if self.bar:
             share = max(self.done / self.total, elapsed / self.max_seconds if self.max_seconds else 0.0)
             self.bar.update(self.task, completed=min(share, 1.0), description=text)

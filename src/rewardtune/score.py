@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from .config import Part, parse_options
 from .errors import ConfigError, RewardError, RewardTuneError
 from .intervals import mean_interval
 from .pictures import Caption, captions, find_images, open_image
-from .rewards.catalogue import REWARDS
+from .progress import digits, with_interval
+from .rewards.catalogue import OBJECT, REWARDS
 from .tables import text_table
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def choose(names: Sequence[str], options: Sequence[str] = ()) -> Choices:
         raise ConfigError(f"the reward {min(repeated)!r} is given twice; give each once")
     found: dict[str, list[str]] = {name: [] for name in names}
     for option in options:
+        if not re.match(r"[^=\s]+=", option):
+            raise ConfigError(f"-o {option!r}: write [REWARD.]SETTING=VALUE, for example -o {names[0]}.{option}=VALUE")
         owner = next((name for name in names if option.startswith(f"{name}.")), None)
         if owner is None and len(names) != 1:
             raise ConfigError(f"-o {option}: say of which reward: -o {names[0]}.{option}")
@@ -75,10 +79,13 @@ def choose(names: Sequence[str], options: Sequence[str] = ()) -> Choices:
 
 
 def load_rewards(choices: Choices, *, prompts: bool, device: str) -> dict[str, Reward]:
-    """The rewards by name, on their device. ConfigError where one reads prompts and none are given: first of all."""
+    """The rewards by name, on their device. ConfigError where there is none of a name, or one reads prompts and none
+    are given: before any is loaded."""
     from .launch import make_reward
+    from .rewards.loading import named
 
     for name in choices:
+        named(name)
         if not prompts and name.lower() not in READS_NO_PROMPT:
             raise ConfigError(
                 f"the reward {name!r} reads a prompt and none is given: --prompt TEXT for all images, --prompts FILE "
@@ -198,8 +205,9 @@ def equal_sizes(items: Iterable[tuple[T, Tensor]], batch: int) -> Iterator[list[
         yield group
 
 
-def as_table(pictures: Sequence[Picture]) -> str:
-    """A row for each picture, and the mean with its 95% interval (Student's t over the pictures)."""
+def as_table(pictures: Sequence[Picture], choices: Choices) -> str:
+    """A row for each picture, the mean with its 95% interval (Student's t over the pictures), and what must be known to
+    read them."""
     columns = list(pictures[0].native)
     prompted = any(picture.prompt is not None for picture in pictures)
     headings = ["image", *(["prompt"] if prompted else []), *columns]
@@ -210,10 +218,13 @@ def as_table(pictures: Sequence[Picture]) -> str:
     if len(pictures) > 1:
         means = (mean_interval([p.native[column] for p in pictures]) for column in columns)
         label = f"mean of {len(pictures)}, ± 95%"
-        rows.append([label, *([""] if prompted else []), *(f"{digits(mean)} ± {digits(half)}" for mean, half in means)])
+        rows.append([label, *([""] if prompted else []), *(with_interval(mean, half) for mean, half in means)])
     text = text_table(headings, rows, flexible=1 if prompted else 0, numbers=range(1 + prompted, len(headings)))
     if less := [column for column in columns if column in LESS_IS_BETTER]:
         text += f"\nLess is better: {', '.join(less)}"
+    for options in (options for name, options in choices.items() if name.lower() == "objectness"):
+        target = options.get("target", OBJECT)
+        text += "\nobjectness looks for " + ("each image's own prompt" if target is None else repr(target))
     if odd := [picture for picture in pictures if picture.converted]:
         kinds = ", ".join(sorted({picture.converted for picture in odd}))
         text += f"\n{len(odd)} of {len(pictures)} images were not plain RGB and were converted ({kinds}): {odd[0].file}"
@@ -226,11 +237,6 @@ def skipped_lines(skipped: Sequence[Skipped], *, of: int) -> str:
     return "\n".join(
         [f"{len(skipped)} of {of} images could not be scored and are left out:", *map("  {}".format, skipped)]
     )
-
-
-def digits(value: float) -> str:
-    """Four significant digits, and no exponent for large numbers."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def as_json(pictures: Sequence[Picture], choices: Choices, skipped: Sequence[Skipped] = ()) -> str:

@@ -13,6 +13,7 @@ from .gradient import check_images, derive_seed
 from .guards import Evaluation, Rule, Verdict
 from .panel import Panel
 from .processes import Processes
+from .progress import with_interval
 from .runfolder import RunFolder
 from .spelling import nearest
 
@@ -132,4 +133,4 @@ class Watch:
 
 def line(scores: Score) -> str:
     """Scores in one line for people."""
-    return ", ".join(f"{name} {mean:.4g} ± {half:.2g}" for name, (mean, half) in scores.items())
+    return ", ".join(f"{name} {with_interval(mean, half)}" for name, (mean, half) in scores.items())

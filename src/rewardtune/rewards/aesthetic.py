@@ -1,7 +1,7 @@
 """Aesthetic scores: an affine map of a normalised image embedding; prompts are ignored.
 
 LAION's predictor is an MLP without activations, so in eval mode one affine map w.e + b. It is folded in float64 once,
-which removes its rounding in half precision and its dropout. |w| = 18 and b = 5.24: scores are nominally 1 to 10, but
+which removes its rounding in half precision and its dropout. Scores are nominally 1 to 10, but
 nothing bounds them there.
 """
 
@@ -21,7 +21,7 @@ from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import collapse
 from rewardtune.rewards.network import NetworkReward
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import at_revision, check_folder, download, found, open_checkpoint
+from rewardtune.rewards.weights import check_finite, check_folder, download, found, open_checkpoint, source_of
 
 HEAD = AESTHETIC_HEAD.url(AESTHETIC_HEAD.files[0])
 HEAD_SHA256 = AESTHETIC_HEAD.sha256[AESTHETIC_HEAD.files[0]]
@@ -62,14 +62,14 @@ class AffineEmbedding(NetworkReward):
         checkpointing: bool = True,
     ) -> None:
         super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
-        source = OPENAI if str(model) == OPENAI.repo else Source(repo=str(model))
-        source = at_revision(source, revision, who=self.name)
+        source = source_of(str(model), OPENAI, revision=revision, who=self.name)
         if "relu" in os.path.basename(head).lower():
             raise ConfigError(
                 f"{self.name}: {head} is by its name an MLP with ReLUs, and no affine map; legal is one without "
                 "activations, as sac+logos+ava1-l14-linearMSE.pth"
             )
         weight, bias = affine(open_checkpoint(head, who=self.name), what=str(head), who=self.name)
+        check_finite([("weight", weight), ("bias", bias)], who=self.name, what=str(head))
         network, self.output, fit = _vision(source, who=self.name)
         config = network.config
         width = getattr(config, "projection_dim" if self.output == "image_embeds" else "hidden_size")
@@ -116,7 +116,7 @@ class Aesthetic(AffineEmbedding):
         micro_batch: int | None = None,
         checkpointing: bool = True,
     ) -> None:
-        model = str(model or OPENAI.repo)
+        model = source_of(model or None, OPENAI, who=self.name).repo
         check_folder(model, who=self.name)  # before a head is downloaded for it
         beside = os.path.join(model, "head.safetensors")
         official = head is None and not os.path.isfile(beside)
@@ -186,14 +186,9 @@ def _vision(source: Source, *, who: str) -> tuple[Any, str, str]:
     cls, output, fit = VISION[kind]
 
     def load() -> Any:
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it would list the text half as unexpected
-        try:
-            return getattr(transformers, cls).from_pretrained(
-                source.repo, revision=source.revision, dtype=torch.float32, output_loading_info=True
-            )
-        finally:
-            transformers.logging.set_verbosity(verbosity)
+        return getattr(transformers, cls).from_pretrained(
+            source.repo, revision=source.revision, dtype=torch.float32, output_loading_info=True
+        )
 
     network, info = found(load, source.repo, who=who, needed=needed)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers

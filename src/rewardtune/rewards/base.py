@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from rewardtune.errors import ConfigError
+from rewardtune.errors import ConfigError, RewardError, RewardTuneError
 from rewardtune.rewards.contract import check_inputs, check_scores, full
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
@@ -87,9 +87,7 @@ class Reward:
 
     def _measure(self, call: Call) -> Tensor:
         self.to(call.images.device)  # a reward follows its images; `to("cpu")` sets it aside in between
-        score, native = self.evaluate(call.images, call.prompts)
-        check_scores(f"reward '{self.name}'", score, batch=len(call.images))
-        check_scores(f"reward '{self.name}'", native, batch=len(call.images))
+        score, native = asked(self, call.images, call.prompts, who=f"reward '{self.name}'")
         call.keep(self, native)
         return score
 
@@ -210,6 +208,25 @@ def as_reward(thing: object, *, action: str = "use as a reward") -> Reward:
         f"cannot {action}: {thing!r} is a {type(thing).__name__}; "
         "legal is a Reward or a callable (images, prompts) -> (B,) scores"
     )
+
+
+def asked(reward: Reward, images: Tensor, prompts: Sequence[str], *, who: str) -> tuple[Tensor, Tensor]:
+    """reward.evaluate(images, prompts), each checked to be one float per image; whatever else it raises, a user's own
+    reward above all, is a RewardError that names `who`."""
+    try:
+        score, native = reward.evaluate(images, prompts)
+    except Exception as error:
+        # torch's checkpoint ends a recomputation that has all it needs by an exception of its own
+        if isinstance(error, RewardTuneError) or type(error).__module__ == "torch.utils.checkpoint":
+            raise
+        batch = len(images)
+        raise RewardError(
+            f"{who} raised {type(error).__name__}: {error}; legal is (images ({batch}, 3, H, W) in [0, 1], "
+            f"{batch} prompt{'s' * (batch > 1)}) -> ({batch},)"
+        ) from error
+    for values in (score, native):
+        check_scores(who, values, batch=len(images))
+    return score, native
 
 
 def leaves(reward: Reward, *, trained: bool = True) -> list[tuple[Reward, bool]]:

@@ -271,4 +271,6 @@ REWARDS = (
     ),
 )
 
+OBJECT = "book"  # objectness looks for it unless told otherwise: DRTune's example
+
 CATALOGUE = {entry.name: entry for entry in REWARDS}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewardtune.errors import ConfigError, RewardError, RewardTuneError
-from rewardtune.rewards.base import Reward, Scorer, as_reward, leaves, unique_names
-from rewardtune.rewards.contract import check_inputs, check_scores
+from rewardtune.errors import ConfigError, RewardError
+from rewardtune.rewards.base import Reward, Scorer, as_reward, asked, leaves, unique_names
+from rewardtune.rewards.contract import check_inputs
 
 
 def check_reward(
@@ -26,7 +26,11 @@ def check_reward(
     parts = leaves(reward)
     if not any(trained for _, trained in parts):
         raise RewardError(f"reward '{reward.name}': every weight is 0; give at least one part a weight")
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else size
+    two = isinstance(sides, tuple | list) and len(sides) == 2
+    if not two or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ConfigError(f"check_reward: size is {size!r}; legal is a side such as 512, or (height, width), in pixels")
+    height, width = sides
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     pair = [prompts[0], prompts[-1]]
     check_inputs(reward.name, images, pair)
@@ -39,17 +43,9 @@ def check_reward(
 
 
 def _scores(who: str, part: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    try:
-        with torch.set_grad_enabled(images.requires_grad):
-            scores, native = part.to(images.device).evaluate(images, prompts)
-    except RewardTuneError:
-        raise
-    except Exception as error:  # whatever a user's reward raises
-        raise RewardError(
-            f"{who} raised {type(error).__name__}: {error}; legal is (images (2, 3, H, W) in [0, 1], 2 prompts) -> (2,)"
-        ) from error
+    with torch.set_grad_enabled(images.requires_grad):
+        scores, native = asked(part.to(images.device), images, prompts, who=who)
     for values in (scores, native):
-        check_scores(who, values, batch=2)
         if not values.isfinite().all():
             raise RewardError(
                 f"{who} scored random images {values.tolist()}; legal are finite numbers: "

@@ -30,15 +30,16 @@ from rewardtune.rewards.clipmodel import (
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import at_revision, digest_of, hub_file, load_tokenizer
+from rewardtune.rewards.weights import digest_of, hub_file, load_tokenizer, source_of
 from rewardtune.spelling import nearest
 
 
 class CLIPSimilarity(NetworkReward):
     """cos(image, prompt), -1 to 1, more is better, by any transformers `CLIPModel`.
 
-    model: hub id or folder. processor: the same for the tokenizer and the image settings (size, mean, std), where they
-    live elsewhere. revision: a branch or commit of the model's hub repository.
+    model: hub id or folder; "playground" for the playground's own. processor: hub id or folder for the tokenizer and
+    the image settings (size, mean, std), where they live elsewhere. revision: a branch or commit of the model's hub
+    repository.
     scale: "cosine", or "logit" for exp(logit_scale) * cosine, about 100 times as much.
     clean: repair prompts as open_clip does before its tokenizer: `ftfy.fix_text`, where ftfy is installed, and
     `html.unescape`. Only curly quotes, ligatures, HTML entities and the like are changed.
@@ -73,8 +74,7 @@ class CLIPSimilarity(NetworkReward):
             raise ConfigError(f"{self.name}: scale is {scale!r}{hint}; legal: cosine, logit")
         if not isinstance(clean, bool):
             raise ConfigError(f"{self.name}: clean is {clean!r}; legal: true, false")
-        source = self.source if model in (None, self.source.repo) else Source(repo=str(model))
-        source = at_revision(source, revision, who=self.name)
+        source = source_of(model, self.source, revision=revision, who=self.name)
         tokens = self._processor(source, processor)
         network = self._open(source)
         config = network.config
@@ -144,10 +144,10 @@ class PickScore(CLIPSimilarity):
 class HPSv2(CLIPSimilarity):
     """HPS v2.0 or v2.1, a ViT-H/14 tuned on Human Preference Dataset v2; 0.1-0.4, printed x 100 in its tables.
 
-    version: "2.1", or "2.0", which hpsv2 itself takes by default. model: None for the official checkpoint, which is
-    opened once and converted; the path of such a checkpoint, or a folder that holds it; or a transformers `CLIPModel`,
-    which is its own version. As in hpsv2 an oblong image is padded with black, the overshoot of the bicubic filter is
-    kept and prompts are cleaned.
+    version: "2.1", by default, or "2.0", which hpsv2 itself takes by default. model: None for the official checkpoint,
+    which is opened once and converted; the path of such a checkpoint, or a folder that holds it; or a transformers
+    `CLIPModel`, which is its own version: none may be given beside it. As in hpsv2 an oblong image is padded with
+    black, the overshoot of the bicubic filter is kept and prompts are cleaned.
     """
 
     name = "hpsv2"
@@ -158,7 +158,7 @@ class HPSv2(CLIPSimilarity):
 
     def __init__(
         self,
-        version: str = "2.1",
+        version: str | None = None,
         *,
         model: str | None = None,
         processor: str | None = None,
@@ -172,7 +172,8 @@ class HPSv2(CLIPSimilarity):
         micro_batch: int | None = None,
         checkpointing: bool = True,
     ) -> None:
-        self.version = str(version).removeprefix("v")
+        self.version = "2.1" if version is None else str(version).removeprefix("v")
+        self.version_given = version is not None
         if self.version not in HPS_FILES:
             raise ConfigError(f"{self.name}: version is {version!r}; legal: {', '.join(HPS_FILES)}")
         self.needed = f"{HPS_FILES[self.version]}, or a transformers model: {type(self).needed}"
@@ -197,6 +198,11 @@ class HPSv2(CLIPSimilarity):
             self._refuse_other_versions(path)
         elif source.repo == HPS.repo or os.path.isfile(os.path.join(source.repo, file)):
             path = hub_file(replace(HPS, repo=source.repo, revision=source.revision), file, who=self.name)
+        elif self.version_given:
+            raise ConfigError(
+                f"{self.name}: version is {self.version} but the model {source.repo} is read as a transformers "
+                f"CLIPModel, which is its own version; leave the version out, or give a folder that holds {file}"
+            )
         else:
             return super()._open(source)
         return vit_h_from_open_clip(path, who=self.name)

@@ -20,10 +20,8 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
     spreads it over all others, and a clamp hides it.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        shape = tuple(getattr(images, "shape", ()))
         raise RewardError(
-            f"reward '{name}': images are a {type(images).__name__} {shape}; legal is a tensor (B, 3, H, W)"
-            + (_cure(shape) if isinstance(images, Tensor) else "")
+            f"reward '{name}': images are {_given(images)}; legal is a tensor (B, 3, H, W){_cure(images)}"
         )
     if not images.is_floating_point():
         raise RewardError(f"reward '{name}': images are {images.dtype}; legal is float in [0, 1]: images.float() / 255")
@@ -51,8 +49,22 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
     )
 
 
-def _cure(shape: tuple[int, ...]) -> str:
-    """What to write where images of this shape were meant."""
+def _given(images: object) -> str:
+    """Of what kind they are, in a few words."""
+    kind = type(images).__name__
+    if isinstance(images, list | tuple):
+        return f"a {kind} of {len(images)}" + (f" ({type(images[0]).__name__} first)" if images else "")
+    shape = getattr(images, "shape", None)
+    return f"a {kind}" + (f" {tuple(shape)}" if shape is not None else "")
+
+
+def _cure(images: object) -> str:
+    """What to write where these were meant as images."""
+    if isinstance(images, list | tuple) and images and all(isinstance(image, Tensor) for image in images):
+        return ": torch.stack(images)" if images[0].ndim == 3 else ": torch.cat(images)"
+    if not isinstance(images, Tensor):  # what pipelines give by default, or by output_type="np"
+        return ': of a pipeline pipe(..., output_type="pt").images' if images is not None else ""
+    shape = tuple(images.shape)
     if 0 in shape:
         return "; this one is empty"
     if len(shape) == 3 and shape[0] == 3:
@@ -71,8 +83,12 @@ def check_scores(who: str, scores: Tensor, *, batch: int) -> None:
     if not isinstance(scores, Tensor):
         raise RewardError(f"{who} returned {type(scores).__name__}; legal is a tensor of shape ({batch},)")
     if scores.shape != (batch,):
-        hints = {1: "drop the .mean() over the batch", batch: "add .squeeze(-1)"}
-        hint = hints.get(scores.numel(), "reduce each image to one number")
+        if scores.ndim == 0 or scores.numel() == 1 != batch:
+            hint = "drop the .mean() over the batch"
+        elif scores.numel() == batch:
+            hint = "add .squeeze(-1)" if scores.shape == (batch, 1) else "add .flatten()"
+        else:
+            hint = "reduce each image to one number"
         raise RewardError(
             f"{who} returned the shape {tuple(scores.shape)} for {batch} images; legal is ({batch},): {hint}"
         )

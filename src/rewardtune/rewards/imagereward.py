@@ -20,7 +20,7 @@ from rewardtune.rewards.contract import full
 from rewardtune.rewards.convert import State, imagereward_from_official
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import at_revision, converted, hub_file, load_strictly
+from rewardtune.rewards.weights import check_finite, converted, hub_file, load_strictly, source_of
 
 TOKENS = 35  # of a prompt, with [CLS] and [SEP]; also the length of the padding, as the official code has it
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -58,8 +58,7 @@ class ImageReward(NetworkReward):
         revision: str | None = None,
     ) -> None:
         super().__init__(dtype=dtype, micro_batch=micro_batch, checkpointing=checkpointing)
-        source = IMAGEREWARD if model in (None, IMAGEREWARD.repo) else Source(repo=str(model))
-        source = at_revision(source, revision, who=self.name)
+        source = source_of(model, IMAGEREWARD, revision=revision, who=self.name)
         settings = _settings(hub_file(source, "med_config.json", who=self.name))
         path = hub_file(source, "ImageReward.pt", who=self.name)
         state = converted(path, imagereward_from_official, who=self.name)
@@ -68,6 +67,7 @@ class ImageReward(NetworkReward):
         self.vision = self.adopt(_tower("vision", vision, state, what=str(path)))
         self.text = self.adopt(_tower("text", text, state, what=str(path)))
         self.weight, self.bias = (state[f"head.{part}"].float() for part in ("weight", "bias"))  # float32 everywhere
+        check_finite([("head.weight", self.weight), ("head.bias", self.bias)], who=self.name, what=str(path))
         self.preprocess = Preprocess(
             size=vision["image_size"], mean=MEAN, std=STD, antialias=antialias, clamp=clamp, random_shift=random_shift
         )

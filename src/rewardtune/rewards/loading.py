@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rewardtune import playground
 from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.rewards.base import Reward, as_reward
 from rewardtune.rewards.catalogue import REWARDS
@@ -21,12 +20,9 @@ def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
 
     spec: a key of BUILTIN, or "module:object", where the object is a class (called with the settings), a Reward, an
     nn.Module or a function (images, prompts) -> scores. Modules are also looked for in the current folder.
-    For a built-in name the setting model="playground" stands for the playground's own network.
     Raises ConfigError: also for whatever else the object's own module or `__init__` raises.
     """
-    target, given = _import(BUILTIN.get(spec.lower(), spec)), dict(settings or {})
-    if given.get("model") == "playground" and spec.lower() in BUILTIN:
-        given["model"] = str(playground.reward_path(spec.lower()))
+    target, given = named(spec), dict(settings or {})
     if inspect.isclass(target):
         return as_reward(_build(spec, target, given), action=f"use '{spec}' as a reward")
     if given:
@@ -35,6 +31,11 @@ def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
             "write a class whose __init__ takes them"
         )
     return as_reward(target, action=f"use '{spec}' as a reward")
+
+
+def named(spec: str) -> Any:
+    """What `spec` names, imported and not made. ConfigError where there is no such thing."""
+    return _import(BUILTIN.get(spec.lower(), spec))
 
 
 def _import(path: str) -> Any:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rewardtune.errors import ConfigError
 from rewardtune.rewards.base import Reward
+from rewardtune.rewards.weights import check_finite
 
 CACHED_PROMPTS = 10_000  # 1024 floats each at ViT-H: 40 MB
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -48,9 +49,14 @@ class NetworkReward(Reward):
         raise NotImplementedError(f"{type(self).__name__} must define piece(self, images, prompts) -> (b,)")
 
     def adopt(self, module: Module) -> Module:
-        """The network as rewards need it: frozen, in eval mode, in the asked dtype, its layers checkpointed."""
+        """The network as rewards need it: frozen, in eval mode, in the asked dtype, its layers checkpointed.
+
+        ConfigError for weights that are NaN or infinite.
+        """
         from transformers.modeling_layers import GradientCheckpointingLayer
 
+        what = getattr(module, "name_or_path", "") or "the checkpoint"
+        check_finite(module.named_parameters(), who=self.name, what=what)
         module.requires_grad_(False).eval().to(self.dtype or torch.float32)
         for layer in module.modules() if self.checkpointing else ():
             if isinstance(layer, GradientCheckpointingLayer):

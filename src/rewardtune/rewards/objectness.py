@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rewardtune.errors import ConfigError
-from rewardtune.rewards.catalogue import OWLVIT, Source
+from rewardtune.rewards.catalogue import OBJECT, OWLVIT, Source
 from rewardtune.rewards.clipmodel import channels, check_end_token
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
-from rewardtune.rewards.weights import at_revision, found, load_tokenizer
+from rewardtune.rewards.weights import found, load_tokenizer, source_of
+from rewardtune.spelling import nearest
 
 NEEDED = "config.json and model.safetensors (or pytorch_model.bin)"
 
@@ -32,8 +33,9 @@ class Objectness(NetworkReward):
     None: each image is searched for its own prompt. minimise: False to make the object appear instead; the score is
     then log(p). template: of the query, with {} for the object; detectors are often asked for "a photo of a {}".
     model: hub id or folder of a transformers `OwlViTForObjectDetection`, its tokenizer and its image settings; by
-    default google/owlvit-base-patch32, larger are -base-patch16 and -large-patch14. Images are squashed to its square,
-    as in its training.
+    default google/owlvit-base-patch32, larger are -base-patch16 and -large-patch14; or "playground", whose detector
+    knows the objects of its world alone: a shape ("heart") or a coloured one ("red heart"). Images
+    are squashed to its square, as in its training.
     dtype, micro_batch, checkpointing: see NetworkReward. antialias, clamp, random_shift: see Preprocess.
     revision: a branch or commit of the hub repository, to pin it.
     """
@@ -42,7 +44,7 @@ class Objectness(NetworkReward):
 
     def __init__(
         self,
-        target: str | None = "book",
+        target: str | None = OBJECT,
         *,
         model: str | None = None,
         minimise: bool = True,
@@ -66,9 +68,10 @@ class Objectness(NetworkReward):
             )
         if not isinstance(minimise, bool):
             raise ConfigError(f"objectness: minimise is {minimise!r}; legal: true, false")
+        if model == "playground":
+            _check_query(target)
         self.target, self.template, self.minimise = target, template, minimise
-        source = OWLVIT if model in (None, OWLVIT.repo) else Source(repo=str(model))
-        source = at_revision(source, revision, who=self.name)
+        source = source_of(model, OWLVIT, revision=revision, who=self.name)
         self.model = self.adopt(_detector(source))
         config = self.model.config
         tokenizer = load_tokenizer(
@@ -103,6 +106,19 @@ class Objectness(NetworkReward):
         """The query embedding (D,), of length 1, float32 or wider."""
         output = self.model.owlvit.get_text_features(input_ids=torch.tensor([ids], device=self.model.device))
         return F.normalize(full(output.pooler_output), dim=-1)[0]
+
+
+def _check_query(target: str | None) -> None:
+    """ConfigError for what does not exist in the playground: any picture would score as if it were gone."""
+    from rewardtune.playground.detector import PAIRS, QUERIES
+
+    if target is not None and target not in QUERIES:
+        shapes = ", ".join(QUERIES[PAIRS:])
+        colours = ", ".join(query.split()[0] for query in QUERIES[: PAIRS // len(QUERIES[PAIRS:])])
+        raise ConfigError(
+            f"objectness: the playground has no {target!r}{nearest(target, QUERIES)}; legal targets there: a shape "
+            f"({shapes}), one with its colour ({colours}), such as '{QUERIES[0]}', or none for each image's own prompt"
+        )
 
 
 def _detector(source: Source) -> Any:

@@ -11,8 +11,8 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rewardtune import playground
 from rewardtune.errors import ConfigError
 from rewardtune.quietly import no_loading_bars
 from rewardtune.rewards import convert as tables
@@ -30,8 +31,16 @@ Module = TypeVar("Module", bound=nn.Module)
 State = dict[str, Tensor]
 
 
-def at_revision(source: Source, revision: str | None, *, who: str) -> Source:
-    """The source at another revision, where one is given. ConfigError for a local one: files on disk have none."""
+def source_of(model: object, default: Source | None = None, *, revision: str | None = None, who: str) -> Source:
+    """What a reward's `model` and `revision` name: a hub id or folder, the `default` (None, or its id), or "playground"
+    for the playground's own network of the reward `who`. ConfigError for a revision of files on disk, which have none,
+    and where the playground has no such network."""
+    if model == "playground":
+        source = Source(repo=str(playground.reward_path(who)))
+    elif default is not None and model in (None, default.repo):
+        source = default
+    else:
+        source = Source(repo=str(model))
     if not revision:
         return source
     if os.path.exists(source.repo):
@@ -91,7 +100,7 @@ def found(
     try:
         if os.path.isdir(source) and any_of and not any(os.path.isfile(os.path.join(source, file)) for file in any_of):
             raise FileNotFoundError(f"no {' or '.join(any_of)}")
-        with no_loading_bars() if os.path.isdir(source) else nullcontext():
+        with _quietly(bars=not os.path.isdir(source)):
             return load()
     except ConfigError:
         raise
@@ -111,8 +120,27 @@ def found(
         raise ConfigError(f"{who}: cannot load '{source}': {cure} ({_reason(error)})") from error
 
 
+@contextmanager
+def _quietly(*, bars: bool) -> Iterator[None]:
+    """Without the libraries' remarks: a line for each of the hub client's tries, transformers' table of weights that do
+    not fit. What is wrong is said by our own error. bars: keep those of a download."""
+    import huggingface_hub.utils.logging as hub_log
+    import transformers.utils.logging as transformers_log
+
+    levels = [(log, log.get_verbosity()) for log in (hub_log, transformers_log)]
+    with ExitStack() as stack:
+        for log, level in levels:
+            stack.callback(log.set_verbosity, level)
+            log.set_verbosity_error()
+        if not bars:
+            stack.enter_context(no_loading_bars())
+        yield
+
+
 def check_folder(source: str, *, who: str) -> None:
-    """ConfigError for what is written as a folder and is none."""
+    """ConfigError for a file, and for what is written as a folder and is none."""
+    if os.path.isfile(source):
+        raise ConfigError(f"{who}: {source} is a file; give its folder, {os.path.dirname(source) or '.'}")
     if not os.path.isdir(source) and source.startswith((".", "/", "~")):
         raise ConfigError(
             f"{who}: cannot load '{source}': there is no such folder; give an existing one (a full path, ~ is not "
@@ -178,13 +206,16 @@ def open_checkpoint(path: Path | str, *, who: str) -> State:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # our error says more
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format and each way of being broken has its own
         if foreign := _foreign(error):
             raise ConfigError(_refused(str(path), who=who, foreign=foreign)) from error
+        code = "" if path.suffix == ".safetensors" else "a pickle with code is refused; "
         raise ConfigError(
-            f"{who}: {path} ({path.stat().st_size:,} bytes) is no checkpoint or a truncated one; download it again "
-            f"({_reason(error)})"
+            f"{who}: {path} ({path.stat().st_size:,} bytes) is not a checkpoint, or a truncated one; give tensors as "
+            f".safetensors or by torch.save, or download it again ({code}{_reason(error)})"
         ) from error
     weights: Any = state.get("state_dict", state) if isinstance(state, dict) else {}
     weights = weights if isinstance(weights, dict) else {}
@@ -209,7 +240,13 @@ def converted(path: Path | str, convert: Callable[[State], State], *, who: str) 
     target = cache_folder() / f"{path.stem}-{_identity(path, convert.__qualname__, tables.EDITION)[:16]}.safetensors"
     with suppress(Exception):  # not there, or cut by a full disk: convert again
         return load_file(target)
-    state = {key: value.contiguous() for key, value in convert(open_checkpoint(path, who=who)).items()}
+    official = open_checkpoint(path, who=who)
+    try:
+        state = {key: value.contiguous() for key, value in convert(official).items()}
+    except ConfigError as error:
+        raise ConfigError(
+            f"{who}: {path} does not fit: {error}; give the file that `rewardtune ls rewards {who}` names"
+        ) from error
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +260,16 @@ def converted(path: Path | str, convert: Callable[[State], State], *, who: str) 
             partial.unlink()
         warnings.warn(f"{who}: the converted checkpoint cannot be kept in {target.parent}: {error}", stacklevel=2)
     return state
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], *, who: str, what: str) -> None:
+    """ConfigError for NaN or infinity among the weights. A sum finds both, in one reading of each tensor."""
+    for name, value in tensors:
+        if value.is_floating_point() and not value.detach().float().sum().isfinite():
+            raise ConfigError(
+                f"{who}: {what} has NaN or infinite weights, {name} first: it is damaged, or its training diverged; "
+                "download it again or give another"
+            )
 
 
 def load_strictly(make: Callable[[], Module], state: State, *, who: str, what: str) -> Module:
