@@ -54,7 +54,10 @@ def _with_short_forms(field: Any, names: dict[str, list[str]], lists: set[str]) 
 def keys_table() -> str:
     """Every key of the run file as Markdown tables, a section each; docs/run-files.md holds it."""
     schema = json_schema()
-    sections = [("", RunConfig), *((f"{key}.", model) for key, model in _sections(RunConfig))]
+    sections: list[tuple[str, type[BaseModel]]] = [
+        ("", RunConfig),
+        *((f"{key}.", model) for key, model in _sections(RunConfig)),
+    ]
     sections += [("reward.N.", Part), ("reward.N.standardise.", Standardise), ("guards.rules.N.", Rule)]
     blocks = []
     for prefix, model in sections:
