@@ -95,7 +95,7 @@ def report(rows: list[dict[str, Any]], *, updates: int, count: int) -> str:
         "# DRTune raises the seven rewards",
         "",
         f"`python benchmarks/raise_rewards.py`: the playground, {updates} updates of 8 at {LR:g}, DRTune as in",
-        f"`recipes/playground.yaml`; native values, means over {count} held-out prompts with fixed noise, all sampling",
+        f"`presets/playground.yaml`; native values, means over {count} held-out prompts with fixed noise, all sampling",
         "steps, the same before and after. *Noise of seeds* is the standard deviation of the change over seeds;",
         "*beyond*: every seed improved and the mean change is more than twice that.",
         "",
