@@ -159,7 +159,7 @@ seed: 9223372036854775808
         "line 5: optim.lr = nan: must be ",
         "line 5: optim.clip = inf: must be a finite number",
         "line 5: optim.batch = 2.5: must be a valid integer",
-        "line 5: optim.betas.1",
+        "line 5: 'optim.betas.1' is missing",
         "line 5: optim.weight_decay = '0': must be a valid number",
         "line 6: memory.cache_text = 1: must be true or false",
         "line 6: memory.offload.1 = 'gpu': must be 'text_encoders', 'vae' or 'reward'",
@@ -195,7 +195,7 @@ def test_overrides_enter_lists_and_short_forms(tmp_path):
         "eval.count=3",
     ]
     config = load_config(
-        path, [*overrides, "method.options.K=2", "prompts.negative=ugly", "eval.prompts.template={} b"]
+        path, [*overrides, "method.options.K=2", "prompts.negative=ugly", "eval.prompts.template='{} b'"]
     )
     assert (config.model.id, config.model.dtype) == ("playground", "bfloat16")
     assert [(part.name, part.weight) for part in config.reward] == [("symmetry", 2)]
@@ -207,7 +207,7 @@ def test_overrides_enter_lists_and_short_forms(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=[", r"override optim\.lr, line 1: not valid YAML"),
+        ("optim.lr=[", r"override optim\.lr, line 1: not valid YAML: .*needs quotes: optim\.lr="),
         ("optim.lr=1e-4x", r"override optim\.lr: optim\.lr = '1e-4x': must be a valid number"),
         ("optim.lr.x=3", r"override optim\.lr\.x: optim\.lr = .*: must be a valid number"),
         ("seed.x=3", r"override seed\.x: seed = \{'x': 3\}"),

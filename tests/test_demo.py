@@ -55,7 +55,7 @@ def test_the_count_of_objects_is_read_from_the_pictures():
 
 def test_held_out_means_held_out():
     config = load_config("playground")
-    assert config.eval.prompts == "playground:eval:free"
+    assert config.eval.prompts.source == "playground:eval:free"
     assert config.eval.count == 64
     train = set(playground.prompts(2000, split="train", layout="free"))
     assert not train & set(playground.prompts(64, split="eval", layout="free"))

@@ -48,53 +48,11 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner, max_size=3),
     max_leaves=5,
 )
-junk = st.one_of(
-    st.text(max_size=10),
-    st.sampled_from(
-        [
-            "\t",
-            "\n\t",
-            "[",
-            "]",
-            "{",
-            "}",
-            ": ",
-            "- ",
-            "&a ",
-            "*a",
-            "<<: ",
-            "!!int ",
-            "!!bool x",
-            "!!python/name:os ",
-            "---\n",
-            "'",
-            '"',
-            '"\\ud800"',
-            '"\\Uffffffff"',
-            "\x00",
-            "\ufeff",
-            "\u2028",
-            "#",
-            "|\n",
-            ">\n",
-            "? ",
-            "%YAML 9\n",
-            "@",
-            "`",
-            "\nseed: 1\nseed: 2\n",
-            "\nlora: {}\n",
-            "[" * 200,
-            "{a: " * 200,
-            "\n" + "- " * 200,
-            "9" * 5000,
-            "0o8",
-            ".nan",
-            "1:30",
-            "\nx: &x [1, 1]\ny: &y [*x, *x]\nz: [*y, *y]\n",
-            "\nx: &x {<<: *x}\n",
-        ]
-    ),
-)
+JUNK = ["\t", "\n\t", "[", "]", "{", "}", ": ", "- ", "&a ", "*a", "<<: ", "!!int ", "!!bool x", "!!python/name:os "]
+JUNK += ["---\n", "'", '"', '"\\ud800"', '"\\Uffffffff"', "\x00", "\ufeff", "\u2028", "#", "|\n", ">\n", "? ", "@", "`"]
+JUNK += ["%YAML 9\n", "\nseed: 1\nseed: 2\n", "\nlora: {}\n", "9" * 5000, "0o8", ".nan", "1:30", "\nx: &x {<<: *x}\n"]
+JUNK += ["[" * 200, "{a: " * 200, "\n" + "- " * 200, "\nx: &x [1, 1]\ny: &y [*x, *x]\nz: [*y, *y]\n"]
+junk = st.text(max_size=10) | st.sampled_from(JUNK)
 
 
 @st.composite
@@ -143,29 +101,30 @@ def files(draw):
     return data
 
 
-keys = st.sampled_from(
-    [
-        "optim.lr",
-        "model.dtype",
-        "reward.0.weight",
-        "prompts",
-        "prompts.template",
-        "eval.prompts",
-        "lora.rank",
-        "seed.x",
-        "reward",
-        "reward[0]",
-        "model",
-        "optim",
-        "",
-        ".",
-        "a..b",
-        "optim.betas.1",
-        "0",
-        "optim.99999999999",
-        "memory.offload",
-    ]
-) | st.text(max_size=8)
+KEYS = [
+    "optim.lr",
+    "model.dtype",
+    "reward.0.weight",
+    "prompts",
+    "prompts.template",
+    "eval.prompts",
+    "lora.rank",
+    "seed.x",
+]
+KEYS += [
+    "reward",
+    "reward[0]",
+    "model",
+    "optim",
+    "",
+    ".",
+    "a..b",
+    "optim.betas.1",
+    "0",
+    "optim.999999999",
+    "memory.offload",
+]
+keys = st.sampled_from(KEYS) | st.text(max_size=8)
 overrides = st.lists(st.builds(lambda key, value: f"{key}={value}", keys, junk | scalars.map(str)) | junk, max_size=2)
 
 

@@ -510,7 +510,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         key, value = _parse(override)
         _set(values, key, value, override)
         places = {where: place for where, place in places.items() if where[: len(key)] != key}
-        places[key] = f"override {override.partition('=')[0]}"
+        for n in range(1, len(key) + 1):  # also of the sections that it made
+            places.setdefault(key[:n], f"override {override.partition('=')[0]}")
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -570,7 +571,10 @@ def _parse(override: str) -> tuple[Key, Any]:
     parts = re.sub(r"\[(\d+)\]", r".\1", dotted).split(".")
     if not equals or not all(re.fullmatch(r"[^\s\[\]]+", part) for part in parts):
         raise ConfigError(f"override {override!r}: write key=value, for example optim.lr=1e-4")
-    value, _ = strictyaml.read(text, f"override {dotted}")
+    try:
+        value, _ = strictyaml.read(text, f"override {dotted}")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; text with special characters needs quotes: {dotted}=\"'...'\"") from error
     return tuple(int(part) if re.fullmatch("[0-9]{1,6}", part) else part for part in parts), value
 
 
@@ -646,7 +650,8 @@ def _line(problem: Any, messages: list[str], path: Path, places: dict[Key, str])
         legal = list(model.model_fields) if model else []
         return f"{place}: unknown key {dotted!r}{nearest(str(where[-1]), legal)}; legal here: {', '.join(legal)}"
     if problem["type"] == "missing":
-        return f"{place}: {dotted!r} is missing (`rewardtune init` lists complete run files to start from)"
+        hint = " (`rewardtune init` lists complete run files to start from)" if isinstance(where[-1], str) else ""
+        return f"{place}: {dotted!r} is missing{hint}"
     message = " or ".join(dict.fromkeys(messages))
     message = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message).replace(
         "valid tuple", "valid list"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .rewards.aesthetic import _vision
-from .rewards.catalogue import OPENAI, Source
+from .rewards.catalogue import OPENAI
 from .rewards.clipmodel import image_settings
 from .rewards.contract import full
 from .rewards.preprocess import Preprocess
-from .rewards.weights import at_revision, check_folder
+from .rewards.weights import check_folder, source_of
 
 
 def vendi(features: Tensor) -> float:
@@ -82,8 +82,7 @@ class Features:
 
             model = str(playground.clip_path())
         check_folder(model, who=who)
-        source = OPENAI if model == OPENAI.repo else Source(repo=model)
-        source = at_revision(source, revision, who=who)
+        source = source_of(model, OPENAI, revision=revision, who=who)
         network, self.output, fit = _vision(source, who=who)
         size, mean, std = image_settings(source, who=who, crop=fit == "crop")
         if size != network.config.image_size:
