@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from runs import BASE, save_tiny, write_run
+from tiny_runs import BASE, save_tiny, write_run
 
 from rewardtune.cli import main
 

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 from PIL import Image
-from runs import save_tiny, write_run
 from safetensors.torch import load_file, save_file
+from tiny_runs import save_tiny, write_run
 
 import rewardtune
 from rewardtune.cli import main

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 from PIL import Image
-from runs import redness
 from tiny import set_scheduler, stable_diffusion
+from tiny_runs import redness
 
 from rewardtune import evaluate, methods
 from rewardtune.adapters import ADAPTER
