@@ -22,8 +22,9 @@ from rewardtune import evaluate, playground
 from rewardtune.config import Part, load_config
 from rewardtune.diversity import Features
 from rewardtune.errors import TrainingStopped
-from rewardtune.guards import Evaluation, Panel, best_of, make_rules
+from rewardtune.guards import Evaluation, best_of, make_rules
 from rewardtune.launch import make_reward, train
+from rewardtune.panel import Panel
 from rewardtune.pictures import open_image
 from rewardtune.runfolder import write_text
 

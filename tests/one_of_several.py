@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from runs import redness
 from tiny import stable_diffusion
+from tiny_runs import redness
 
 from rewardtune import methods
 from rewardtune.processes import join

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from runs import BASE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import denoiser_of, fresh, quiet, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_runs import BASE
 
 from rewardtune import adapters, export, launch
 from rewardtune.config import Model, RunConfig, dump_config

@@ -19,10 +19,8 @@ from rewardtune.errors import ConfigError
 from rewardtune.guards import (
     Evaluation,
     Metric,
-    Panel,
     Rule,
     action,
-    as_saved,
     best_of,
     check_held_out,
     check_rules,
@@ -30,10 +28,9 @@ from rewardtune.guards import (
     judge,
     make_rules,
     paired,
-    saturation,
-    sharpness,
     violates,
 )
+from rewardtune.panel import Panel, as_saved, saturation, sharpness
 from rewardtune.pictures import open_image
 from rewardtune.rewards.base import Reward, from_callable
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
-from runs import BASE
+from tiny_runs import BASE
 
 from rewardtune import export, launch, modelcard
 from rewardtune.config import Model, RunConfig, load_config

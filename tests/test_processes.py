@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import save_tiny, write_run
+from tiny_runs import save_tiny, write_run
 
 from rewardtune.processes import Processes
 
