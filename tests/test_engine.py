@@ -602,9 +602,9 @@ def test_records_are_freed_as_they_are_swept(sd, monkeypatch: pytest.MonkeyPatch
     with rollout(pipe, ALL, **call) as tape:
         records = [weakref.ref(recorded) for recorded in tape._calls]
 
-        def counted(self, frozen):
+        def counted(self, frozen, **settings):
             alive.append(sum(record() is not None for record in records))
-            return replay(self, frozen)
+            return replay(self, frozen, **settings)
 
         monkeypatch.setattr(Call, "replay", counted)
         tape.backward(oracle.generic_loss(tape.images))

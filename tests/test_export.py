@@ -149,7 +149,7 @@ def test_weight_is_written_into_the_lora_file(shared, tmp_path):
 
 def test_transformers_have_no_kohya_names(tmp_path, monkeypatch):
     def load(model, *, scheduler=None):  # diffusers opens this folder only when told that there is no T5
-        return quiet(StableDiffusion3Pipeline.from_pretrained(model.path, text_encoder_3=None, tokenizer_3=None))
+        return quiet(StableDiffusion3Pipeline.from_pretrained(model.id, text_encoder_3=None, tokenizer_3=None))
 
     monkeypatch.setattr(launch, "load_pipeline", load)
     run, tuned, call = make_run(tmp_path, stable_diffusion_3)

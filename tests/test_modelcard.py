@@ -150,7 +150,7 @@ def test_local_paths_are_cut(tmp_path):
     )
     head, body = card_of(run, tmp_path / "card")
     assert "secret" not in body + str(head)
-    assert "prompts: prompts.txt" in body
+    assert "source: prompts.txt" in body
     assert "base_model" not in head
     assert "put your own" in body
 
@@ -200,7 +200,7 @@ def test_weight_and_checkpoint_are_said(tmp_path):
 @pytest.fixture(scope="module")
 def playground_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("playground") / "tune"
-    small = ["optim.steps=2", "optim.batch=2", "optim.workers=1", "optim.lr=1e-2", "eval.count=2", "sampling.steps=4"]
+    small = ["optim.steps=2", "optim.batch=2", "optim.lr=1e-2", "eval.count=2", "sampling.steps=4"]
     config = load_config(
         "playground", [*small, "method.options.K=1", "method.options.m=2", "reward=brightness", f"output_dir={folder}"]
     )
