@@ -237,7 +237,6 @@ class RewardTuner:
             self.folder.set_status("running", train=facts)
             with _Signals() as signals:
                 try:
-                    begun = time.perf_counter()
                     before, before_images = self._begin(state, found, settings)
                     started = time.perf_counter()
                     last = (0 if found is not None else self.step) + steps
@@ -248,7 +247,6 @@ class RewardTuner:
                     self._save(state, status, seconds=round(seconds, 1))
                     if status != "interrupted":
                         self.folder.set_status(status, after=after)
-                        self._say(f"all of it took {time.perf_counter() - begun:.0f} s")
                 except BaseException as error:
                     self._rescue(state, error)
                     raise
@@ -408,8 +406,7 @@ class RewardTuner:
                     save |= self._judge(state, progress)
                 if save and self.step < last:
                     self._checkpoint(state, settings)
-        if self.checkpoints.every or status == "interrupted" or self.watch.rules:
-            self._checkpoint(state, settings)
+        self._checkpoint(state, settings)
         return status
 
     def _judge(self, state: TrainingState, progress: Progress) -> bool:
