@@ -49,6 +49,8 @@ def run(name: str, *, updates: int, every: int, count: int, seed: int) -> dict[s
         changes += [f"eval.prompts={json.dumps(prompts)}"]
         if name == "with guards":
             changes += [f"guards.rewards={json.dumps([HELD_OUT])}", f"guards.rules={json.dumps(RULES)}"]
+        else:
+            changes += ["checkpoints.best=null"]  # keep the last weights, whatever they have become
         ended = "made all updates"
         try:
             train(load_config("playground", changes))
