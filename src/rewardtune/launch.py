@@ -5,7 +5,7 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-from . import methods
+from . import checkpoint, methods
 from .config import Memory, MethodChoice, Model, Part, RunConfig, dump_config
 from .errors import ConfigError
 from .guards import check_held_out
@@ -32,6 +32,10 @@ def tuner_from(
     prompts = load_prompts(config.prompts.source, template=config.prompts.template)
     held = config.eval.prompts
     held_out = prompts if held is None else load_prompts(held.source, template=held.template)
+    settings = config.model_dump(mode="json")
+    if resume is not None:  # refused here if it cannot be, before weights load
+        found = checkpoint.find(config.output_dir, resume)
+        checkpoint.compare_settings(found.state["settings"], settings | {"prompts_digest": checkpoint.digest(prompts)})
     pipe = load_pipeline(config.model, memory=config.memory, scheduler=config.sampling.scheduler)
     negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     tuner = RewardTuner(
@@ -64,7 +68,7 @@ def tuner_from(
         resume=resume,
         show_progress=show_progress,
     )
-    tuner.settings, tuner.config_text = config.model_dump(mode="json"), dump_config(config)
+    tuner.settings, tuner.config_text = settings, dump_config(config)
     return tuner
 
 
