@@ -335,3 +335,20 @@ def test_random_numbers_of_a_reward_come_from_seed_and_step(tmp_path):
     shared = set(drawn["one"]) & set(drawn["again"])
     assert len(shared) >= 4  # two updates of two micro-batches; the checks and evaluations around them may draw others
     assert not shared & set(drawn["other"])
+
+
+def test_full_fine_tuning_leaves_weights_that_can_be_sampled(tmp_path):
+    from tiny_runs import save_tiny, write_run
+
+    from rewardtune.cli import main
+
+    model = save_tiny(tmp_path / "tiny")
+    run = write_run(tmp_path, model, adapter={"kind": "full"}, optim={"steps": 2, "lr": 1e-2, "batch": 2})
+    assert main(["train", str(run)]) == 0
+    assert main(["sample", str(tmp_path / "out"), "-p", "red heart", "--output", str(tmp_path / "tuned")]) == 0
+    (tmp_path / "out" / "denoiser").rename(tmp_path / "denoiser")
+    save_tiny(tmp_path / "out" / "denoiser_of_base")
+    (tmp_path / "out" / "denoiser_of_base" / "unet").rename(tmp_path / "out" / "denoiser")
+    assert main(["sample", str(tmp_path / "out"), "-p", "red heart", "--output", str(tmp_path / "base")]) == 0
+    tuned, base = (Image.open(tmp_path / name / "000.png").tobytes() for name in ("tuned", "base"))
+    assert tuned != base

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from .engine import find_denoiser, quiet
 from .errors import ConfigError, RewardTuneError
-from .runfolder import LORA_FILE, atomic
+from .runfolder import DENOISER_FOLDER, LORA_FILE, atomic
 from .spelling import nearest
 
 ADAPTER = "rewardtune"
 KINDS = ("lora", "dora", "full")
-DENOISER_FOLDER = "denoiser"  # of full fine-tuning, in the run folder
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 GROUPS = {
     "attention": "the attention projections " + ", ".join(ATTENTION),

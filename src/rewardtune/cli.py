@@ -112,7 +112,9 @@ def train(
     if not processes.join().first:
         return
     print(f"{result.status}: {result.steps} updates in {result.seconds:.0f} s")
-    print(f'use it: pipe.load_lora_weights("{result.folder}"), or: rewardtune sample {result.folder} --prompt "..."')
+    lora = f'pipe.load_lora_weights("{result.folder}")'
+    how = f"the weights are in {result.folder / 'denoiser'}" if config.adapter.kind == "full" else lora
+    print(f'use it: {how}, or: rewardtune sample {result.folder} --prompt "..."')
 
 
 @app.command()

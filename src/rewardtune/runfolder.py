@@ -17,6 +17,7 @@ from typing import Any
 from .errors import ConfigError, RewardTuneError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load_lora_weights` looks for
+DENOISER_FOLDER = "denoiser"  # of full fine-tuning
 DENOISING_FILE = "denoising.safetensors"  # the clean latents of the denoising loss
 UNVERIFIED = "pytorch_lora_weights.unverified"
 KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
@@ -125,7 +126,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             checkpoints = checkpoint_folders(self.path).values()
-            for folder in (*checkpoints, self.path / CUT, self.path / "samples"):
+            for folder in (*checkpoints, *(self.path / name for name in (CUT, "samples", DENOISER_FOLDER))):
                 shutil.rmtree(folder, ignore_errors=True)
             remove_leftovers(self.path)
             for name in REPLACED:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .config import Model, Sampling, load_config
 from .errors import ConfigError
-from .runfolder import LORA_FILE
+from .runfolder import DENOISER_FOLDER, LORA_FILE
 
 
 def sample_lora(
@@ -21,19 +21,20 @@ def sample_lora(
 ) -> list[Path]:
     """One picture a prompt (seed, seed + 1, ...), saved as `output`/NAME.png; gives the paths."""
     file = lora / LORA_FILE if lora.is_dir() else lora
-    if not file.is_file():
+    whole = lora / DENOISER_FOLDER
+    if not file.is_file() and not whole.is_dir():
         raise ConfigError(f"no LoRA at {file}; give a run folder with {LORA_FILE}, or a .safetensors file")
     base, sampling = _settings(file.parent, model)
     from . import evaluate, launch
+    from .engine import find_denoiser
 
     pipe = launch.load_pipeline(base, scheduler=sampling.scheduler)
-    try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    except Exception as error:
-        raise ConfigError(f"{file} does not load into {base.id}: {str(error).splitlines()[0]}") from error
-    loaded = any(getattr(part, "peft_config", None) for part in pipe.components.values())
-    if not loaded:
-        raise ConfigError(f"{file} changes nothing in {base.id}: none of its keys fits; is it made for another model?")
+    if whole.is_dir():
+        name = find_denoiser(pipe)
+        old = getattr(pipe, name)
+        setattr(pipe, name, type(old).from_pretrained(whole).to(old.device, old.dtype))
+    else:
+        _load_lora(pipe, file, base.id)
     call: dict[str, Any] = {
         "num_inference_steps": steps or sampling.steps,
         "guidance_scale": guidance if guidance is not None else sampling.guidance,
@@ -45,6 +46,16 @@ def sample_lora(
     seeds = [seed + index for index in range(len(prompts))]
     images = evaluate.sample(pipe, prompts, seeds=seeds, call=call, checkers=True)
     return evaluate.save_images(images, output)
+
+
+def _load_lora(pipe: Any, file: Path, base: str) -> None:
+    """ConfigError when the file does not load, or loads no key (diffusers says nothing then)."""
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except Exception as error:
+        raise ConfigError(f"{file} does not load into {base}: {str(error).splitlines()[0]}") from error
+    if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
+        raise ConfigError(f"{file} changes nothing in {base}: none of its keys fits; is it made for another model?")
 
 
 def _settings(folder: Path, model: str | None) -> tuple[Model, Sampling]:
