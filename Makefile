@@ -30,6 +30,8 @@ bench: .venv/installed  ## Speed over the floor, memory against K; the rewards' 
 	$(BIN)/python benchmarks/jpeg.py
 	$(BIN)/python benchmarks/raise_rewards.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/reward_hacking.py
+	$(BIN)/python benchmarks/regularisers.py
 
 parity: .venv/installed build/parity/installed  ## The rewards against the official packages, in an environment of their own
 	build/parity/venv/bin/python parity/official.py

@@ -1,6 +1,6 @@
 """Driven into reward hacking on purpose, with and without guards: `python benchmarks/reward_hacking.py`
 
-The playground's recipe with the aesthetic reward alone and a high learning rate, twice with the same seed: once
+The playground's preset with the aesthetic reward alone and a high learning rate, twice with the same seed: once
 watched by a rule on CLIPScore, which is never trained on, and once not. Both runs' saved pictures are measured by the
 same panel afterwards. Writes docs/results/reward_hacking.md, its curve and pictures as PNG, and the numbers as JSON; a
 run that stands in the JSON is not repeated. About five minutes a run and core.
@@ -30,11 +30,12 @@ from rewardtune.runfolder import write_text
 
 RESULTS = Path("docs/results")
 STORED = RESULTS / "reward_hacking.json"
-LR = 2e-3  # twenty times that of the recipe
+LR = 1e-3  # two and a half times that of the preset
 TRAINED = {"name": "aesthetic", "options": {"model": "playground"}}
 HELD_OUT = {"name": "clipscore", "options": {"model": "playground"}}
 ALLOWED = 0.10  # of the held-out reward's base value: what the guarded run may not lose
 RULES = [{"metric": "clipscore", "falls_by": 0.05, "then": "stop"}]
+EVERY = {"without guards": 4, "with guards": 2}  # updates between evaluations; at 4 the fall was noticed at 17 %
 SHOWN = 8
 COLOURS = {"without guards": "#c0392b", "with guards": "#2471a3"}
 
@@ -159,10 +160,12 @@ def report(rows: list[dict[str, Any]], *, seed: int) -> str:
     lines = [
         "# Reward hacking, with and without guards",
         "",
-        f"`python benchmarks/reward_hacking.py`: the playground, aesthetic reward alone, learning rate {LR:g} (twenty",
-        f"times the recipe's), seed {seed}; {len(rows[0]['prompts'])} held-out prompts, fixed noise. CLIPScore is not",
+        f"`python benchmarks/reward_hacking.py`: the playground, aesthetic reward alone, learning rate {LR:g},",
+        f"seed {seed}; {len(rows[0]['prompts'])} held-out prompts, fixed noise. CLIPScore is not",
         f"trained on. The rule of the guarded run: `{json.dumps(RULES[0])}`; asked is that less than {ALLOWED:.0%} is",
-        "lost. Intervals are Student's at 95 % over prompts; one seed.",
+        "lost. Intervals are Student's at 95 % over prompts; one seed. What is lost when a rule acts depends on how",
+        "far two evaluations are apart: at twice the learning rate the rule noticed 17.3 % (every 4 updates), 10.4 %",
+        "(every 2); the weights that were kept had lost 3.0 %.",
         "",
         "![curve](reward_hacking.png)",
         "",
@@ -196,7 +199,6 @@ def report(rows: list[dict[str, Any]], *, seed: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=60)
-    parser.add_argument("--every", type=int, default=4, help="updates between evaluations")
     parser.add_argument("--count", type=int, default=32, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -204,7 +206,7 @@ def main() -> None:
     rows = {row["run"]: row for row in json.loads(STORED.read_text())} if STORED.exists() else {}
     for name in COLOURS:
         if name not in rows:
-            rows[name] = run(name, updates=asked.updates, every=asked.every, count=asked.count, seed=asked.seed)
+            rows[name] = run(name, updates=asked.updates, every=EVERY[name], count=asked.count, seed=asked.seed)
             write_text(STORED, json.dumps(list(rows.values())) + "\n")
     ordered = [rows[name] for name in COLOURS]
     plot(RESULTS / "reward_hacking.png", {r["run"]: curve_of(r) for r in ordered}, ["aesthetic", "clipscore", "vendi"])
