@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import set_scheduler, stable_diffusion
 from tiny_runs import redness
 
@@ -352,3 +353,22 @@ def test_full_fine_tuning_leaves_weights_that_can_be_sampled(tmp_path):
     assert main(["sample", str(tmp_path / "out"), "-p", "red heart", "--output", str(tmp_path / "base")]) == 0
     tuned, base = (Image.open(tmp_path / name / "000.png").tobytes() for name in ("tuned", "base"))
     assert tuned != base
+
+
+def test_with_ema_the_pipeline_is_left_with_the_averages_that_were_saved(tmp_path):
+    pipe = plain()
+    tuner(tmp_path / "run", pipe).train(3, lr=1e-2, ema=0.5)
+    saved = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    left = {name.replace(f".{ADAPTER}", ""): value for name, value in weights(pipe).items()}
+    assert len(saved) == len(left)
+    for name, value in saved.items():
+        assert torch.equal(left[name.removeprefix("unet.")], value), name
+    alone = plain()
+    tuner(tmp_path / "alone", alone).train(3, lr=1e-2)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(alone).values(), weights(pipe).values(), strict=True))
+
+
+def test_rules_without_evaluations_are_refused(tmp_path):
+    rules = {"rules": [{"metric": "reward", "falls_by": 0.5}]}
+    with pytest.raises(ConfigError, match="eval_every"):
+        tuner(tmp_path / "run", guards=rules).train(1)

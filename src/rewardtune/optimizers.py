@@ -111,6 +111,10 @@ class Ema:
                 for parameter, value in zip(self.parameters, own, strict=True):
                     parameter.copy_(value)
 
+    def take(self) -> None:
+        """The parameters become the averages."""
+        self._model.copy_to(self.parameters)
+
     def state(self) -> dict[str, Tensor]:
         """The averages by position, for a checkpoint: {"0": ..., "1": ...}; copies, on the CPU."""
         averages = self._model.shadow_params

@@ -58,6 +58,11 @@ class TrainingState:
         with self.ema.applied():
             yield
 
+    def settle(self) -> None:
+        """The pipeline is left with the weights that were saved: the averages, where there are any."""
+        if self.ema is not None:
+            self.ema.take()
+
     def save(self, run: Path, step: int, facts: Mapping[str, Any], *, keep: int, best: int | None) -> Path:
         """checkpoint-`step` in `run`; `facts` are kept beside the state. See `checkpoint.save`."""
         tensors, plain = checkpoint.flatten_optimizer(self.optimizer, self.named.items())

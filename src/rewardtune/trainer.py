@@ -215,6 +215,8 @@ class RewardTuner:
                 raise ConfigError(f"{name}={value}: must be greater than 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or weight_decay < 0:
             raise ConfigError(f"betas={betas}, weight_decay={weight_decay}: two betas in 0 .. 1 (below 1), decay >= 0")
+        if self.watch.rules and not eval_every:
+            raise ConfigError("guards.rules are judged at evaluations, and there are none: set eval_every, e.g. 50")
         moves: dict[str, Any] = {
             "steps": steps,
             "lr": lr,
@@ -247,6 +249,7 @@ class RewardTuner:
                     self._save(state, status, seconds=round(seconds, 1))
                     if status != "interrupted":
                         self.folder.set_status(status, after=after)
+                        state.settle()
                 except BaseException as error:
                     self._rescue(state, error)
                     raise
