@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file
 from tiny_runs import BASE, save_tiny, write_run
 
 from rewardtune import check as checking
@@ -83,7 +84,11 @@ BROKEN = {
     "prompts": ({"prompts": "none.txt"}, 2, "prompts: prompt file none.txt does not exist"),
     "eval prompts": ({"eval": {"prompts": "no.csv", "count": 1}}, 2, "eval.prompts: prompt file no.csv does not exist"),
     "method": ({"method": {"name": "drtun"}}, 2, "method: unknown method 'drtun'"),
-    "K": ({"method": {"name": "drtune", "options": {"K": 5, "m": 2}}}, 2, "plan: K=5 does not fit into the T=4"),
+    "K": (
+        {"method": {"name": "drtune", "options": {"K": 5, "m": 2}}},
+        2,
+        "plan: drtune: K=5 does not fit into the T=4",
+    ),
     "scheduler": (
         {"sampling": BASE["sampling"] | {"scheduler": "DDIMSchedular"}},
         2,
@@ -128,7 +133,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+QUICK = ("K", "guidance", "rule", "nan")  # the others, most of them in one run: test_all_independent_problems_at_once
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in BROKEN])
 def test_broken_runs(case, check, tmp_path, monkeypatch):
     changes, exit_code, line = BROKEN[case]
     keep = ()
@@ -158,8 +166,14 @@ def test_all_independent_problems_at_once(check):
     whats = [re.match(r"error +([^:]+):", line)[1] for line in errors(out)]
     assert code == 2
     assert whats == [
-        "prompts", "method", "sampling.scheduler", "reward brightnes", "reward symmetri", "guards.rewards colr", "model",
-    ]  # fmt: skip
+        "prompts",
+        "method",
+        "sampling.scheduler",
+        "reward brightnes",
+        "reward symmetri",
+        "guards.rewards colr",
+        "model",
+    ]
     assert "7 errors" in out
 
 
@@ -230,19 +244,19 @@ def test_offline_and_not_in_the_cache_is_an_error(check, hub, monkeypatch):
     assert all("is not in the cache and HF_HUB_OFFLINE is set" in line for line in errors(out))
 
 
-def answer(status, kind):
-    import httpx
-
-    try:
-        return kind("401 Client Error", response=httpx.Response(status, request=httpx.Request("GET", "https://x")))
-    except TypeError:  # another client library
-        pytest.skip("the hub client answers with another library's responses")
-
-
 def test_unknown_to_the_hub(check, hub):
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    hub(answer(401, RepositoryNotFoundError))
+    class UnknownError(RepositoryNotFoundError):
+        """Without a response, whose library differs between versions of the client."""
+
+        def __init__(self):
+            pass
+
+        def __str__(self):
+            return "401 Client Error"
+
+    hub(UnknownError())
     code, out, _ = check(at="someone/a-model")
     assert (code, len(errors(out))) == (2, 1), out
     assert "model: someone/a-model is not on the hub, or not for you" in errors(out)[0]
@@ -290,7 +304,7 @@ def measured_run(monkeypatch):
     return kept
 
 
-@pytest.mark.parametrize("name", ["drtune", "draft_lv"])
+@pytest.mark.parametrize("name", ["drtune", pytest.param("draft_lv", marks=pytest.mark.slow)])
 def test_dry_run(name, check, monkeypatch):
     kept = measured_run(monkeypatch)
     options = {"drtune": {"K": 2, "m": 2}, "draft_lv": {"n": 2}}[name]
@@ -303,7 +317,7 @@ def test_dry_run(name, check, monkeypatch):
     )
     assert code == 0, out
     for phase in (*PHASES, "denoising loss", "evaluation"):
-        assert re.search(rf"^{phase}.* \d+\.\d\d +[\d.]+ [KMG]iB$", out, re.MULTILINE), phase
+        assert re.search(rf"^{re.escape(phase)}.* \d+\.\d\d +[\d.]+ [KMG]iB$", out, re.MULTILINE), phase
     phases = kept["measured"].phases
     assert [name for name in phases if name.startswith(dryrun.STEP)] == [
         f"backward of step {i}" for i in reversed(kept["trained"])
@@ -344,9 +358,9 @@ def test_the_expected_time_and_size_are_those_of_a_real_run(check, tmp_path, mod
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     real = sum(record["seconds"] for record in records) + sum(looks)
     assert real / 2 < expected < real * 2
-    on_disk = sum(path.stat().st_size for path in (folder / "checkpoint-5").glob("*.safetensors"))
-    headers = 0.5  # tiny tensors: their names take as much room
-    assert kept["measured"].checkpoint < on_disk < kept["measured"].checkpoint * (1 + headers)
+    files = [load_file(path) for path in (folder / "checkpoint-5").glob("*.safetensors")]
+    assert len(files) == 3  # adapter, optimiser, average
+    assert kept["measured"].checkpoint == sum(tensor.nbytes for file in files for tensor in file.values())
 
 
 def raises_in(monkeypatch, phase):
@@ -383,14 +397,16 @@ def raises_in(monkeypatch, phase):
     monkeypatch.setattr(dryrun, "measure", armed)
 
 
+SLOW = ("text encoding", "sampling", "decode", "backward of the decoder", "denoising loss", "optimiser", "evaluation")
+
+
 @pytest.mark.parametrize(
-    "phase",
-    ["text encoding", "sampling", "decode", "reward", "backward of the decoder", "backward of step",
-     "denoising loss", "optimiser", "evaluation"],
-)  # fmt: skip
+    "phase", ["reward", "backward of step", *(pytest.param(phase, marks=pytest.mark.slow) for phase in SLOW)]
+)
 def test_out_of_memory_is_named_by_its_phase(phase, check, monkeypatch):
     raises_in(monkeypatch, phase)
-    code, out, err = check("--dry-run", regularize={"denoise": {"weight": 0.1, "count": 2}})
+    denoise = {"regularize": {"denoise": {"weight": 0.1, "count": 2}}} if phase == "denoising loss" else {}
+    code, out, err = check("--dry-run", **denoise)
     named = {"decode": "decode + reward", "reward": "decode + reward"}.get(phase, phase)
     assert (code, err) == (3, ""), out
     (line,) = errors(out)
@@ -446,8 +462,9 @@ def test_advice_names_only_what_is_not_set(tmp_path, model):
     assert "memory.vae_dtype=bfloat16" in "\n".join(dryrun.advice(dryrun.DECODER, config_of(tmp_path, model)))
     assert "offload" not in "\n".join(dryrun.advice(step, config_of(tmp_path, model, "model.device=cpu")))
     full = dryrun.advice(dryrun.OPTIMISER, config_of(tmp_path, model, "adapter.kind=full", "model.device=cuda"))
-    assert "adamw8bit" in full[1]
-    assert "adapter.kind=lora" in full[2]
+    assert "optim.optimizer=adamw8bit" in "\n".join(full)
+    assert "adapter.kind=lora" in "\n".join(full)
+    assert "micro_batch" not in "\n".join(full)
 
 
 def test_a_peak_that_is_close_is_a_warning(check, monkeypatch):

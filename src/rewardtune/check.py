@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -117,24 +118,22 @@ def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None
     held = config.eval.prompts
     eval_prompts = prompts if held is None else attempt("eval.prompts", lambda: _prompts(held))
     method = attempt("method", lambda: _named(launch.make_method(config.method)))
-    if config.sampling.scheduler is not None:
-        attempt("sampling.scheduler", lambda: _scheduler(str(config.sampling.scheduler)))
+    scheduler = config.sampling.scheduler
+    if scheduler is not None and not attempt("sampling.scheduler", lambda: _scheduler(str(scheduler))):
+        scheduler = None
     attempt("optim.optimizer", lambda: _optimizer(config))
-    if config.regularize.denoise.images is not None:
-        attempt("regularize.denoise.images", lambda: _images(config))
+    images = config.regularize.denoise.images is None or attempt("regularize.denoise.images", lambda: _images(config))
     trained, held_out, features = _rewards(config, findings)
     pipe = None
     if attempt("model", lambda: _model(config)):
-        load = lambda: _load(config)  # noqa: E731
+        load = lambda: _load(config, scheduler)  # noqa: E731
         pipe = attempt("pipeline", load, phase=dryrun.SAMPLING, config=config)
     run = None
     if pipe is not None:
-        known = _Known(prompts, eval_prompts, method, trained, held_out, features)
+        known = _Known(prompts, eval_prompts, method, trained, held_out, features, bool(images))
         run = _pipeline(config, pipe, known, findings)
     else:
-        pictures = torch.rand(1, 3, config.sampling.height or 512, config.sampling.width or 512)
-        shown = (prompts or ["a picture"])[:1]
-        _gradients(trained, held_out, pictures, shown, torch.device("cpu"), findings, on="noise")
+        _without_pictures(config, trained, held_out, prompts, findings)
     if dry_run and not findings.exit_code and run is not None:
         _dry_run(run, config, findings)
     elif dry_run:
@@ -323,9 +322,9 @@ def _rewards(config: RunConfig, findings: Findings) -> tuple[Reward | None, Rewa
         for part in _leaves(parts):
             if (part.name, part.options) not in seen:
                 seen.append((part.name, part.options))
-                one = findings.attempt(f"{key} {part.name}", lambda part=part, loaded=loaded: _reward(part, loaded))
+                one = findings.attempt(f"{key} {part.name}", partial(_reward, part, loaded))
                 whole &= one is not None
-        total = findings.attempt(key, lambda p=parts, d=loaded, w=weight: _total(p, d, w)) if whole else None
+        total = findings.attempt(key, partial(_total, parts, loaded, weight)) if whole else None
         made.append(total)
     if config.guards.rewards:
         findings.attempt("guards.rewards", lambda: _held_out(config))
@@ -374,8 +373,8 @@ def _features(model: str) -> tuple[Features, str]:
 # -- the pipeline ----------------------------------------------------------------------------------------------------
 
 
-def _load(config: RunConfig) -> tuple[Any, str]:
-    pipe = launch.load_pipeline(config.model, memory=config.memory, scheduler=config.sampling.scheduler)
+def _load(config: RunConfig, scheduler: str | None) -> tuple[Any, str]:
+    pipe = launch.load_pipeline(config.model, memory=config.memory, scheduler=scheduler)
     network = getattr(pipe, find_denoiser(pipe))
     count = sum(parameter.numel() for parameter in network.parameters())
     words = f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}, {type(network).__name__}"
@@ -392,6 +391,7 @@ class _Known:
     trained: Reward | None
     held_out: Reward | None
     features: Features | None
+    images: bool
 
 
 def _pipeline(config: RunConfig, pipe: Any, known: _Known, findings: Findings) -> "RewardTuner | None":
@@ -418,6 +418,7 @@ def _pipeline(config: RunConfig, pipe: Any, known: _Known, findings: Findings) -
 
     tuner = attempt("sampling", assemble)
     if tuner is None:
+        _without_pictures(config, known.trained, known.held_out, known.prompts, findings)
         return None
     guarded = (known.held_out is not None or not config.guards.rewards) and (
         known.features is not None or config.guards.features is None
@@ -431,10 +432,14 @@ def _pipeline(config: RunConfig, pipe: Any, known: _Known, findings: Findings) -
     if attached is not None and counted is not None:
         stops = any(plan.end is not None for plan in plans or [])
         attempt("preflight", lambda: _preflight(tuner, call, stops), phase=f"{dryrun.STEP} 0", config=config)
-    if config.regularize.denoise.weight and attached is not None:
+    if config.regularize.denoise.weight and known.images and attached is not None and counted is not None:
         attempt("regularize.denoise", lambda: _denoising(tuner, config))
-    pictures = attempt("batch", lambda: _batch(tuner), phase=dryrun.SAMPLING, config=config)
-    if pictures is not None:
+    pictures = None
+    if counted is not None:
+        pictures = attempt("batch", lambda: _batch(tuner), phase=dryrun.SAMPLING, config=config)
+    if pictures is None:
+        _without_pictures(config, known.trained, known.held_out, known.prompts, findings)
+    else:
         shown = batch_prompts(tuner.prompts, seed=tuner.seed, step=0, size=tuner.batch)[: len(pictures)]
         _gradients(known.trained, known.held_out, pictures, shown, tuner.device, findings, config=config)
     return tuner
@@ -521,11 +526,19 @@ def _gradients(
             what = f"{'held-out' if held else 'gradient of'} {name}"
             findings.attempt(
                 what,
-                lambda part=part, must=wanted and not held: _gradient(part, must, pictures, prompts, device, on),
+                partial(_gradient, part, wanted and not held, pictures, prompts, device, on),
                 phase=dryrun.REWARD,
                 config=config,
             )
             part.to("cpu")
+
+
+def _without_pictures(
+    config: RunConfig, trained: Reward | None, held_out: Reward | None, prompts: list[str] | None, findings: Findings
+) -> None:
+    """Where there is no pipeline that samples: the rewards on noise, on the CPU."""
+    noise = torch.rand(1, 3, config.sampling.height or 512, config.sampling.width or 512)
+    _gradients(trained, held_out, noise, (prompts or ["a picture"])[:1], torch.device("cpu"), findings, on="noise")
 
 
 def _gradient(

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TEXT, SAMPLING, REWARD, DECODER = "text encoding", "sampling", "decode + reward", "backward of the decoder"
 STEP, DENOISING, OPTIMISER, EVALUATION = "backward of step", "denoising loss", "optimiser", "evaluation"
-PREPARING = "preparing"
+PREPARING, DENOISING_PICTURES = "preparing", "pictures of the denoising loss"  # before the update
 CLOSE = 0.9  # share of the memory above which it is close
 MANY = 8  # trained steps beyond which they share a row
 
@@ -242,13 +242,14 @@ def measure(tuner: "RewardTuner", config: RunConfig, meter: Meter) -> Measured:
             with meter.holding(TEXT):
                 count_steps(pipe, **evaluate.for_prompts(batch[:1], tuner.call))  # shows the cache how to encode
                 text.fill([*batch, *tuner.eval_prompts[: tuner.micro_batch]])
-        meter.mark(PREPARING)
         denoise = config.regularize.denoise
         if denoise.weight:
             loss = Denoising(**denoise.model_dump() | {"count": min(denoise.count, tuner.micro_batch)})
-            tuner.denoising = loss.prepare(
-                pipe, tuner.prompts, call=tuner.call, seed=tuner.seed, batch=tuner.micro_batch
-            )
+            with meter.holding(DENOISING_PICTURES):
+                tuner.denoising = loss.prepare(
+                    pipe, tuner.prompts, call=tuner.call, seed=tuner.seed, batch=tuner.micro_batch
+                )
+        meter.mark(PREPARING)
         state = TrainingState(
             tuner.denoiser,
             steps=optim.steps,
@@ -304,7 +305,11 @@ def _evaluate(tuner: "RewardTuner") -> int:
 def _checkpoint_bytes(state: TrainingState) -> int:
     """Of the tensors that `TrainingState.save` writes."""
     tensors, _ = checkpoint.flatten_optimizer(state.optimizer, state.named.items())
-    groups = [state.named, tensors, state.ema.state() if state.ema is not None else {}]
+    groups: list[Mapping[str, torch.Tensor]] = [
+        state.named,
+        tensors,
+        state.ema.state() if state.ema is not None else {},
+    ]
     return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
 
 
