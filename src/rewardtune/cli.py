@@ -84,6 +84,23 @@ def schema(
 
 
 @app.command()
+def check(
+    run: Annotated[str, typer.Argument(help="A run file, or a shipped preset by name.", metavar="RUN.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Also make one update in memory: its memory and time, phase by phase.")
+    ] = False,
+) -> None:
+    """Try all that a run file needs before it trains; writes nothing. Exit code 0, 2 (settings) or 3 (pipeline)."""
+    from .config import load_config
+
+    config = load_config(run, overrides or [])  # before torch is imported
+    from .check import check as check_run
+
+    raise typer.Exit(check_run(config, dry_run=dry_run))
+
+
+@app.command()
 def train(
     run: Annotated[str, typer.Argument(help="A run file, or a shipped preset by name.", metavar="RUN.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,

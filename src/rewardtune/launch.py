@@ -24,7 +24,6 @@ def tuner_from(
     from .processes import join
     from .prompts import load_prompts
     from .runfolder import RunFolder
-    from .trainer import RewardTuner
 
     RunFolder(config.output_dir, overwrite=overwrite, resume=resume is not None, writes=join().first)
     method = make_method(config.method)
@@ -37,10 +36,40 @@ def tuner_from(
         found = checkpoint.find(config.output_dir, resume)
         checkpoint.compare_settings(found.state["settings"], settings | {"prompts_digest": checkpoint.digest(prompts)})
     pipe = load_pipeline(config.model, memory=config.memory, scheduler=config.sampling.scheduler)
-    negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
-    tuner = RewardTuner(
+    tuner = assemble(
+        config,
         pipe,
         reward=make_reward(config.reward, weight=config.reward_weight),
+        method=method,
+        prompts=prompts,
+        eval_prompts=held_out,
+        overwrite=overwrite,
+        resume=resume,
+        show_progress=show_progress,
+    )
+    tuner.settings, tuner.config_text = config.model_dump(mode="json"), dump_config(config)
+    return tuner
+
+
+def assemble(
+    config: RunConfig,
+    pipe: Any,
+    *,
+    reward: "Reward",
+    method: Method,
+    prompts: list[str],
+    eval_prompts: list[str],
+    overwrite: bool = False,
+    resume: str | None = None,
+    show_progress: bool = True,
+) -> "RewardTuner":
+    """A RewardTuner of what is loaded already, with the settings of the run file."""
+    from .trainer import RewardTuner
+
+    negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
+    return RewardTuner(
+        pipe,
+        reward=reward,
         method=method,
         prompts=prompts,
         output_dir=config.output_dir,
@@ -61,15 +90,13 @@ def tuner_from(
         guards=config.guards.model_dump(),
         checkpoints=config.checkpoints,
         seed=config.seed,
-        eval_prompts=held_out,
+        eval_prompts=eval_prompts,
         eval_count=config.eval.count,
         allow_no_guidance=config.sampling.allow_no_guidance,
         overwrite=overwrite,
         resume=resume,
         show_progress=show_progress,
     )
-    tuner.settings, tuner.config_text = settings, dump_config(config)
-    return tuner
 
 
 def train(config: RunConfig, *, overwrite: bool = False, resume: str | None = None) -> Any:

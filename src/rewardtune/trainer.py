@@ -374,21 +374,7 @@ class RewardTuner:
     ) -> str:
         """The updates up to step `last`; gives why they ended: done, out of time, interrupted."""
         started, begun = time.perf_counter(), self.step
-        gradient = Gradient(
-            pipe=self.pipe,
-            reward=self.reward,
-            method=self.method,
-            prompts=self.prompts,
-            parameters=self.parameters,
-            T=self.T,
-            seed=self.seed,
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            call=self.call,
-            offload_reward="reward" in self.offload,
-            kl=self.regularize.kl,
-            denoising=self.denoising,
-        )
+        gradient = self.gradient()
         status = "done"
         with Progress(last - begun, max_seconds=max_seconds, enabled=self.show_progress) as progress:
             while self.step < last:
@@ -411,6 +397,24 @@ class RewardTuner:
                     self._checkpoint(state, settings)
         self._checkpoint(state, settings)
         return status
+
+    def gradient(self) -> Gradient:
+        """What computes an update's gradient; after the parameters, T and the denoising loss are there."""
+        return Gradient(
+            pipe=self.pipe,
+            reward=self.reward,
+            method=self.method,
+            prompts=self.prompts,
+            parameters=self.parameters,
+            T=self.T,
+            seed=self.seed,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            call=self.call,
+            offload_reward="reward" in self.offload,
+            kl=self.regularize.kl,
+            denoising=self.denoising,
+        )
 
     def _judge(self, state: TrainingState, progress: Progress) -> bool:
         """A look, the weights as of now in the folder, and what the rules say; whether this is the best look so far."""
