@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rewardtune.progress import Progress, digits, with_interval
-from rewardtune.trainer import _line
+from rewardtune.watch import line
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_line_shows_the_reward_and_the_native_values_that_differ(reward, parts
 
 
 def test_small_numbers_keep_their_digits_and_one_value_has_no_interval():
-    assert _line({"compressibility": (2.1e-4, 1.3e-5)}) == "compressibility 0.00021 ± 1.3e-05"
-    assert _line({"reward": (0.3, math.nan), "symmetry": (0.25, 0.01)}) == "reward 0.3, symmetry 0.25 ± 0.01"
+    assert line({"compressibility": (2.1e-4, 1.3e-5)}) == "compressibility 0.00021 ± 1.3e-05"
+    assert line({"reward": (0.3, math.nan), "symmetry": (0.25, 0.01)}) == "reward 0.3, symmetry 0.25 ± 0.01"
     assert with_interval(20000.4, 312.7) == "20000 ± 312.7"
     assert digits(1 / 3) == "0.3333"

@@ -24,9 +24,11 @@ def tuner_from(
     from .processes import join
     from .prompts import load_prompts
     from .runfolder import RunFolder
+    from .trackers import check_installed
     from .trainer import RewardTuner
 
     RunFolder(config.output_dir, overwrite=overwrite, resume=resume is not None, writes=join().first)
+    check_installed(config.log.trackers)
     method = make_method(config.method)
     check_held_out(config.reward, config.guards.rewards)
     prompts = load_prompts(config.prompts.source, template=config.prompts.template)
@@ -56,6 +58,7 @@ def tuner_from(
         regularize=config.regularize,
         guards=config.guards.model_dump(),
         checkpoints=config.checkpoints,
+        log=config.log,
         seed=config.seed,
         eval_prompts=held_out,
         eval_count=config.eval.count,

@@ -22,6 +22,7 @@ UNVERIFIED = "pytorch_lora_weights.unverified"
 KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
 LOGS = ("metrics.jsonl", "eval.jsonl")  # one JSON line each time; a resume cuts them to the checkpoint's length
 CUT = "cut"  # what a resume set aside
+TRACKERS = "logs"  # what the trackers keep
 # removed by --overwrite; run.json last: a folder that still has it can be overwritten again after a kill
 REPLACED = (*(name for name in (*KNOWN, LORA_FILE, UNVERIFIED, DENOISING_FILE) if name != "run.json"), "run.json")
 
@@ -79,7 +80,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 class RunFolder:
-    """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, checkpoint-N/, the LoRA."""
+    """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, logs/, checkpoint-N/, LoRA"""
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False, writes: bool = True):
         """Refuse a folder that holds something, unless `overwrite` or `resume`. Writes nothing: `open()` does.
@@ -125,7 +126,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             checkpoints = checkpoint_folders(self.path).values()
-            for folder in (*checkpoints, self.path / CUT, self.path / "samples"):
+            for folder in (*checkpoints, self.path / CUT, self.path / "samples", self.path / TRACKERS):
                 shutil.rmtree(folder, ignore_errors=True)
             remove_leftovers(self.path)
             for name in REPLACED:
