@@ -80,7 +80,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 class RunFolder:
-    """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, logs/, checkpoint-N/, LoRA"""
+    """`runs/NAME`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples, logs, checkpoint-N, LoRA."""
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False, writes: bool = True):
         """Refuse a folder that holds something, unless `overwrite` or `resume`. Writes nothing: `open()` does.
