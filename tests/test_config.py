@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 
-from rewardtune import config as config_module
-from rewardtune import rewards
+from rewardtune import rewards, strictyaml
 from rewardtune.cli import main
 from rewardtune.config import Part, dump_config, load_config, parse_options, presets
 from rewardtune.errors import ConfigError
@@ -240,8 +239,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("text", TOGETHER)
-def test_contradictions(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(config_module, "NOT_YET", ())
+def test_contradictions(text, tmp_path):
     base = "".join(line + "\n" for line in GOOD.splitlines() if f"\n{line.split(':')[0]}:" not in f"\n{text}")
     found = problems(tmp_path, base + text + "\n")
     assert len(found) == 1
@@ -268,31 +266,6 @@ def test_wrong_values_of_sections(text, message, tmp_path):
     assert message in problem
 
 
-def test_what_is_not_wired_yet_is_refused_and_never_ignored(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_module, "NOT_YET", ("optim.ema", "memory.offload=vae", "guards", "log.trackers"))
-    text = GOOD + "optim: {ema: 0.99}\nmemory: {offload: [reward, vae]}\nguards: {features: playground}\n"
-    found = problems(tmp_path, text, ["log.trackers=[wandb]"])
-    expected = [
-        "line 5: optim.ema: ",
-        "line 6: memory.offload: vae ",
-        "line 7: guards: ",
-        "override log.trackers: log.trackers: ",
-    ]
-    assert len(found) == 4
-    for words, line in zip(expected, found, strict=True):
-        assert words in line
-        assert "is not available yet; leave it out" in line
-    load_config(write(tmp_path, GOOD + "memory: {offload: [reward]}\noptim: {ema: null}\n"))
-
-
-def test_every_entry_of_not_yet_names_a_key():
-    for entry in config_module.NOT_YET:
-        model = config_module.RunConfig
-        for part in entry.partition("=")[0].split("."):
-            assert part in model.model_fields, entry
-            model = config_module.section_in(model.model_fields[part].annotation)
-
-
 # -- the schema and the table ---------------------------------------------------------------------------------------
 
 
@@ -301,7 +274,7 @@ def test_the_schema_accepts_what_load_config_accepts(tmp_path):
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     for text in [GOOD, COMPOSED, *(path.read_text() for path in presets().values())]:
-        assert not list(validator.iter_errors(config_module.strictyaml.read(text, "x")[0]))
+        assert not list(validator.iter_errors(strictyaml.read(text, "x")[0]))
     resolved = dump_config(load_config(write(tmp_path, GOOD)))
     assert not list(validator.iter_errors(yaml.safe_load(resolved)))
     for wrong in (

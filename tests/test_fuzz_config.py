@@ -13,7 +13,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewardtune import config as config_module
 from rewardtune.config import dump_config, load_config, presets
 from rewardtune.errors import ConfigError
 
@@ -126,11 +125,6 @@ KEYS += [
 ]
 keys = st.sampled_from(KEYS) | st.text(max_size=8)
 overrides = st.lists(st.builds(lambda key, value: f"{key}={value}", keys, junk | scalars.map(str)) | junk, max_size=2)
-
-
-@pytest.fixture(autouse=True)
-def _all_wired(monkeypatch):
-    monkeypatch.setattr(config_module, "NOT_YET", ())  # else most presets are refused for that
 
 
 def check(data, changes):

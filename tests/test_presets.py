@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from rewardtune import config as config_module
 from rewardtune.cli import main
 from rewardtune.config import dump_config, load_config, presets
 from rewardtune.launch import make_method
@@ -22,19 +21,13 @@ TABLE_1 = {  # the method of each row, as its text says
 OTHERS = {"sdxl-fdxl", "sdxl-24gb", "sd3", "flux", "flux-24gb", "playground", "playground-quick"}
 
 
-def load(name, monkeypatch):
-    """As if every key were wired; those that are not are refused by `test_config`."""
-    monkeypatch.setattr(config_module, "NOT_YET", ())
-    return load_config(name)
-
-
 def test_the_list_is_whole():
     assert set(presets()) == set(TABLE_1) | OTHERS
 
 
 @pytest.mark.parametrize("name", presets())
-def test_a_preset_loads_and_says_where_it_comes_from(name, monkeypatch, tmp_path):
-    config = load(name, monkeypatch)
+def test_a_preset_loads_and_says_where_it_comes_from(name, tmp_path):
+    config = load_config(name)
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "resolved.yaml") == config
     assert config.output_dir == f"runs/{name}"
@@ -54,9 +47,9 @@ def test_the_playground_presets_need_nothing_that_is_not_wired():
 
 
 @pytest.mark.parametrize("name", TABLE_1)
-def test_table_1(name, monkeypatch):
+def test_table_1(name):
     """Section 4.1: what every method shares."""
-    config = load(name, monkeypatch)
+    config = load_config(name)
     assert str(make_method(config.method)) == TABLE_1[name]
     sampling, optim = config.sampling, config.optim
     assert (sampling.scheduler, sampling.steps, sampling.guidance) == ("DDPMScheduler", 50, 7.5)
@@ -69,9 +62,9 @@ def test_table_1(name, monkeypatch):
     assert (config.regularize.kl, config.regularize.denoise.weight) == (0, 0)
 
 
-def test_fdxl(monkeypatch):
+def test_fdxl():
     """Section 4.3."""
-    config = load("sdxl-fdxl", monkeypatch)
+    config = load_config("sdxl-fdxl")
     assert config.model.id == "stabilityai/stable-diffusion-xl-base-1.0"
     assert str(make_method(config.method)) == "drtune(K=3, spacing=chain, m=10, input_gradient=0.0)"
     sampling, optim = config.sampling, config.optim

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rewardtune import evaluate, methods
 from rewardtune.adapters import ADAPTER
 from rewardtune.errors import ConfigError, PreflightError, RewardTuneError, TrainingStopped
 from rewardtune.gradient import derive_seed
-from rewardtune.trainer import RewardTuner
+from rewardtune.trainer import RewardTuner, _Signals
 
 PROMPTS = ["red heart", "blue star", "green moon", "pink cat", "grey dog"]
 
@@ -372,3 +373,20 @@ def test_rules_without_evaluations_are_refused(tmp_path):
     rules = {"rules": [{"metric": "reward", "falls_by": 0.5}]}
     with pytest.raises(ConfigError, match="eval_every"):
         tuner(tmp_path / "run", guards=rules).train(1)
+
+
+def test_a_reward_function_may_be_called_reward(tmp_path):
+    def reward(images, prompts):
+        return redness(images, prompts)
+
+    tuner(tmp_path / "run", reward=reward, checkpoints={"every": 1}).train(1)
+    assert "reward" in json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[0])["panel"]["values"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_says_that_it_was_interrupted(first, tmp_path, capsys):
+    with _Signals(speaks=first) as signals:
+        signals._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        signals.leave(tmp_path)
+    assert ("--resume latest" in capsys.readouterr().out) == first

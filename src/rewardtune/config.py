@@ -19,10 +19,6 @@ from .spelling import nearest
 
 PRESETS = Path(__file__).parent / "presets"
 
-# What the run file knows and the trainer does not yet do: refused unless left at its default. `key=value` refuses one
-# value only. Emptied as the pieces are wired.
-NOT_YET: tuple[str, ...] = ("log",)
-
 MOVED = {  # keys of earlier run files
     "lora": "it is called adapter now",
     "model.path": "it is called model.id now",
@@ -405,7 +401,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> "RunConfig":
-        problems = [*_contradictions(self), *_not_yet(self)]
+        problems = list(_contradictions(self))
         if problems:
             text = "; ".join(f"{key}: {message}" for key, message in problems)
             raise PydanticCustomError("together", "{text}", {"text": text, "problems": problems})
@@ -450,20 +446,6 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     for index, word in enumerate(config.memory.offload):
         if word in config.memory.offload[:index]:
             yield "memory.offload", f"{word} is given twice"
-
-
-def _not_yet(config: RunConfig) -> Iterator[tuple[str, str]]:
-    for entry in NOT_YET:
-        key, _, refused = entry.partition("=")
-        value: Any = config
-        default: Any = None
-        for part in key.split("."):
-            default = _default(type(value), part)
-            value = getattr(value, part)
-        if refused and refused in value:
-            yield key, f"{refused} is not available yet; leave it out"
-        elif not refused and value != default:
-            yield key, "is not available yet; leave it out"
 
 
 def _default(model: Any, key: str) -> Any:

@@ -24,8 +24,10 @@ def tuner_from(
     from .processes import join
     from .prompts import load_prompts
     from .runfolder import RunFolder
+    from .trackers import check_installed
 
     RunFolder(config.output_dir, overwrite=overwrite, resume=resume is not None, writes=join().first)
+    check_installed(config.log.trackers)
     method = make_method(config.method)
     check_held_out(config.reward, config.guards.rewards)
     prompts = load_prompts(config.prompts.source, template=config.prompts.template)
@@ -47,7 +49,7 @@ def tuner_from(
         resume=resume,
         show_progress=show_progress,
     )
-    tuner.settings, tuner.config_text = config.model_dump(mode="json"), dump_config(config)
+    tuner.settings, tuner.config_text = settings, dump_config(config)
     return tuner
 
 
@@ -89,6 +91,7 @@ def assemble(
         regularize=config.regularize,
         guards=config.guards.model_dump(),
         checkpoints=config.checkpoints,
+        log=config.log,
         seed=config.seed,
         eval_prompts=eval_prompts,
         eval_count=config.eval.count,

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 
@@ -25,12 +26,23 @@ def with_interval(mean: float, half: float) -> str:
 class Progress:
     """Shows reward, its parts, gradient norm, seconds per step and the time left.
 
-    total: updates asked for; max_seconds: the time budget, if any; every: seconds between plain lines.
+    total: the run's updates; done: how many of them an earlier part of the run made; max_seconds: the time budget of
+    this part, if any; every: seconds between plain lines; log: takes these lines too, on the screen or not.
     """
 
-    def __init__(self, total: int, *, max_seconds: float | None = None, every: float = 10.0, enabled: bool = True):
-        self.total, self.max_seconds, self.every, self.enabled = total, max_seconds, every, enabled
-        self.done, self.started, self.shown, self.smooth = 0, time.monotonic(), -every, 0.0
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        max_seconds: float | None = None,
+        every: float = 10.0,
+        enabled: bool = True,
+        log: Callable[[str], None] | None = None,
+    ):
+        self.total, self.max_seconds, self.every, self.enabled, self.log = total, max_seconds, every, enabled, log
+        self.begun, self.done, self.started, self.smooth = done, done, time.monotonic(), 0.0
+        self.spoken, self.pending = -every, ""  # when the latest plain line was given; what came after it
         self.bar: Any = None
         if enabled and sys.stdout.isatty():
             from rich.progress import BarColumn, TextColumn
@@ -47,13 +59,14 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._plain(self.pending)  # the last update before a stop
         if self.bar:
             self.bar.stop()
 
     def update(self, record: dict[str, Any]) -> None:
         """Show one line of metrics.jsonl."""
         self.done += 1
-        self.smooth = record["seconds"] if self.done == 1 else 0.9 * self.smooth + 0.1 * record["seconds"]
+        self.smooth = record["seconds"] if self.done == self.begun + 1 else 0.9 * self.smooth + 0.1 * record["seconds"]
         reward = digits(record["reward"])
         natives = {name: digits(value) for name, value in record["parts"].items()}
         shown = natives if list(natives.values()) != [reward] else {}  # a single part that is the reward itself
@@ -65,9 +78,18 @@ class Progress:
         if self.bar:
             share = max(self.done / self.total, elapsed / self.max_seconds if self.max_seconds else 0.0)
             self.bar.update(self.task, completed=min(share, 1.0), description=text)
-        elif self.enabled and (elapsed - self.shown >= self.every or self.done == self.total):
-            self.shown = elapsed
+        self.pending = text
+        if elapsed - self.spoken >= self.every or self.done == self.total:
+            self.spoken = elapsed
+            self._plain(text)
+
+    def _plain(self, text: str) -> None:
+        """`text` as a line of the log, and of the screen where there is no bar."""
+        if text and self.log:
+            self.log(text)
+        if text and self.enabled and not self.bar:
             print(text, flush=True)
+        self.pending = ""
 
     def left(self) -> float:
         """Seconds to the end: the remaining updates at the present pace, or the rest of the budget if that is less."""

@@ -23,6 +23,7 @@ UNVERIFIED = "pytorch_lora_weights.unverified"
 KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
 LOGS = ("metrics.jsonl", "eval.jsonl")  # one JSON line each time; a resume cuts them to the checkpoint's length
 CUT = "cut"  # what a resume set aside
+TRACKERS = "logs"  # what the trackers keep
 # removed by --overwrite; run.json last: a folder that still has it can be overwritten again after a kill
 REPLACED = (*(name for name in (*KNOWN, LORA_FILE, UNVERIFIED, DENOISING_FILE) if name != "run.json"), "run.json")
 
@@ -80,7 +81,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 class RunFolder:
-    """`runs/NAME/`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples/, checkpoint-N/, the LoRA."""
+    """`runs/NAME`: config.yaml, run.json, metrics.jsonl, eval.jsonl, train.log, samples, logs, checkpoint-N, LoRA."""
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False, writes: bool = True):
         """Refuse a folder that holds something, unless `overwrite` or `resume`. Writes nothing: `open()` does.
@@ -126,7 +127,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             checkpoints = checkpoint_folders(self.path).values()
-            for folder in (*checkpoints, *(self.path / name for name in (CUT, "samples", DENOISER_FOLDER))):
+            for folder in (*checkpoints, *(self.path / name for name in (CUT, "samples", TRACKERS, DENOISER_FOLDER))):
                 shutil.rmtree(folder, ignore_errors=True)
             remove_leftovers(self.path)
             for name in REPLACED:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import adapters, checkpoint, evaluate, guards
-from .config import Checkpoints, Guards, Regularize, section
+from .config import Checkpoints, Guards, Log, Regularize, section
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .errors import ConfigError, RewardTuneError, TrainingStopped
@@ -36,6 +36,7 @@ from .rewards.base import Reward, as_reward
 from .runfolder import DENOISING_FILE, RunFolder, write_text
 from .state import TrainingState
 from .textcache import TextCache, cached_text
+from .trackers import Trackers
 from .watch import Score, Watch, line
 
 ROLLBACKS = 2  # the third stops the run
@@ -70,8 +71,8 @@ class RewardTuner:
         batch: samples an update, over all processes; micro_batch: how many of them at a time (None = all).
         offload: what waits on the CPU while the denoiser works: "text_encoders", "vae", "reward".
         cache_text: encode each prompt once.
-        regularize, guards, checkpoints: the run file's sections of these names, as mappings; `guards["rewards"]` may
-            also be a reward.
+        regularize, guards, checkpoints, log: the run file's sections of these names, as mappings;
+            `guards["rewards"]` may also be a reward.
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
         allow_no_guidance: permit guidance_scale <= 1 on a pipeline made for guidance.
         resume: "latest", a step or a path: go on from that checkpoint of the run in `output_dir`.
@@ -103,6 +104,7 @@ class RewardTuner:
         regularize: Mapping[str, Any] | Regularize | None = None,
         guards: Mapping[str, Any] | None = None,
         checkpoints: Mapping[str, Any] | Checkpoints | None = None,
+        log: Mapping[str, Any] | Log | None = None,
         seed: int = 0,
         eval_prompts: str | Path | Sequence[str] | None = None,
         eval_count: int = 16,
@@ -143,6 +145,8 @@ class RewardTuner:
         self.checkpoints = section(Checkpoints, checkpoints, "checkpoints")
         self.denoiser = getattr(pipe, find_denoiser(pipe))
         self.device = self.denoiser.device
+        logs = section(Log, log, "log")
+        self.trackers = Trackers(logs.trackers, folder=self.folder, project=logs.project, say=self._say)
         self.watch = self._watch(dict(guards or {}))
         self.parameters: list[torch.nn.Parameter] = []
         self.denoising: DenoisingLoss | None = None
@@ -181,6 +185,7 @@ class RewardTuner:
             panel=panel,
             rules=guards.make_rules([rule.model_dump() for rule in settings.rules]),
             best=self.checkpoints.best,
+            trackers=self.trackers,
         )
         watch.check()
         return watch
@@ -232,12 +237,13 @@ class RewardTuner:
                 stack.enter_context(offloaded_vae(self.pipe))
             self._prepare(set_aside, text)
             state = TrainingState(self.denoiser, **moves)
+            stack.callback(self.trackers.finish)
             facts = moves | {"clip": clip, "batch": self.batch, "max_seconds": max_seconds}
             settings = (self.settings or self._settings()) | {"prompts_digest": checkpoint.digest(self.prompts)}
             settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
             found = self._find(settings)
             self.folder.set_status("running", train=facts)
-            with _Signals() as signals:
+            with _Signals(speaks=self.processes.first) as signals:
                 try:
                     before, before_images = self._begin(state, found, settings)
                     started = time.perf_counter()
@@ -353,7 +359,9 @@ class RewardTuner:
                     self._say(note)
             self.processes.agree(None)  # nobody reads before all is rewound
             self._say(f"goes on after step {self.step}, from {found.path}")
+            self.trackers.start(settings, step=self.step)
             return self.watch.resume()
+        self.trackers.start(settings, step=self.step)
         scores, images = self.watch.look(self.step)
         if self.step == 0:
             self.folder.set_status("running", before=scores)
@@ -376,12 +384,14 @@ class RewardTuner:
         started, begun = time.perf_counter(), self.step
         gradient = self.gradient()
         status = "done"
-        with Progress(last - begun, max_seconds=max_seconds, enabled=self.show_progress) as progress:
+        shown = Progress(last, done=begun, max_seconds=max_seconds, enabled=self.show_progress, log=self.folder.log)
+        with shown as progress:
             while self.step < last:
                 record = self._update(gradient, state, clip)
                 self.step += 1
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
+                self.trackers.update(record)
                 elapsed, done = time.perf_counter() - started, self.step - begun
                 late = max_seconds is not None and elapsed + elapsed / done > max_seconds and self.step < last
                 everyone = self.processes.gather((signals.caught, late))
@@ -560,7 +570,8 @@ class RewardTuner:
 class _Signals:
     """Ctrl-C and SIGTERM: the first is noted (the update finishes, the LoRA is saved), the second acts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool) -> None:
+        self.speaks = speaks
         self.caught: int | None = None
         self.previous: dict[int, Any] = {}
 
@@ -577,10 +588,11 @@ class _Signals:
     def _note(self, number: int, _frame: object) -> None:
         self.caught = number
         self.__exit__()
-        print("stopping: this update is finished and saved first (again to stop at once)", flush=True)
+        if self.speaks:
+            print("stopping: this update is finished and saved first (again to stop at once)", flush=True)
 
     def leave(self, folder: Path) -> None:
-        if self.caught is not None:
+        if self.caught is not None and self.speaks:
             again = f"rewardtune train {folder / 'config.yaml'} --resume latest"
             print(f"interrupted; the weights so far are in {folder}. To go on: {again}", flush=True)
         if self.caught == signal.SIGINT:

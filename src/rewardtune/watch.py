@@ -16,6 +16,7 @@ from .processes import Processes
 from .progress import with_interval
 from .runfolder import RunFolder
 from .spelling import nearest
+from .trackers import Trackers
 
 if TYPE_CHECKING:
     from .rewards import Reward
@@ -42,6 +43,7 @@ class Watch:
     panel: Panel
     rules: list[Rule]
     best: str | None
+    trackers: Trackers
     history: list[Evaluation] = field(default_factory=list)
     base: Tensor | None = None  # (N, 3, H, W), the pictures of step 0
 
@@ -77,6 +79,8 @@ class Watch:
             facts = {"step": step, "count": len(images), "scores": scores, "panel": asdict(found)}
             self.folder.append("eval.jsonl", facts)
             self.history.append(found)
+            means = {metric: mean for metric, (mean, _) in scores.items()}
+            self.trackers.look(step, means | found.values, images)
         if step == 0:
             guards.check_start(self.rules, found)
         return scores, images
