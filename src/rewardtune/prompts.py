@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .quietly import no_retry_lines
 from .spelling import nearest
 
 PLAYGROUND_COUNT = {"train": 2000, "eval": 64}
@@ -263,7 +264,8 @@ def _hub_file(dataset: str, file: str) -> Path:
     if Path(dataset).is_dir():
         return Path(dataset) / file
     try:
-        return Path(hf_hub_download(dataset, file, repo_type="dataset"))
+        with no_retry_lines():
+            return Path(hf_hub_download(dataset, file, repo_type="dataset"))
     except Exception as error:  # its errors have no common base: offline, unknown, gated, disk full
         raise ConfigError(
             f"{file} of the dataset {dataset!r} cannot be had: {_first_line(error)}. On a machine with network: "
@@ -279,7 +281,8 @@ def _dataset(name: str, split: str, column: str) -> list[str]:
             f"prompts 'hf:{name}:{split}:{column}' need the extra data: pip install 'rewardtune[data]'"
         ) from error
     try:
-        table = datasets.load_dataset(name, split=split)
+        with no_retry_lines():
+            table = datasets.load_dataset(name, split=split)
     except Exception as error:  # its errors have no common base: offline, unknown, gated, no such split, a script
         raise ConfigError(f"dataset {name!r}, split {split!r}, cannot be read: {_first_line(error)}") from error
     if column not in table.column_names:

@@ -1,4 +1,4 @@
-"""The libraries' loading bars, switched off for what loads at once; a download keeps its own."""
+"""The libraries' loading bars and remarks, switched off where they say nothing; a download keeps its bar."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,3 +18,16 @@ def no_loading_bars() -> Iterator[None]:
     finally:
         for log in shown:
             log.enable_progress_bar()
+
+
+@contextmanager
+def no_retry_lines() -> Iterator[None]:
+    """Without the hub client's line for each of its tries: what is wrong is said once, by our own error."""
+    import huggingface_hub.utils.logging as hub_log
+
+    level = hub_log.get_verbosity()
+    hub_log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_log.set_verbosity(level)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rewardtune import playground
 from rewardtune.errors import ConfigError
-from rewardtune.quietly import no_loading_bars
+from rewardtune.quietly import no_loading_bars, no_retry_lines
 from rewardtune.rewards import convert as tables
 from rewardtune.rewards.catalogue import REWARDS, Source
 
@@ -124,14 +124,12 @@ def found(
 def _quietly(*, bars: bool) -> Iterator[None]:
     """Without the libraries' remarks: a line for each of the hub client's tries, transformers' table of weights that do
     not fit. What is wrong is said by our own error. bars: keep those of a download."""
-    import huggingface_hub.utils.logging as hub_log
     import transformers.utils.logging as transformers_log
 
-    levels = [(log, log.get_verbosity()) for log in (hub_log, transformers_log)]
     with ExitStack() as stack:
-        for log, level in levels:
-            stack.callback(log.set_verbosity, level)
-            log.set_verbosity_error()
+        stack.enter_context(no_retry_lines())
+        stack.callback(transformers_log.set_verbosity, transformers_log.get_verbosity())
+        transformers_log.set_verbosity_error()
         if not bars:
             stack.enter_context(no_loading_bars())
         yield
