@@ -90,7 +90,8 @@ class Panel:
         found = {} if self.trained is None else {"reward": Metric(what="the trained reward, total", better="more")}
         for reward, names, what in ((self.trained, trained, "trained"), (self.rewards, held_out, "held out")):
             for name, less in _natives(reward).items():
-                found[names[name]] = Metric(what=f"{name}, {what}", better="less" if less else "more")
+                # a trained part that is itself named `reward` stands for no more than the total
+                found.setdefault(names[name], Metric(what=f"{name}, {what}", better="less" if less else "more"))
         repeats = min(map(len, self._groups()[1]))
         for name, metric in METRICS.items():
             if name in BY_FEATURES and self.features is None:
@@ -149,9 +150,9 @@ class Panel:
 
     def _names(self) -> tuple[dict[str, str], dict[str, str]]:
         """native name -> metric, of the trained reward (with its total) and of the held-out ones."""
-        taken = {*METRICS, "reward"}
+        taken = {*METRICS}
         trained = {name: f"trained_{name}" if name in taken else name for name in _natives(self.trained)}
-        taken |= set(trained.values())
+        taken |= {"reward", *trained.values()}
         held_out = {name: f"heldout_{name}" if name in taken else name for name in _natives(self.rewards)}
         return trained, held_out
 
