@@ -407,3 +407,95 @@ def test_exit_codes_of_the_command(tmp_path, monkeypatch, capsys):
     assert "Traceback" in (tmp_path / "out" / "train.log").read_text()  # the screen has one line of it
     assert command(lambda: None, "--resume", "latest") == 0
     assert status(tmp_path / "out")["status"] == "done"
+
+
+# ------------------------------------------------------------------------------------------------ guards
+
+
+def guarded(folder, rules, **changes):
+    """Looks at every second update; the pictures move away from the base's at once, which the rules watch."""
+    return tuner(folder, reward=faulty(lambda images: None), guards={"rules": rules}, **changes)
+
+
+FAR = {"metric": "base_pixels", "above": 0.004}
+HARD = {"lr": 1e-2, "eval_every": 2, "ema": 0.5}
+
+
+def test_a_rule_that_stops_keeps_the_best_look(tmp_path):
+    """Patience 2: looks 2 and 4 violate it, so the best look is step 0, whose LoRA changes nothing."""
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingStopped, match=r"base_pixels is .* training stops") as met:
+        guarded(folder, [FAR | {"then": "stop", "patience": 2}]).train(8, **HARD)
+    assert met.value.exit_code == 4
+    told = status(folder)
+    assert (told["status"], told["steps"], told["kept_step"]) == ("stopped", 4, 0)
+    assert told["error"] == str(met.value)
+    pipe, _ = stable_diffusion(lora=False)
+    state = pipe.lora_state_dict(folder)[0]
+    assert not any(value.any() for name, value in state.items() if "lora_B" in name or "lora.up" in name)
+    assert [record["step"] for record in evaluated(folder)] == [0, 2, 4]
+
+
+def test_a_rule_that_warns_only_warns(tmp_path):
+    folder = tmp_path / "run"
+    guarded(folder, [FAR | {"then": "warn"}]).train(4, **HARD)
+    assert status(folder)["status"] == "done"
+    assert "base_pixels is" in (folder / "train.log").read_text()
+
+
+def test_a_rollback_goes_back_halves_the_lr_and_the_third_stops(tmp_path):
+    """The best look is step 0 for ever: its weights come back after each of the first two looks."""
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingStopped, match="base_pixels"):
+        guarded(folder, [FAR | {"then": "rollback", "above": 0.001}]).train(12, **HARD)
+    assert [record["lr"] for record in metrics(folder)] == [1e-2, 1e-2, 5e-3, 5e-3, 2.5e-3, 2.5e-3]
+    assert status(folder)["kept_step"] == 0
+    assert checkpoint.load(folder / "checkpoint-4").state["rollbacks"] == 2
+    back = checkpoint.load(folder / "checkpoint-4").tensors("adapter")
+    start = checkpoint.load(folder / "checkpoint-0").tensors("adapter")
+    assert all(torch.equal(back[name], start[name]) for name in start)
+
+
+def test_a_resume_after_a_rollback_equals_the_run_that_went_on(tmp_path):
+    """Out of memory in the update after the rollback; KL, denoising, schedule and EMA on."""
+    rules = [FAR | {"then": "rollback"}]
+    more = {"regularize": {"kl": 0.1, "denoise": {"weight": 0.1, "count": 4}}}
+    settings = HARD | {"schedule": "cosine"}
+    guarded(tmp_path / "whole", rules, **more).train(6, **settings)
+    each = guarded(tmp_path / "broken", rules, **more)
+    own = each._update
+    each._update = lambda *a: memory() if each.rollbacks else own(*a)
+    with pytest.raises(TrainingStopped, match="out of memory"):
+        each.train(6, **settings)
+    assert checkpoint.latest(tmp_path / "broken").state["rollbacks"] == 1
+    guarded(tmp_path / "broken", rules, resume="latest", **more).train(6, **settings)
+    assert kill_run.compare(tmp_path / "whole", tmp_path / "broken") == []
+    record = metrics(tmp_path / "whole")[-1]
+    assert record["kl"] > 0
+    assert record["denoise"] > 0
+
+
+def test_the_best_look_is_kept_at_the_end_and_it_is_the_average(tmp_path):
+    """From update 4 on the training is driven the wrong way; the looks measure the same reward all the time."""
+    folder = tmp_path / "run"
+
+    def turning(images, prompts):
+        return redness(images, prompts) * (-1 if images.requires_grad and each.step >= 4 else 1)
+
+    each = tuner(folder, reward=turning)
+    each.train(12, **HARD | {"ema": 0.2})
+    scores = {record["step"]: record["scores"]["reward"][0] for record in evaluated(folder)}
+    best = max(scores, key=scores.get)
+    assert 0 < best < 12
+    told = status(folder)
+    assert told["kept_step"] == best
+    assert told["after"]["reward"][0] == pytest.approx(scores[best], abs=1e-6)
+    found = checkpoint.find(folder, best)
+    raw, averages = found.tensors("adapter"), found.tensors("ema")
+    saved = torch.cat(
+        [value.flatten() for value in stable_diffusion(lora=False)[0].lora_state_dict(folder)[0].values()]
+    )
+    average = torch.cat([value.flatten() for value in averages.values()])
+    own_weights = torch.cat([value.flatten() for value in raw.values()])
+    assert float(saved.norm()) == pytest.approx(float(average.norm()), rel=1e-6)
+    assert float(saved.norm()) != pytest.approx(float(own_weights.norm()), rel=1e-4)
