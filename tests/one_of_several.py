@@ -1,40 +1,56 @@
-"""Started by test_processes.py, once or as one of several processes: a short run in float64, its outcome saved.
+"""Started by test_processes.py as one of several processes, or called by it: short runs in float64, outcomes saved.
 
-python one_of_several.py FOLDER BATCH MICRO_BATCH METHOD [FAULT]
+python one_of_several.py FOLDER SCENARIO...
 """
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import stable_diffusion
 from tiny_runs import redness
 
 from rewardtune import methods
+from rewardtune.errors import RewardTuneError
 from rewardtune.processes import join
 from rewardtune.trainer import RewardTuner
 
-METHODS = {"drtune": methods.drtune(K=2, m=2), "draft": methods.draft(K=2), "draft_lv": methods.draft_lv(n=2)}
+METHODS = {"drtune": methods.drtune(K=2, m=2), "draft": methods.draft(K=2)}
+CHECKPOINTS = {"every": 2, "keep": 9, "best": None}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "drtune": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5},
+    "draft": {"method": "draft", "batch": 3, "micro_batch": 1, "steps": 3},
+    "half": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 2},  # of drtune, to go on from
+    "resumed": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "resume": "latest"},
+    "guarded": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "guard": True},
+    "nan": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "nan"},
+    "raises": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "raises"},
+    "killed": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "killed"},
+}
 
 
-def main(folder: Path, batch: int, micro_batch: int, method: str, fault: str = "") -> None:
+def run(folder: Path, *, method: str, batch: int, micro_batch: int, steps: int, **more: Any) -> None:
+    """One training; rank 0 saves the weights, and all save how it ended (end-RANK.json)."""
     torch.set_num_threads(1)
     pipe, _ = stable_diffusion(lora=False)
     pipe.to(torch.float64)
-    calls = 0
+    rank = join().rank
+    running: list[RewardTuner] = []  # once it is there
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 6 and join().rank == 1:
-            if fault == "nan":
-                return redness(images, prompts) * float("nan")
-            if fault == "killed":
+        if more.get("fault") and rank == 1 and running and running[0].step == 3:
+            if more["fault"] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if more["fault"] == "raises":
+                raise ValueError("no network")
+            return redness(images, prompts) * float("nan")
         return redness(images, prompts)
 
+    rules = [{"metric": "base_pixels", "above": 0.002, "then": "stop"}] if more.get("guard") else []
     tuner = RewardTuner(
         pipe,
         reward=reward,
@@ -49,13 +65,23 @@ def main(folder: Path, batch: int, micro_batch: int, method: str, fault: str = "
         batch=batch,
         micro_batch=micro_batch,
         eval_count=3,
+        checkpoints=CHECKPOINTS,
+        guards={"rules": rules},
+        resume=more.get("resume"),
         show_progress=False,
     )
-    tuner.train(5, lr=1e-2)
-    if tuner.processes.first:
+    running.append(tuner)
+    end: dict[str, Any] = {"error": None}
+    try:
+        tuner.train(steps, lr=1e-2, eval_every=1 if more.get("guard") else None)
+    except RewardTuneError as error:
+        end = {"error": str(error), "exit_code": error.exit_code}
+    (folder / f"end-{rank}.json").write_text(json.dumps(end | {"step": tuner.step}))
+    if rank == 0:
         gradients = [parameter.grad for parameter in tuner.parameters]
         torch.save({"weights": [p.detach() for p in tuner.parameters], "gradients": gradients}, folder / "out.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    for scenario in sys.argv[2:]:
+        run(Path(sys.argv[1]) / scenario, **SCENARIOS[scenario])

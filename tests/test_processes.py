@@ -1,76 +1,182 @@
-"""Two gloo processes equal one with the doubled batch; an error or a killed process ends all of them with a message."""
+"""Two gloo processes equal one with the doubled batch; an error or a killed process ends all of them with a message.
+
+A start of two processes takes seconds, so one start (`two`) makes most of the runs, and this process makes the others.
+"""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import one_of_several
 import pytest
 import torch
 from tiny_runs import save_tiny, write_run
 
+from rewardtune import checkpoint, cli
 from rewardtune.processes import Processes
 
-SCRIPT = Path(__file__).with_name("one_of_several.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+SCRIPT = Path(one_of_several.__file__)
+START = "import sys; from rewardtune.processes import start; sys.exit(start(2, sys.argv[1:], cpu=True))"
+TOGETHER = ("drtune", "draft", "resumed", "guarded", "nan", "raises")
 
 
-def run(folder: Path, *arguments: object, count: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [*TORCHRUN, "--nproc-per-node", str(count)] if count > 1 else []
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder), *map(str, arguments)]
-    import os
+def environment() -> dict[str, str]:
+    paths = [str(SCRIPT.parent), *filter(None, sys.path)]
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)}
 
-    paths = [str(SCRIPT.parent), *sys.path]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": ":".join(paths)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+def start(folder: Path, *scenarios: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", START, str(SCRIPT), str(folder), *scenarios]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The runs of one process, made here."""
+    folder = tmp_path_factory.mktemp("one")
+    threads = torch.get_num_threads()
+    for name in ("drtune", "draft", "half"):
+        one_of_several.run(folder / name, **one_of_several.SCENARIOS[name])
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory):
+    """The runs of two processes; `resumed` goes on from what one process has begun."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(one / "half", folder / "resumed")
+    done = start(folder, *TOGETHER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("method", "batch", "micro_batch"), [("drtune", 4, 2), ("draft", 3, 1)])
-def test_two_processes_equal_one_with_the_whole_batch(method, batch, micro_batch, tmp_path):
-    one = run(tmp_path / "one", batch, batch, method)
-    two = run(tmp_path / "two", batch, micro_batch, method, count=2)
-    assert one.returncode == 0, one.stderr[-2000:]
-    assert two.returncode == 0, two.stderr[-2000:]
-    alone, shared = (torch.load(tmp_path / name / "out.pt") for name in ("one", "two"))
-    for what in ("gradients", "weights"):
-        for first, second in zip(alone[what], shared[what], strict=True):
-            assert (first - second).abs().max() <= 1e-6 * first.abs().max(), what
-    for first, second in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+def status(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def ends(folder: Path) -> list[dict]:
+    return [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(2)]
+
+
+def same_weights(first: Path, second: Path, *kinds: str) -> bool:
+    pair = [torch.load(folder / "out.pt") for folder in (first, second)]
+    rows = [row for kind in kinds for row in zip(pair[0][kind], pair[1][kind], strict=True)]
+    return all(float((a - b).abs().max()) <= 1e-6 * float(a.abs().max()) for a, b in rows)
+
+
+@pytest.mark.parametrize("name", ["drtune", "draft"])
+def test_two_processes_equal_one_with_the_whole_batch(name, one, two):
+    assert same_weights(one / name, two / name, "gradients", "weights")
+    for first, second in zip(metrics(one / name), metrics(two / name), strict=True):
         assert second["reward"] == pytest.approx(first["reward"], abs=1e-9)
         assert second["trained"] == first["trained"]
         assert second["images"] == first["images"]
-    evaluated = [(tmp_path / name / "eval.jsonl").read_text().splitlines() for name in ("one", "two")]
+    evaluated = [(folder / name / "eval.jsonl").read_text().splitlines() for folder in (one, two)]
     for first, second in zip(*(map(json.loads, lines) for lines in evaluated), strict=True):
         assert second["scores"]["reward"] == pytest.approx(first["scores"]["reward"], abs=1e-6)
-    assert len(list((tmp_path / "two" / "samples" / "final").glob("*.png"))) == 3
+    assert len(list((two / name / "samples" / "final").glob("*.png"))) == 3
 
 
-def test_an_error_in_one_process_ends_both_with_its_message(tmp_path):
-    done = run(tmp_path / "run", 4, 2, "drtune", "nan", count=2)
-    assert done.returncode != 0
-    assert "not finite" in done.stderr
-    status = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert status["status"] == "stopped"
-    assert "process 1" in status["error"]
+def test_two_processes_go_on_from_the_checkpoint_of_one(one, two):
+    assert [record["step"] for record in metrics(two / "resumed")] == list(range(5))
+    assert same_weights(one / "drtune", two / "resumed", "weights")
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(one, two, tmp_path):
+    shutil.copytree(two / "drtune", tmp_path / "run")
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    assert checkpoint.latest(tmp_path / "run").step == 2
+    one_of_several.run(tmp_path / "run", **one_of_several.SCENARIOS["resumed"])
+    assert same_weights(one / "drtune", tmp_path / "run", "weights")
+
+
+def test_a_guard_stops_all_processes_at_the_same_step(two):
+    first, second = ends(two / "guarded")
+    assert "base_pixels is" in first["error"]
+    assert (first["exit_code"], first["step"]) == (4, second["step"])
+    assert second["error"] == first["error"]
+    assert status(two / "guarded")["status"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "word", "message"), [("nan", 4, "stopped", "not finite"), ("raises", 1, "failed", "no network")]
+)
+def test_an_error_in_one_process_ends_both_with_its_message(fault, code, word, message, two):
+    first, second = ends(two / fault)
+    assert first["exit_code"] == second["exit_code"] == code
+    assert first["error"] == f"process 1: {second['error']}"
+    assert message in second["error"]
+    assert (status(two / fault)["status"], status(two / fault)["error"]) == (word, first["error"])
+    assert checkpoint.latest(two / fault).step == 2
 
 
 def test_a_killed_process_ends_the_run_and_does_not_hang(tmp_path):
-    done = run(tmp_path / "run", 4, 2, "drtune", "killed", count=2)  # the timeout of `run` is the assertion
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
+    done = start(tmp_path, "killed")  # its timeout is an assertion too
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was ended by SIGKILL" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.latest(tmp_path / "killed").step == 2
+    assert "another process of this run has ended" in status(tmp_path / "killed")["error"]
 
 
-def test_the_command_launches_itself(tmp_path):
-    model = save_tiny(tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def command(*arguments: object) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "rewardtune", "train", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, env=environment(), **pipes)
+
+
+def test_an_interrupted_command_saves_once_and_goes_on_in_one_process(model, tmp_path):
+    """`train -n 2`, Ctrl-C when it trains, then the same run to its end in this process."""
+    file = write_run(tmp_path, model, optim={"steps": 2000, "lr": 1e-4, "batch": 4, "micro_batch": 2})
+    child, folder = command(file, "-n", 2), tmp_path / "out"
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 130, (out, err)
+    assert out.count("stopping:") == out.count("--resume latest") == 1
+    assert "Traceback" not in err
+    reached = checkpoint.latest(folder).step
+    assert (status(folder)["status"], status(folder)["steps"]) == ("interrupted", reached)
+    assert len(metrics(folder)) == reached
+    assert cli.main(["train", str(file), "--resume", "latest", f"optim.steps={reached + 1}"]) == 0
+    assert [record["step"] for record in metrics(folder)] == list(range(reached + 1))
+
+
+def test_a_refused_run_says_one_line(model, tmp_path):
+    """A used output folder: what the user sees is what one process says."""
+    file = write_run(tmp_path, model)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("here")
+    out, err = (child := command(file, "-n", 2)).communicate(timeout=120)
+    assert (child.returncode, out) == (2, "")
+    assert err.startswith(f"rewardtune: output folder {tmp_path / 'out'} exists and is not empty")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow  # starts two processes once more
+def test_the_command_launches_itself(model, tmp_path):
     file = write_run(tmp_path, model, optim={"steps": 2, "lr": 3e-3, "batch": 4})
-    command = [sys.executable, "-m", "rewardtune", "train", str(file), "-n", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("done: 2 updates") == 1
+    out, err = (child := command(file, "-n", 2)).communicate(timeout=300)
+    assert child.returncode == 0, err[-2000:]
+    assert out.count("done: 2 updates") == 1
     assert len(metrics(tmp_path / "out")) == 2
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 

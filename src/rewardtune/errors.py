@@ -28,6 +28,15 @@ class ReplayError(PreflightError):
 
 
 class TrainingStopped(RewardTuneError):  # noqa: N818 - it is an outcome, not a mistake
-    """A guard or a NaN stopped the run (exit code 4)."""
+    """A guard, a NaN or too little memory stopped the run (exit code 4)."""
 
     exit_code = 4
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that caused it, says that the device's or the main memory is full."""
+    while error is not None:
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False

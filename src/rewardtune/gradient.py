@@ -7,7 +7,7 @@ several processes with the same pictures.
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import Sweep, rollout
-from .errors import RewardError, TrainingStopped
+from .errors import RewardError, RewardTuneError, TrainingStopped, out_of_memory
 from .evaluate import for_prompts, generators
 from .methods import Method
 from .plan import Plan
@@ -101,21 +101,25 @@ class Gradient:
         given = for_prompts(part, self.call)
         if self.offload_reward:
             self.reward.to("cpu")  # an evaluation may have left it beside the denoiser
-        with rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given) as tape:
+        with ExitStack() as stack:
+            with doing(f"step {step}, sampling"):
+                made = rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given)
+                tape = stack.enter_context(made)
             check_images(tape.images, step)
-            with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random, by the CPU's generator
-                torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
-                total, natives = self.reward.parts(tape.images, tape.prompts)
-            check_scores({"the reward": total} | natives, step)
-            if total.requires_grad:
-                (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
+            with asking(step):
+                with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random, by this generator
+                    torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
+                    total, natives = self.reward.parts(tape.images, tape.prompts)
+                check_scores({"the reward": total} | natives, step)
+                if total.requires_grad:
+                    (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
             if self.offload_reward:
                 self.reward.to("cpu")
-            with _at(step):
+            with _at(step), doing(f"step {step}, the replay of the trained steps"):
                 sweep = tape.backward(allow_zero=True, kl=self.kl * len(part) / self.batch)
         denoise = None
         if self.denoising is not None:
-            with _at(step):
+            with _at(step), doing(f"step {step}, the denoising loss"):
                 denoise = self.denoising.add(step, first=first, size=len(part), batch=self.batch)
         scores = {name: value.detach().float().cpu() for name, value in (natives | {"reward": total}).items()}
         return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep, denoise=denoise)
@@ -131,6 +135,28 @@ def _at(step: int) -> Iterator[None]:
         yield
     except (RewardError, TrainingStopped) as error:
         raise TrainingStopped(f"step {step}: {error}") from error
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """An error that passes is told where it happened, in a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
+@contextmanager
+def asking(step: int) -> Iterator[None]:
+    """A reward that fails now, after it passed its check at start-up, is an error of the run (exit code 1)."""
+    try:
+        with doing(f"step {step}, the reward"):
+            yield
+    except RewardError as error:
+        if out_of_memory(error):
+            raise
+        raise RewardTuneError(f"step {step}: {error}") from error
 
 
 def check_images(images: Tensor, step: int) -> None:

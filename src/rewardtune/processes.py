@@ -3,18 +3,40 @@
 Every process holds the whole pipeline and the same parameters. The batch of an update is cut into micro-batches that
 are dealt out in turn; what a sample sees depends on its index in the whole batch alone, so the number of processes
 changes the time and, up to the order of a sum, nothing else. accelerate finds the devices and opens the process group.
+`launch` starts the processes of one machine itself: torchrun, which accelerate uses, answers a Ctrl-C with a second one
+to every process, and an error with its own traceback. See docs/processes.md.
 """
 
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from .errors import ConfigError, RewardTuneError, TrainingStopped
+from .errors import (
+    ConfigError,
+    PreflightError,
+    ReplayError,
+    RewardError,
+    RewardTuneError,
+    TrainingStopped,
+    out_of_memory,
+)
 
 T = TypeVar("T")
+FIRST_SAVES, OTHERS_END = 30.0, 3.0  # seconds left to the first process, and to the others, when one has failed
+
+
+class ProcessLostError(RewardTuneError):
+    """Another process has ended (exit code 6): the reason is what that one said."""
+
+    exit_code = 6
 
 
 @dataclass(frozen=True)
@@ -40,7 +62,8 @@ class Processes:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with _together():
+            dist.all_gather_object(values, value)
         return values
 
     def agree(self, value: T) -> T:
@@ -50,7 +73,8 @@ class Processes:
         import torch.distributed as dist
 
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
+        with _together():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def sum_gradients(self, parameters: Sequence[Any]) -> None:
@@ -67,7 +91,8 @@ class Processes:
             by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for grads in by_dtype.values():
             flat = torch._utils._flatten_dense_tensors(grads)
-            dist.all_reduce(flat)
+            with _together():
+                dist.all_reduce(flat)
             for grad, summed in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
                 grad.copy_(summed)
 
@@ -78,13 +103,35 @@ class Processes:
                 raise error if error is not None else _told(rank, met)
 
 
-def _portable(error: BaseException) -> tuple[str, str]:
-    return type(error).__name__, str(error)
+@contextmanager
+def _together() -> Iterator[None]:
+    """The library's words for a lost connection mean that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ProcessLostError(f"another process of this run has ended ({said})") from error
 
 
-def _told(rank: int, met: tuple[str, str]) -> RewardTuneError:
-    kinds = {kind.__name__: kind for kind in (TrainingStopped, ConfigError)}
-    return kinds.get(met[0], RewardTuneError)(f"process {rank}: {met[1] or met[0]}")
+def _portable(error: BaseException) -> tuple[str, str, list[str]]:
+    kind = "OutOfMemoryError" if out_of_memory(error) else type(error).__name__
+    return kind, str(error), getattr(error, "__notes__", [])
+
+
+def _told(rank: int, met: tuple[str, str, list[str]]) -> Exception:
+    """What another process met: of the same kind where the kind decides what follows."""
+    import torch
+
+    own = (TrainingStopped, ConfigError, PreflightError, RewardError, ReplayError)
+    kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*own, torch.OutOfMemoryError)}
+    kind, words, notes = met
+    unnamed = "" if kind in kinds or kind == "RewardTuneError" else f"{kind}: "
+    error = kinds.get(kind, RewardTuneError)(f"process {rank}: {unnamed}{words or kind}")
+    for note in notes:
+        error.add_note(note)
+    return error
 
 
 def join() -> Processes:
@@ -114,16 +161,120 @@ def launched() -> bool:
 def launch(count: int, arguments: Sequence[str], *, cpu: bool, extra: Sequence[str] = ()) -> int:
     """Run `rewardtune ARGUMENTS` in `count` processes and wait; gives the exit code.
 
-    On GPUs through `accelerate launch`, to which `extra` is passed on (--num_machines, --machine_rank,
-    --main_process_ip ...: `count` is the number over all machines then). On the CPU through torch.distributed.run with
-    gloo, since accelerate launches CPU processes by MPI alone.
+    On one machine by `start`. With `extra` (--num_machines, --machine_rank, --main_process_ip ...: `count` is the
+    number over all machines then) through `accelerate launch`; on the CPU through torch.distributed.run with gloo,
+    since accelerate launches CPU processes by MPI alone.
     """
-    environment = dict(os.environ)
+    if not extra:
+        return start(count, ["-m", "rewardtune", *arguments], cpu=cpu)
+    environment = _environment(cpu)
     if cpu:
-        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1")}
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *extra, "-m", "rewardtune"]
     else:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
         command += [*extra, "--module", "rewardtune"]
     return subprocess.call([*command, *arguments], env=environment)
+
+
+def _environment(cpu: bool) -> dict[str, str]:
+    if not cpu:
+        return dict(os.environ)
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # as torchrun has it: the processes share the cores
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
+
+
+def start(count: int, arguments: Sequence[str], *, cpu: bool) -> int:
+    """`python ARGUMENTS` in `count` processes of this machine; gives the exit code, 128 + N for signal N.
+
+    The first process speaks. The others are quiet, unless one of them failed alone: then its last words are printed.
+    Ctrl-C and SIGTERM are passed on, once each time. When a process fails the others have a moment to save, and end.
+    """
+    place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(_free_port())
+    environment = _environment(cpu) | place
+    with tempfile.TemporaryFile() as quiet:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=None if rank == 0 else quiet,
+                start_new_session=True,  # the terminal's Ctrl-C comes to this process alone, which passes it on
+            )
+            for rank in range(count)
+        ]
+        with _passed_on(processes):
+            failed = _failed(processes)
+        if not failed:
+            return 0
+        rank = next((rank for rank, code in failed.items() if code != ProcessLostError.exit_code), 0)
+        code = failed.get(rank, 1)
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = "; was the main memory full?" if name == "SIGKILL" else ""
+            print(f"rewardtune: process {rank} of {count} was ended by {name}{hint}", file=sys.stderr)
+            return 128 - code
+        if failed.get(0, ProcessLostError.exit_code) != ProcessLostError.exit_code:  # the first process has said it
+            return failed[0] if failed[0] > 0 else code
+        print(f"rewardtune: process {rank} of {count} failed; its last words:", file=sys.stderr)
+        print(_last_words(quiet), file=sys.stderr)
+        return code
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def _passed_on(processes: "Sequence[subprocess.Popen[bytes]]") -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to all processes, which know what to do; no process outlives the block."""
+
+    def send(number: int, _frame: object) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before: Mapping[int, Any] = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failed(processes: "Sequence[subprocess.Popen[bytes]]") -> dict[int, int]:
+    """Wait for all; rank -> exit code of those that failed by themselves, in the order in which they did.
+
+    After the first failure the others get a moment: the first process to save what it has, the rest to end.
+    """
+    failed: dict[int, int] = {}
+    limits = [float("inf")] * len(processes)
+    running = set(range(len(processes)))
+    while running:
+        for rank in sorted(running):
+            code = processes[rank].poll()
+            if code is not None:
+                running.discard(rank)
+                if code:
+                    failed[rank] = code
+                    moment = FIRST_SAVES if 0 in running else OTHERS_END
+                    limits = [min(limit, time.monotonic() + moment) for limit in limits]
+        for rank in [rank for rank in running if time.monotonic() > limits[rank]]:
+            processes[rank].kill()
+            processes[rank].wait()
+            running.discard(rank)
+        time.sleep(0.02)
+    return failed
+
+
+def _last_words(file: BinaryIO, *, lines: int = 12) -> str:
+    file.seek(0)
+    said = file.read().decode("utf-8", "replace").strip().splitlines()
+    return "\n".join(said[-lines:])

@@ -9,8 +9,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +23,8 @@ from . import adapters, checkpoint, evaluate, guards
 from .config import Checkpoints, Guards, Log, Regularize, section
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
-from .errors import ConfigError, RewardTuneError, TrainingStopped
-from .gradient import Gradient
+from .errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
+from .gradient import Gradient, doing
 from .methods import Method
 from .models import offloaded_vae
 from .panel import Panel
@@ -151,6 +152,7 @@ class RewardTuner:
         self.parameters: list[torch.nn.Parameter] = []
         self.denoising: DenoisingLoss | None = None
         self.step, self.saved, self.T, self.rollbacks, self.rolled_back_at = 0, 0, 0, 0, 0
+        self.torn = False  # the weights are those of no step
         self.settings: dict[str, Any] = {}  # the run file, resolved; what a resume compares
         self.config_text: str | None = None  # the same as YAML; saved as config.yaml
 
@@ -212,8 +214,8 @@ class RewardTuner:
         eval_every: pictures, scores and rules every so often. With it, the best look is what is kept at the end
         (`checkpoints`).
         The first Ctrl-C or SIGTERM finishes the update, saves and leaves (KeyboardInterrupt, SystemExit(143)).
-        Raises TrainingStopped on a NaN, on black pictures, when no gradient arrives, or when a guard says so; the last
-        good weights are saved.
+        Raises TrainingStopped on a NaN, on black pictures, when no gradient arrives, when the memory does not suffice,
+        or when a guard says so; the last good weights are saved.
         """
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
             if not value > 0:
@@ -230,7 +232,7 @@ class RewardTuner:
             "weight_decay": weight_decay,
         }
         moves |= {"schedule": schedule, "warmup": warmup, "ema": ema}
-        with ExitStack() as stack:
+        with _memory_named(), ExitStack() as stack:
             set_aside = stack.enter_context(quiet(self.pipe))
             text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
             if "vae" in self.offload:
@@ -242,6 +244,8 @@ class RewardTuner:
             settings = (self.settings or self._settings()) | {"prompts_digest": checkpoint.digest(self.prompts)}
             settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
             found = self._find(settings)
+            for stale in ("error", "kept_step"):  # of the run that is resumed
+                self.folder.status.pop(stale, None)
             self.folder.set_status("running", train=facts)
             with _Signals(speaks=self.processes.first) as signals:
                 try:
@@ -259,7 +263,7 @@ class RewardTuner:
                 except BaseException as error:
                     self._rescue(state, error)
                     raise
-            signals.leave(self.folder.path)
+            signals.leave(self.folder.path, whole=status != "interrupted")
         return Result(
             status=status,
             steps=self.step,
@@ -392,6 +396,10 @@ class RewardTuner:
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
                 self.trackers.update(record)
+                every = self.checkpoints.every
+                save = every is not None and self.step % every == 0
+                if eval_every and self.step % eval_every == 0 and self.step < last:  # also of the last before a stop:
+                    save |= self._judge(state, progress)  # a resumed run does not come back to it
                 elapsed, done = time.perf_counter() - started, self.step - begun
                 late = max_seconds is not None and elapsed + elapsed / done > max_seconds and self.step < last
                 everyone = self.processes.gather((signals.caught, late))
@@ -399,10 +407,6 @@ class RewardTuner:
                 if signals.caught or any(late for _, late in everyone):
                     status = "interrupted" if signals.caught else "out of time"
                     break
-                every = self.checkpoints.every
-                save = every is not None and self.step % every == 0
-                if eval_every and self.step % eval_every == 0 and self.step < last:
-                    save |= self._judge(state, progress)
                 if save and self.step < last:
                     self._checkpoint(state, settings)
         self._checkpoint(state, settings)
@@ -453,6 +457,7 @@ class RewardTuner:
             kept = (
                 f"the weights kept are those of step {back}, the best" if back is not None else "the weights are kept"
             )
+            self.folder.set_status("stopped", kept_step=self.step if back is None else back)
             raise TrainingStopped(f"{' '.join(v.words for v in verdicts if v.due)}; {kept}")
         return act is None and self.watch.best_step() == self.step
 
@@ -496,7 +501,10 @@ class RewardTuner:
             raise TrainingStopped(
                 f"step {step}: the gradient {what}; try a lower lr or another dtype, or check the reward"
             )
-        state.update()
+        self.torn = True  # an update that fails half-way leaves weights of two steps
+        with doing(f"step {step}, the optimiser"):
+            state.update()
+        self.torn = False
         plan = gradient.plan(step)
         means = {name: float(torch.cat([part.scores[name] for part in parts]).mean()) for name in parts[0].scores}
         extra = {
@@ -551,15 +559,21 @@ class RewardTuner:
 
     def _rescue(self, state: TrainingState, error: BaseException) -> None:
         """An error ends the run: the parameters are those of the last good update, save them and say why."""
-        status = {TrainingStopped: "stopped", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
-        at_once = status == "interrupted"  # the second Ctrl-C
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)  # the second signal: at once
+        stopped = isinstance(error, TrainingStopped) or out_of_memory(error)
+        words = "interrupted at once" if interrupted else _in_words(error)
         with suppress(Exception):  # the first error is the one to report
-            if self.processes.first and self.step > self.saved and not at_once:
+            if self.processes.first and self.step > self.saved and not interrupted and not self.torn:
                 with state.averaged():
                     adapters.save(self.pipe, self.folder.path)
                 self._say(f"the weights of the last good state are in {self.folder.path}")
         with suppress(Exception):
-            self.folder.set_status(status, steps=self.step, error=str(error) or type(error).__name__)
+            status = "interrupted" if interrupted else "stopped" if stopped else "failed"
+            self.folder.set_status(status, steps=self.step, error=words)
+        with suppress(Exception):
+            self.folder.log(words)
+            if not interrupted and not isinstance(error, TrainingStopped):
+                self.folder.log("".join(traceback.format_exception(error)).rstrip())
 
     def _say(self, text: str) -> None:
         self.folder.log(text)
@@ -567,12 +581,36 @@ class RewardTuner:
             print(text, flush=True)
 
 
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Too little memory, wherever it was met, is a stop with its cures."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingStopped(_in_words(error)) from error
+
+
+def _in_words(error: BaseException) -> str:
+    if not out_of_memory(error):
+        return str(error) or type(error).__name__
+    where: list[str] = getattr(error, "__notes__", None) or ["before the first step"]
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"out of memory ({where[0]}: {said}). Set a smaller optim.micro_batch (1 needs least, the result is the same), "
+        "memory.gradient_checkpointing=true, or memory.offload=[text_encoders, vae, reward]; then go on with "
+        "--resume latest where there is a checkpoint (only gradient_checkpointing and the other keys of memory, "
+        "and micro_batch, may change at a resume)"
+    )
+
+
 class _Signals:
-    """Ctrl-C and SIGTERM: the first is noted (the update finishes, the LoRA is saved), the second acts at once."""
+    """Ctrl-C and SIGTERM: the first is noted (the update finishes, all is saved), the second acts at once."""
 
     def __init__(self, *, speaks: bool) -> None:
-        self.speaks = speaks
         self.caught: int | None = None
+        self.speaks = speaks
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -586,19 +624,28 @@ class _Signals:
             signal.signal(*self.previous.popitem())
 
     def _note(self, number: int, _frame: object) -> None:
+        if self.caught is not None:
+            _raise(number)
         self.caught = number
-        self.__exit__()
         if self.speaks:
             print("stopping: this update is finished and saved first (again to stop at once)", flush=True)
 
-    def leave(self, folder: Path) -> None:
-        if self.caught is not None and self.speaks:
+    def leave(self, folder: Path, *, whole: bool) -> None:
+        """End as the signal asks, if there was one. whole: it came so late that the run is done."""
+        if self.caught is None:
+            return
+        if self.speaks and whole:
+            print(f"the run was done before it could be interrupted; all is in {folder}", flush=True)
+        elif self.speaks:
             again = f"rewardtune train {folder / 'config.yaml'} --resume latest"
             print(f"interrupted; the weights so far are in {folder}. To go on: {again}", flush=True)
-        if self.caught == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.caught == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+        _raise(self.caught)
+
+
+def _raise(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def check_sampling(pipe: Any, call: dict[str, Any], *, allow_no_guidance: bool) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import evaluate, guards
 from .errors import ConfigError
-from .gradient import check_images, derive_seed
+from .gradient import asking, check_images, derive_seed, doing
 from .guards import Evaluation, Rule, Verdict
 from .panel import Panel
 from .processes import Processes
@@ -65,9 +65,14 @@ class Watch:
         images, values = self._sample_and_score(step)
         if self.base is None:
             self.base = images
-        found = None
+        found, error = None, None
         if self.processes.first:
-            found = self.panel(images, base=self.base, step=step, scores=values)
+            try:
+                with doing(f"step {step}, measuring the eval pictures"):
+                    found = self.panel(images, base=self.base, step=step, scores=values)
+            except Exception as met:
+                error = met
+        self.processes.raise_together(error)
         found = self.processes.agree(found)
         assert found is not None
         also = self.panel.held_out
@@ -121,9 +126,11 @@ class Watch:
             if own:
                 prompts = [self.prompts[index] for index in own]
                 seeds = [derive_seed(self.seed, "eval", index) for index in own]
-                images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.batch)
+                with doing(f"step {step}, sampling the eval pictures"):
+                    images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.batch)
                 check_images(images, step)
-                values = evaluate.score(self.reward, images, prompts, batch=self.batch, device=self.device)
+                with asking(step):
+                    values = evaluate.score(self.reward, images, prompts, batch=self.batch, device=self.device)
         except Exception as met:
             error = met
         self.processes.raise_together(error)
