@@ -359,7 +359,7 @@ def test_the_expected_time_and_size_are_those_of_a_real_run(check, tmp_path, mod
     real = sum(record["seconds"] for record in records) + sum(looks)
     assert real / 2 < expected < real * 2
     files = [load_file(path) for path in (folder / "checkpoint-5").glob("*.safetensors")]
-    assert len(files) == 3  # adapter, optimiser, average
+    assert len(files) == 4  # adapter, optimiser, average, LoRA
     assert kept["measured"].checkpoint == sum(tensor.nbytes for file in files for tensor in file.values())
 
 

@@ -390,3 +390,57 @@ def test_only_the_first_process_says_that_it_was_interrupted(first, tmp_path, ca
     with pytest.raises(KeyboardInterrupt):
         signals.leave(tmp_path, whole=False)
     assert ("--resume latest" in capsys.readouterr().out) == first
+
+
+def test_every_checkpoint_holds_a_lora_file_that_can_be_exported(tmp_path):
+    from tiny_runs import save_tiny, write_run
+
+    from rewardtune.cli import main
+
+    run = write_run(
+        tmp_path,
+        save_tiny(tmp_path / "tiny"),
+        optim={"steps": 3, "lr": 1e-2, "batch": 2, "ema": 0.5},
+        checkpoints={"every": 1, "keep": 3},
+    )
+    assert main(["train", str(run)]) == 0
+    files = {}
+    for step in ("1", "latest", "best"):
+        asked = ["--checkpoint", step, "--output", str(tmp_path / step)]
+        assert main(["export", str(tmp_path / "out"), *asked]) == 0
+        files[step] = load_file(tmp_path / step / "diffusers" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(files["latest"][name], value) for name, value in files["best"].items())  # the averages
+    assert any(not torch.equal(files["1"][name], value) for name, value in files["best"].items())
+
+
+def test_a_rule_that_only_warns_does_not_choose_the_weights(tmp_path):
+    rules = {"rules": [{"metric": "base_pixels", "above": 1e-6, "then": "warn"}]}
+    folder = tmp_path / "run"
+    result = tuner(folder, guards=rules).train(4, lr=3e-3, eval_every=2)
+    assert result.after["reward"][0] > result.before["reward"][0]
+    assert "kept_step" not in json.loads((folder / "run.json").read_text())
+    assert "a warning" in (folder / "train.log").read_text()
+
+
+def test_a_rollback_without_a_best_checkpoint_is_refused(tmp_path):
+    rules = {"rules": [{"metric": "base_pixels", "above": 1e-6, "then": "rollback"}]}
+    with pytest.raises(ConfigError, match="rollback needs"):
+        tuner(tmp_path / "run", guards=rules, checkpoints={"best": None})
+
+
+def test_an_optimiser_that_cannot_be_leaves_no_folder(tmp_path):
+    for wrong in ({"optimizer": "adam"}, {"schedule": "cosin"}, {"ema": 2.0}, {"warmup": 5}):
+        with pytest.raises(ConfigError):
+            tuner(tmp_path / "run").train(2, **wrong)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_guard_that_stops_leaves_the_comparison_of_what_is_kept(tmp_path):
+    rules = {"rules": [{"metric": "base_pixels", "above": 1e-6}]}
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingStopped, match="step 0, the untuned model"):
+        tuner(folder, guards=rules).train(4, lr=3e-3, eval_every=2)
+    told = json.loads((folder / "run.json").read_text())
+    assert (told["status"], told["kept_step"], told["lora_verified"]) == ("stopped", 0, True)
+    assert told["after"] == told["before"]
+    assert (folder / "before_after.png").is_file()

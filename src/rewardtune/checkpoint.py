@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -76,10 +76,12 @@ def save(
     state: Mapping[str, Any],
     keep: int = 2,
     best: int | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `run`/checkpoint-`step`, then remove all whole ones but the last `keep`, `best` and this one. Its path.
 
     tensors: group -> name -> tensor of any dtype and device, e.g. adapter, optimizer, ema.
+    also: writes more files into the folder that it is given.
     state: anything JSON can hold; floats come back exactly. The lengths of the logs are added.
     A whole checkpoint-`step` with the same tensors is left as it is; another one of that name is moved to `cut/`.
     Raises RewardTuneError when the system refuses to write: earlier checkpoints stay as they are.
@@ -103,6 +105,8 @@ def save(
         for group, values in tensors.items():
             _write_tensors(folder / f"{group}.safetensors", values)
         (folder / STATE).write_text(text, encoding="utf-8")
+        if also is not None:
+            also(folder)
         _complete(folder, step)
         if not target.exists():
             _rename(folder, target)

@@ -286,7 +286,7 @@ def measure(tuner: "RewardTuner", config: RunConfig, meter: Meter) -> Measured:
         text=encoding - filled if kept and encoded > before else 0.0,
         of_prompt=encoding / encoded if kept and encoded else 0.0,
         evaluation=evaluation,
-        checkpoint=_checkpoint_bytes(state),
+        checkpoint=_checkpoint_bytes(state, lora=tuner.adapter["kind"] != "full"),
         total=total,
         cuda=meter.device.type == "cuda",
     )
@@ -302,13 +302,14 @@ def _evaluate(tuner: "RewardTuner") -> int:
     return len(prompts)
 
 
-def _checkpoint_bytes(state: TrainingState) -> int:
-    """Of the tensors that `TrainingState.save` writes."""
+def _checkpoint_bytes(state: TrainingState, *, lora: bool) -> int:
+    """Of the tensors that a checkpoint holds; lora: also a LoRA file."""
     tensors, _ = checkpoint.flatten_optimizer(state.optimizer, state.named.items())
     groups: list[Mapping[str, torch.Tensor]] = [
         state.named,
         tensors,
         state.ema.state() if state.ema is not None else {},
+        state.named if lora else {},
     ]
     return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
 

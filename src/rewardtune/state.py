@@ -63,14 +63,16 @@ class TrainingState:
         if self.ema is not None:
             self.ema.take()
 
-    def save(self, run: Path, step: int, facts: Mapping[str, Any], *, keep: int, best: int | None) -> Path:
+    def save(
+        self, run: Path, step: int, facts: Mapping[str, Any], *, keep: int, best: int | None, also: Any = None
+    ) -> Path:
         """checkpoint-`step` in `run`; `facts` are kept beside the state. See `checkpoint.save`."""
         tensors, plain = checkpoint.flatten_optimizer(self.optimizer, self.named.items())
         groups: dict[str, Mapping[str, torch.Tensor]] = {"adapter": self.named, "optimizer": tensors}
         if self.ema is not None:
             groups["ema"] = self.ema.state()
         state = {"optimizer": plain, "schedule": self.schedule.state_dict()} | dict(facts)
-        return checkpoint.save(run, step, tensors=groups, state=state, keep=keep, best=best)
+        return checkpoint.save(run, step, tensors=groups, state=state, keep=keep, best=best, also=also)
 
     def load(self, found: Checkpoint) -> None:
         """Everything as it was when `found` was saved. CheckpointError, and nothing changed, where it does not fit."""

@@ -152,6 +152,8 @@ class RewardTuner:
         self.parameters: list[torch.nn.Parameter] = []
         self.denoising: DenoisingLoss | None = None
         self.step, self.saved, self.T, self.rollbacks, self.rolled_back_at = 0, 0, 0, 0, 0
+        self.kept: int | None = None  # the step whose weights are kept, where that is not the last one
+        self.stop: str | None = None  # why a guard ends the run
         self.torn = False  # the weights are those of no step
         self.settings: dict[str, Any] = {}  # the run file, resolved; what a resume compares
         self.config_text: str | None = None  # the same as YAML; saved as config.yaml
@@ -190,6 +192,10 @@ class RewardTuner:
             trackers=self.trackers,
         )
         watch.check()
+        if watch.best is None and any(rule.then == "rollback" for rule in watch.rules):
+            raise ConfigError(
+                "guards.rules: rollback needs a best checkpoint, and checkpoints.best is null: name a metric"
+            )
         return watch
 
     def train(
@@ -232,6 +238,7 @@ class RewardTuner:
             "weight_decay": weight_decay,
         }
         moves |= {"schedule": schedule, "warmup": warmup, "ema": ema}
+        TrainingState(torch.nn.Linear(1, 1, device=self.device), **moves)  # refuses what cannot be, before all else
         with _memory_named(), ExitStack() as stack:
             set_aside = stack.enter_context(quiet(self.pipe))
             text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
@@ -260,6 +267,8 @@ class RewardTuner:
                     if status != "interrupted":
                         self.folder.set_status(status, after=after)
                         state.settle()
+                    if self.stop is not None:
+                        raise TrainingStopped(self.stop)
                 except BaseException as error:
                     self._rescue(state, error)
                     raise
@@ -404,6 +413,8 @@ class RewardTuner:
                 late = max_seconds is not None and elapsed + elapsed / done > max_seconds and self.step < last
                 everyone = self.processes.gather((signals.caught, late))
                 signals.caught = next((caught for caught, _ in everyone if caught), None)
+                if self.stop is not None:
+                    return "stopped"
                 if signals.caught or any(late for _, late in everyone):
                     status = "interrupted" if signals.caught else "out of time"
                     break
@@ -436,30 +447,33 @@ class RewardTuner:
             scores, _ = self.watch.look(self.step)
             if self.processes.first:
                 adapters.save(self.pipe, self.folder.path)
-        words = f"step {self.step}: {line(scores)}"
-        self.folder.log(words)
-        progress.message(words)
+
+        def tell(words: str) -> None:
+            self.folder.log(words)
+            progress.message(words)
+
+        tell(f"step {self.step}: {line(scores)}")
         verdicts = self.watch.verdicts(since=self.rolled_back_at)
-        for verdict in verdicts:
-            self.folder.log(verdict.words)
-            progress.message(verdict.words)
         act = guards.action(verdicts)
+        for verdict in verdicts:
+            if act != "stop" or not verdict.due:  # those that stop the run are the error that ends it
+                tell(verdict.words)
         if act == "rollback" and self.rollbacks == ROLLBACKS:
             act = "stop"
-            progress.message(f"rolled back {ROLLBACKS} times already: training stops")
+            tell(f"rolled back {ROLLBACKS} times already: training stops")
         if act == "rollback":
             self.rollbacks, self.rolled_back_at = self.rollbacks + 1, self.step
             back = self._take_back(state)
+            if back is None:
+                raise TrainingStopped("there is no checkpoint of the best look to roll back to; training stops")
             state.slower(0.5)
-            progress.message(f"the weights are those of step {back} again, the learning rate is halved")
+            tell(f"the weights are those of {_step(back)} again, the learning rate is halved")
         if act == "stop":
             back = self._take_back(state)
-            kept = (
-                f"the weights kept are those of step {back}, the best" if back is not None else "the weights are kept"
-            )
-            self.folder.set_status("stopped", kept_step=self.step if back is None else back)
-            raise TrainingStopped(f"{' '.join(v.words for v in verdicts if v.due)}; {kept}")
-        return act is None and self.watch.best_step() == self.step
+            self.kept = self.step if back is None else back
+            kept = "the weights are kept" if back is None else f"the weights kept are those of {_step(back)}, the best"
+            self.stop = f"{' '.join(v.words for v in verdicts if v.due)}; {kept}"
+        return act in (None, "warn") and self.watch.best_step() == self.step
 
     def _take_back(self, state: TrainingState) -> int | None:
         """The weights of the best look, where its checkpoint is there; its step."""
@@ -473,14 +487,17 @@ class RewardTuner:
         self, state: TrainingState, status: str, looked: bool, before: Score, before_images: Tensor
     ) -> tuple[Score, Tensor]:
         """The last look; where an earlier one was better, its weights. Scores and pictures of what is kept."""
-        with state.averaged():
-            after, after_images = self.watch.look(self.step, name="final")
-        back = self._take_back(state) if looked else None
-        if back is not None:
-            self._say(f"step {back} was better by {self.watch.best} (docs/checkpoints.md): its weights are kept")
-            self.folder.set_status(status, kept_step=back)
+        if self.stop is None:
             with state.averaged():
-                after, after_images = self.watch.look(back, name="final", record=False)
+                after, after_images = self.watch.look(self.step, name="final")
+            self.kept = self._take_back(state) if looked else None
+            if self.kept is not None:
+                self._say(f"step {self.step}: {line(after)}")
+                self._say(f"{self.watch.why(self.kept)}: the weights kept are those of {_step(self.kept)}")
+        if self.kept is not None:
+            self.folder.set_status(status, kept_step=self.kept)
+            with state.averaged():
+                after, after_images = self.watch.look(self.kept, name="final", record=False)
         if self.processes.first:
             shown = slice(0, 12)
             pictures = {"before": before_images[shown], "after": after_images[shown]}
@@ -538,7 +555,14 @@ class RewardTuner:
             return
         facts = {"settings": settings, "rollbacks": self.rollbacks, "rolled_back_at": self.rolled_back_at}
         best = self.watch.best_step()
-        state.save(self.folder.path, self.step, facts, keep=self.checkpoints.keep, best=best)
+
+        def weights(folder: Path) -> None:
+            if self.adapter["kind"] != "full":
+                with state.averaged():
+                    adapters.save(self.pipe, folder)
+
+        keep = self.checkpoints.keep
+        state.save(self.folder.path, self.step, facts, keep=keep, best=best, also=weights)
 
     def _save(self, state: TrainingState, status: str, **facts: Any) -> None:
         """The weights, loaded back and compared; a file that fails is kept under a name that no loader reads."""
@@ -579,6 +603,10 @@ class RewardTuner:
         self.folder.log(text)
         if self.show_progress:
             print(text, flush=True)
+
+
+def _step(number: int) -> str:
+    return f"step {number}" if number else "step 0, the untuned model"
 
 
 @contextmanager

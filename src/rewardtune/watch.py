@@ -99,7 +99,20 @@ class Watch:
         if self.best is None:
             return None
         less = self.panel.metrics()[self.best].better == "less"
-        return guards.best_of(self.history, self.best, self.rules, less=less)
+        return guards.best_of(self.history, self.best, self._binding, less=less)
+
+    def why(self, step: int) -> str:
+        """Why the look at `step` is kept and not the latest one, in words."""
+        first, latest = self.history[0], self.history[-1]
+        crossed = [rule.metric for rule in self._binding if guards.violates(rule, latest, first)]
+        if crossed:
+            return f"the last look crosses the rule on {', '.join(crossed)}"
+        return f"step {step} was better by {self.best}"
+
+    @property
+    def _binding(self) -> list[Rule]:
+        """The rules that forbid a step to be the best: not those that only warn."""
+        return [rule for rule in self.rules if rule.then != "warn"]
 
     def resume(self) -> tuple[Score, Tensor]:
         """Remember what eval.jsonl and samples/ hold; gives the scores and pictures of step 0."""
