@@ -70,6 +70,7 @@ class Progress:
         reward = digits(record["reward"])
         natives = {name: digits(value) for name, value in record["parts"].items()}
         shown = natives if list(natives.values()) != [reward] else {}  # a single part that is the reward itself
+        shown |= {name: digits(record[name]) for name in ("kl", "denoise") if name in record}
         parts = "".join(f", {name} {value}" for name, value in shown.items())
         elapsed = time.monotonic() - self.started
         step = str(self.done) if self.max_seconds else f"{self.done}/{self.total}"
