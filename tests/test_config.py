@@ -27,6 +27,7 @@ from rewardtune.config import (
 )
 from rewardtune.errors import ConfigError
 from rewardtune.launch import make_reward
+from rewardtune.models import load_pipeline
 from rewardtune.schema import json_schema, keys_table
 
 GOOD = """\
@@ -382,6 +383,12 @@ def test_sections_given_in_python_that_are_right():
     assert section(Checkpoints, {"every": 2}, "checkpoints") == Checkpoints(every=2)
     assert section(Checkpoints, MappingProxyType({"every": 2}), "checkpoints").every == 2
     assert section(Checkpoints, Checkpoints(keep=3), "checkpoints").keep == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_names_those_that_are():
+    with pytest.raises(ConfigError, match=r"model\.device='cuda': .*; this PyTorch on this machine has auto, cpu"):
+        load_pipeline("playground", device="cuda")
 
 
 # -- the schema and the table ---------------------------------------------------------------------------------------
