@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 import jsonschema
 import pytest
@@ -11,9 +12,22 @@ import yaml
 
 from rewardtune import rewards, strictyaml
 from rewardtune.cli import main
-from rewardtune.config import Part, dump_config, load_config, parse_options, presets
+from rewardtune.config import (
+    ELSEWHERE,
+    Checkpoints,
+    Guards,
+    Log,
+    Part,
+    Regularize,
+    dump_config,
+    load_config,
+    parse_options,
+    presets,
+    section,
+)
 from rewardtune.errors import ConfigError
 from rewardtune.launch import make_reward
+from rewardtune.models import load_pipeline
 from rewardtune.schema import json_schema, keys_table
 
 GOOD = """\
@@ -112,6 +126,8 @@ def test_files_that_are_no_run_files(text, message, tmp_path):
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(ConfigError, match=r"does not exist; .*playground"):
         load_config(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match=r"run file playgroundd does not exist \(did you mean 'playground'\?\); give"):
+        load_config("playgroundd")
     (tmp_path / "run.yaml").write_bytes(b"model: \xff\n")
     with pytest.raises(ConfigError, match=r"line 1: byte 0xff is not UTF-8"):
         load_config(tmp_path / "run.yaml")
@@ -211,7 +227,8 @@ def test_overrides_enter_lists_and_short_forms(tmp_path):
         ("optim.lr.x=3", r"override optim\.lr\.x: optim\.lr = .*: must be a valid number"),
         ("seed.x=3", r"override seed\.x: seed = \{'x': 3\}"),
         ("output_dir.x=3", r"override output_dir\.x: output_dir is 'out', which has no keys"),
-        ("prompts.7=3", r"override prompts\.7: prompts is a list of 2"),
+        ("prompts.7=3", r"override prompts\.7: prompts is a list of 2; legal numbers: 0 to 1$"),
+        ("reward.7.weight=2", r"override reward\.7\.weight: reward is a list of 1; legal numbers: 0$"),
         ("reward.x=3", r"override reward\.x: reward is a list of 1"),
         ("sampling.0=3", r"override sampling\.0: sampling is no list"),
         ("lora.rank=3", r"override lora\.rank: 'lora': it is called adapter now"),
@@ -229,8 +246,14 @@ TOGETHER = {
     "optim: {steps: 5, warmup: 5}": "optim.warmup: 5 updates of warmup, but optim.steps is 5",
     "optim: {batch: 4, micro_batch: 8}": "optim.micro_batch: 8 is more than optim.batch, which is 4",
     "sampling: {negative_prompt: x}\nprompts: {source: a.txt, negative: y}": "prompts.negative: sampling.negative",
-    "adapter: {kind: full}\nregularize: {kl: 0.1}": "regularize.kl: needs adapters",
+    "adapter: {kind: full}\nregularize: {kl: 0.1}": "regularize.kl: needs the base model, which full",
     "adapter: {kind: full}\nmodel: {id: x, quantize: nf4}": "adapter.kind: quantised weights cannot be trained",
+    "adapter: {kind: full, rank: 4}": "adapter.rank: is of adapters, and adapter.kind full has none; leave it out",
+    "adapter: {kind: full, alpha: 4}": "adapter.alpha: is of adapters, and adapter.kind full has none; leave it out",
+    "adapter: {kind: full, targets: [to_q]}": "adapter.targets: is of adapters, and adapter.kind full has none",
+    "guards: {rules: [{metric: reward, below: 0, then: rollback}]}\neval: {every: 5}\ncheckpoints: {best: null}": (
+        "guards.rules: then: rollback goes back to the best checkpoint, and checkpoints.best is null"
+    ),
     "regularize: {denoise: {images: pictures}}": "regularize.denoise.images: has no effect while",
     "guards: {rules: [{metric: reward, below: 0}]}": "guards.rules: are judged at evaluations, and there are none",
     "checkpoints: {best: clipscore}": "checkpoints.best: 'clipscore' is measured at evaluations",
@@ -264,6 +287,108 @@ def test_wrong_values_of_sections(text, message, tmp_path):
     (problem,) = problems(tmp_path, GOOD + text + "\n")
     assert "line 5" in problem
     assert message in problem
+
+
+WORDS = {  # the whole line after its place
+    "prompts: {source: a.txt, template: a photo}": (
+        "prompts.template = 'a photo': must hold {} exactly once and no other brace, for example 'a photo of {}'"
+    ),
+    "prompts: []": "prompts.source = []: must have at least 1 item",
+    "prompts: {source: ''}": "prompts.source = '': must not be empty",
+    "prompts: {source: 3}": "prompts.source = 3: must be a valid string or a list",
+    "memory: {offload: text_encoders}": (
+        "memory.offload = 'text_encoders': must be a list of text_encoders, vae, reward, e.g. [text_encoders]"
+    ),
+    "log: {trackers: wandbb}": (
+        "log.trackers = 'wandbb': must be a list of tensorboard, wandb, trackio, e.g. [tensorboard]"
+    ),
+    "guards: {rewards: clipscore}": "guards.rewards = 'clipscore': must be a list, e.g. [clipscore]",
+    "guards: {rules: {metric: x}}": "guards.rules = {'metric': 'x'}: must be a list of mappings",
+    "optim: {lr: fast}": "optim.lr = 'fast': must be a valid number, e.g. 2e-05",
+    "optim: {lr: '1e-4'}": "optim.lr = '1e-4': must be a valid number; remove the quotes",
+    "optim: {batch: '8'}": "optim.batch = '8': must be a valid integer; remove the quotes",
+    "optim: {batch: '8.5'}": "optim.batch = '8.5': must be a valid integer, e.g. 32",
+    "log: 3": "log = 3: must be a mapping; legal keys: trackers, project",
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_wrong_values_in_words(text, tmp_path):
+    base = "".join(line + "\n" for line in GOOD.splitlines() if line.split(":")[0] != text.split(":")[0])
+    (problem,) = problems(tmp_path, base + text + "\n")
+    assert re.sub(r"^.*?run\.yaml, line \d+: ", "", problem) == WORDS[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "ours"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", "optim.lr"),
+        ("optim: {learning_rate: 1e-4}", "optim.learning_rate", "optim.lr"),
+        ("max_train_steps: 3", "max_train_steps", "optim.steps"),
+        ("optim: {train_batch_size: 3}", "optim.train_batch_size", "optim.batch"),
+        ("adapter: {network_dim: 3}", "adapter.network_dim", "adapter.rank"),
+        ("network_alpha: 3", "network_alpha", "adapter.alpha"),
+        ("lora_rank: 3", "lora_rank", "adapter.rank"),
+        ("sampling: {resolution: 512}", "sampling.resolution", "sampling.width and sampling.height"),
+        ("training: {lr: 1e-4}", "training", "optim, with steps, lr, batch and the like in it"),
+    ],
+)
+def test_keys_of_other_trainers_are_told_ours(text, key, ours, tmp_path):
+    (problem,) = problems(tmp_path, GOOD + text + "\n")
+    assert problem.endswith(f"line 5: unknown key {key!r}: here it is {ours}")
+
+
+def test_the_keys_that_hints_name_exist():
+    known = re.findall(r"^\| `(\S+)` \|", keys_table(), flags=re.MULTILINE)
+    for ours in ELSEWHERE.values():
+        named = re.findall(r"\b[a-z]+(?:\.[a-z]+)*", ours.partition(",")[0].replace(" and ", " "))
+        assert named, ours
+        assert set(named) <= set(known), ours
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (
+            Guards,
+            {"rulez": []},
+            "unknown key 'guards.rulez' (did you mean 'rules'?); legal here: rewards, features, rules",
+        ),
+        (
+            Checkpoints,
+            {"evry": 2},
+            "unknown key 'checkpoints.evry' (did you mean 'every'?); legal here: every, keep, best",
+        ),
+        (
+            Regularize,
+            {"denoise": {"weigth": 1}},
+            "unknown key 'regularize.denoise.weigth' (did you mean 'weight'?); "
+            "legal here: weight, images, count, noise_range",
+        ),
+        (Regularize, {"kl": "x"}, "regularize.kl = 'x': must be a valid number, e.g. 0.0"),
+        (Regularize, "kl", "regularize = 'kl': must be a mapping; legal keys: kl, denoise"),
+        (Regularize, 0, "regularize = 0: must be a mapping; legal keys: kl, denoise"),
+        (Log, [("project", "x")], "log = [('project', 'x')]: must be a mapping; legal keys: trackers, project"),
+        (Guards, {"rules": [{"below": 1}]}, "'guards.rules.0.metric' is missing"),
+    ],
+)
+def test_sections_given_in_python(model, given, message):
+    with pytest.raises(ConfigError) as caught:
+        section(model, given, model.__name__.lower())
+    assert str(caught.value) == message
+
+
+def test_sections_given_in_python_that_are_right():
+    assert section(Checkpoints, None, "checkpoints") == Checkpoints()
+    assert section(Checkpoints, {"every": 2}, "checkpoints") == Checkpoints(every=2)
+    assert section(Checkpoints, MappingProxyType({"every": 2}), "checkpoints").every == 2
+    assert section(Checkpoints, Checkpoints(keep=3), "checkpoints").keep == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_names_those_that_are():
+    with pytest.raises(ConfigError, match=r"model\.device='cuda': .*; this PyTorch on this machine has auto, cpu"):
+        load_pipeline("playground", device="cuda")
 
 
 # -- the schema and the table ---------------------------------------------------------------------------------------
@@ -389,7 +514,7 @@ reward:
         "line 6: reward.1 = {'name': 'x', 'mean_of': ['a', 'b']}: name and mean_of given; legal is one of name",
         "hinge and target given; legal is at most one of hinge, target, standardise",
         "line 8: reward.3.hinge = 'high': must be a valid number",
-        "line 9: reward.4.mean_of = ['a']: List should have at least 2 items",
+        "line 9: reward.4.mean_of = ['a']: must have at least 2 items",
         "line 11: unknown key 'reward.5.mean_of.0.wieght' (did you mean 'weight'?)",
         "line 12: reward.5.mean_of.1 = 3: must be a mapping",
         "line 13: unknown key 'reward.6.standardise.stdd' (did you mean 'std'?); legal here: mean, std",

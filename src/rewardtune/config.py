@@ -8,9 +8,10 @@ Left out on purpose: `${...}` and includes; a run file says everything itself, a
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from . import strictyaml
@@ -24,6 +25,17 @@ MOVED = {  # keys of earlier run files
     "model.path": "it is called model.id now",
     "optim.offload_reward": "write memory: {offload: [reward]} now",
     "optim.workers": "several processes are a matter of the command now: rewardtune train RUN.yaml -n 2",
+}
+
+ELSEWHERE = {  # keys of other trainers, wherever they stand
+    "learning_rate": "optim.lr",
+    "max_train_steps": "optim.steps",
+    "train_batch_size": "optim.batch",
+    "network_dim": "adapter.rank",
+    "network_alpha": "adapter.alpha",
+    "lora_rank": "adapter.rank",
+    "resolution": "sampling.width and sampling.height",
+    "training": "optim, with steps, lr, batch and the like in it",
 }
 
 SHORT = {  # `model: playground` is short for `model: {id: playground}`
@@ -149,7 +161,10 @@ class PromptSource(_Section):
     def _one_place(cls, value: str | None) -> str | None:
         from .prompts import check_template
 
-        return value if value is None else check_template(value)
+        try:
+            return value if value is None else check_template(value)
+        except ConfigError as error:  # the line names key and value already
+            raise ValueError(str(error).removeprefix(f"template {value!r} ")) from error
 
 
 class Prompts(PromptSource):
@@ -302,7 +317,8 @@ class Rule(_Section):
     certain: bool = False
     """count only what is beyond the 95 % interval over prompts"""
     then: Literal["stop", "rollback", "warn"] = "stop"
-    """stop: end the run; rollback: end it with the best checkpoint; warn: only say so"""
+    """stop: end the run; rollback: go back to the best checkpoint with half the learning rate, and go on; the third
+    time the run stops; warn: only say so"""
 
     @model_validator(mode="after")
     def _one_limit(self) -> "Rule":
@@ -426,10 +442,13 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.prompts.negative and config.sampling.negative_prompt:
         yield "prompts.negative", "sampling.negative_prompt is given too; keep one of them"
     if config.adapter.kind == "full":
+        for key in ("rank", "alpha", "targets"):
+            if getattr(config.adapter, key) != _default(Adapter, key):
+                yield f"adapter.{key}", "is of adapters, and adapter.kind full has none; leave it out"
         if regularize.kl > 0:
             yield (
                 "regularize.kl",
-                "needs adapters, which are switched off for the base model: adapter.kind lora or dora",
+                "needs the base model, which full fine-tuning changes: use adapter.kind lora or dora, or kl 0",
             )
         if config.model.quantize is not None:
             yield "adapter.kind", "quantised weights cannot be trained: adapter.kind lora, or model.quantize null"
@@ -443,6 +462,12 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield "guards.rules", "are judged at evaluations, and there are none: set eval.every, e.g. 50"
         if config.checkpoints.best not in (None, "reward"):
             yield "checkpoints.best", f"{config.checkpoints.best!r} is measured at evaluations: set eval.every, e.g. 50"
+    if config.checkpoints.best is None and any(rule.then == "rollback" for rule in guards.rules):
+        yield (
+            "guards.rules",
+            "then: rollback goes back to the best checkpoint, and checkpoints.best is null: set it, e.g. reward, or "
+            "use then: stop",
+        )
     for index, word in enumerate(config.memory.offload):
         if word in config.memory.offload[:index]:
             yield "memory.offload", f"{word} is given twice"
@@ -503,7 +528,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _read_text(path: Path) -> str:
     if not path.is_file():
         known = ", ".join(presets()) or "none"
-        raise ConfigError(f"run file {path} does not exist; give a YAML file or a shipped preset ({known})")
+        hint = nearest(path.name, presets())
+        raise ConfigError(f"run file {path} does not exist{hint}; give a YAML file or a shipped preset ({known})")
     data = b""
     try:
         data = path.read_bytes()
@@ -521,13 +547,14 @@ S = TypeVar("S", bound=_Section)
 
 
 def section(model: type[S], given: Mapping[str, Any] | S | None, name: str) -> S:
-    """A section of the run file from a mapping, as Python callers give it; ConfigError as for a file."""
+    """The section `name` of the run file from a mapping, as Python callers give it; ConfigError as for a file."""
     if isinstance(given, model):
         return given
+    value = {} if given is None else given
     try:
-        return model.model_validate(dict(given or {}))
+        return model.model_validate(dict(value) if isinstance(value, Mapping) else value)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, Path(name), {}))) from error
+        raise ConfigError("\n".join(_explain(error, None, {}, name))) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -565,7 +592,11 @@ def _set(values: Any, key: Key, value: Any, override: str) -> None:
     for position, part in enumerate(key):
         if isinstance(values, list) != isinstance(part, int) or (isinstance(part, int) and part >= len(values)):
             name = ".".join(map(str, key[:position]))
-            what = f"a list of {len(values)}" if isinstance(values, list) else "no list"
+            what = "no list"
+            if isinstance(values, list):
+                last = len(values) - 1
+                legal = "0" if last == 0 else f"0 to {last}" if last > 0 else "none"
+                what = f"a list of {len(values)}; legal numbers: {legal}"
             raise ConfigError(f"override {override.partition('=')[0]}: {name or 'the run file'} is {what}")
         if position == len(key) - 1:
             values[part] = value
@@ -594,22 +625,22 @@ def _written_out(where: Key, value: Any, key: str | int) -> Any:
 _UNION = re.compile(r"str|int|list\[.*\]|literal\[.*\]|constrained-\w+|nullable\[.*\]")
 
 
-def _explain(error: ValidationError, path: Path, places: dict[Key, str]) -> list[str]:
-    """One line for each problem: where, what was given, what is legal."""
-    found: dict[tuple, tuple[Any, list[str]]] = {}  # by place and kind, so that the members of a union share a line
+def _explain(error: ValidationError, path: Path | None, places: dict[Key, str], section: str = "") -> list[str]:
+    """One line for each problem: where, what was given, what is legal. section: the one that was checked alone."""
+    found: dict[tuple, tuple[Any, list[tuple[str, str]]]] = {}  # the members of a union share a line
     unions = []
     for problem in error.errors(include_url=False):
-        loc = tuple(problem["loc"])
+        loc = (*filter(None, [section]), *problem["loc"])
         last = len(loc) - (problem["type"] == "extra_forbidden")  # a key of the user's may be called `str`
         where = tuple(w for n, w in enumerate(loc) if n >= last or not (isinstance(w, str) and _UNION.fullmatch(w)))
         if problem["type"] == "together":
             for key, message in problem["ctx"]["problems"]:
-                found[key, message] = {"loc": tuple(key.split(".")), "type": "together"}, [message]
+                found[key, message] = {"loc": tuple(key.split(".")), "type": "together"}, [("together", message)]
             continue
         if where != loc:
             unions.append(where)
         entry = found.setdefault((where, problem["type"] == "extra_forbidden"), ({**problem, "loc": where}, []))
-        entry[1].append(problem["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+        entry[1].append((problem["type"], problem["msg"]))
     deeper = {where[:n] for where in unions for n in range(1, len(where))}
     lines = [
         _line(problem, messages, path, places)
@@ -619,39 +650,83 @@ def _explain(error: ValidationError, path: Path, places: dict[Key, str]) -> list
     return list(dict.fromkeys(lines))
 
 
-def _line(problem: Any, messages: list[str], path: Path, places: dict[Key, str]) -> str:
+def _line(problem: Any, messages: list[tuple[str, str]], path: Path | None, places: dict[Key, str]) -> str:
     where = problem["loc"]
     dotted = ".".join(map(str, where))
     place = _place(where, path, places)
     if problem["type"] == "together":
-        return f"{place}: {dotted}: {messages[0]}"
+        return f"{place}{dotted}: {messages[0][1]}"
     if problem["type"] == "extra_forbidden":
         if dotted in MOVED:
-            return f"{place}: {dotted!r}: {MOVED[dotted]}"
+            return f"{place}{dotted!r}: {MOVED[dotted]}"
+        if where[-1] in ELSEWHERE:
+            return f"{place}unknown key {dotted!r}: here it is {ELSEWHERE[where[-1]]}"
         model = _model_at(where[:-1])
         legal = list(model.model_fields) if model else []
-        return f"{place}: unknown key {dotted!r}{nearest(str(where[-1]), legal)}; legal here: {', '.join(legal)}"
+        return f"{place}unknown key {dotted!r}{nearest(str(where[-1]), legal)}; legal here: {', '.join(legal)}"
     if problem["type"] == "missing":
-        hint = " (`rewardtune init` lists complete run files to start from)" if isinstance(where[-1], str) else ""
-        return f"{place}: {dotted!r} is missing{hint}"
-    message = " or ".join(dict.fromkeys(messages))
-    message = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message).replace(
-        "valid tuple", "valid list"
-    )
-    message = message.replace("a valid boolean", "true or false")
-    plain = message[:1].isupper() or message.startswith(("must ", "nothing ", "no ")) or " given" in message
-    return f"{place}: {dotted} = {_short(problem['input'])}: {message if plain else f'must be {message}'}"
+        hint = " (`rewardtune init` lists complete run files to start from)" if len(where) == 1 else ""
+        return f"{place}{dotted!r} is missing{hint}"
+    inner = [(kind, text) for kind, text in messages if not kind.endswith("_type")]  # of the fitting member of a union
+    words = dict.fromkeys(_must(kind, text, problem) for kind, text in inner or messages)
+    return f"{place}{dotted} = {_short(problem['input'])}: {_joined(list(words))}"
 
 
-def _place(where: Key, path: Path, places: dict[Key, str]) -> str:
-    """The line, or the override, of the innermost key around `where` that is written somewhere."""
+def _joined(words: list[str]) -> str:
+    """`must be a, or be b` without the second `must be`."""
+    return " or ".join(word if n == 0 else word.removeprefix("must be ") for n, word in enumerate(words))
+
+
+def _must(kind: str, text: str, problem: Any) -> str:
+    """What is legal at the problem's place, as a sentence that begins with its value."""
+    value, field = problem["input"], _field_at(problem["loc"])
+    if kind == "value_error":  # of the validators above, which say it all
+        return text.removeprefix("Value error, ")
+    if kind == "too_short":
+        return re.sub(r"\w+ should have at least (\d+) (items?).*", r"must have at least \1 \2", text)
+    if kind == "string_too_short":
+        return "must not be empty"
+    message = text.removeprefix("Input should be ")
+    if kind in ("float_type", "int_type"):
+        number = r"[-+]?\d+" if kind == "int_type" else r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+        if isinstance(value, str) and re.fullmatch(number, value):
+            return f"must be {message}; remove the quotes"
+        default = None if field is None else field.default
+        return f"must be {message}" + (f", e.g. {default}" if isinstance(default, int | float) else "")
+    if kind == "list_type" and field is not None:
+        words = _literals(field.annotation)
+        of = f" of {', '.join(words)}" if words else " of mappings" if section_in(field.annotation) is Rule else ""
+        example = value if isinstance(value, str) and (not words or value in words) else next(iter(words), None)
+        return f"must be a list{of}" + (f", e.g. [{_short(example)[1:-1]}]" if example else "")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        model = _model_at(problem["loc"])
+        return "must be a mapping" + (f"; legal keys: {', '.join(model.model_fields)}" if model else "")
+    return f"must be {message.replace('valid tuple', 'valid list').replace('a valid boolean', 'true or false')}"
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The words of the Literal in `annotation`, through lists; none where there is no Literal."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for inner in get_args(annotation) for word in _literals(inner)]
+
+
+def _place(where: Key, path: Path | None, places: dict[Key, str]) -> str:
+    """The line, or the override, of the innermost key around `where` that is written somewhere; "" without a file."""
     written = [
         where,
         tuple(part for part in where if part != "source"),  # `prompts: [a, b]`
         where[:1] + where[2:] if where[:1] == ("reward",) else where,  # `reward: {name: clipscore}`
     ]
     found = [(n, places[form[:n]]) for form in written for n in range(len(form), 0, -1) if form[:n] in places]
-    return max(found, key=lambda pair: pair[0])[1] if found else str(path)
+    place = max(found, key=lambda pair: pair[0])[1] if found else path
+    return "" if place is None else f"{place}: "
+
+
+def _field_at(where: Key) -> FieldInfo | None:
+    """The field at `where`; None for a list item and for what is unknown."""
+    model = _model_at(where[:-1]) if where and isinstance(where[-1], str) else None
+    return None if model is None else model.model_fields.get(str(where[-1]))
 
 
 def _model_at(where: Key) -> type[BaseModel] | None:

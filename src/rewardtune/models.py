@@ -80,7 +80,8 @@ def load_pipeline(
         pipe = pipe.to(where)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"model.device={device!r}: {str(error).splitlines()[0]}; legal are auto, cpu, cuda"
+            f"model.device={device!r}: {str(error).splitlines()[0]}; this PyTorch on this machine has "
+            f"{', '.join(_devices())}"
         ) from error
     denoiser = _denoiser(pipe)
     if gradient_checkpointing:
@@ -159,6 +160,14 @@ def _device(name: str) -> Any:
         return torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"model.device={name!r}: no such device; legal are auto, cpu, cuda, cuda:1, mps") from error
+
+
+def _devices() -> list[str]:
+    """What model.device may be here."""
+    import torch
+
+    cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["auto", "cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def _dtype(name: str, setting: str, legal: tuple[str, ...]) -> Any:
