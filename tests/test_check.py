@@ -461,7 +461,7 @@ def test_advice_names_only_what_is_not_set(tmp_path, model):
     assert [line.strip() for line in rest[1:-1]] == ["sampling.width and sampling.height smaller"]
     assert "memory.vae_dtype=bfloat16" in "\n".join(dryrun.advice(dryrun.DECODER, config_of(tmp_path, model)))
     assert "offload" not in "\n".join(dryrun.advice(step, config_of(tmp_path, model, "model.device=cpu")))
-    full = dryrun.advice(dryrun.OPTIMISER, config_of(tmp_path, model, "adapter.kind=full", "model.device=cuda"))
+    full = dryrun.advice(dryrun.OPTIMISER, config_of(tmp_path, model, "adapter={kind: full}", "model.device=cuda"))
     assert "optim.optimizer=adamw8bit" in "\n".join(full)
     assert "adapter.kind=lora" in "\n".join(full)
     assert "micro_batch" not in "\n".join(full)

@@ -148,6 +148,8 @@ class RewardTuner:
         self.device = self.denoiser.device
         logs = section(Log, log, "log")
         self.trackers = Trackers(logs.trackers, folder=self.folder, project=logs.project, say=self._say)
+        if guards is not None and not isinstance(guards, Mapping):
+            raise ConfigError(f"guards={guards!r}: give a mapping with rewards, features, rules")
         self.watch = self._watch(dict(guards or {}))
         self.parameters: list[torch.nn.Parameter] = []
         self.denoising: DenoisingLoss | None = None
