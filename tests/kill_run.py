@@ -34,7 +34,7 @@ RUN: dict[str, Any] = {
     "checkpoints": {"every": 2, "keep": 2, "best": "reward"},
     "seed": 0,
 }
-TIMINGS = {"seconds", "time", "eta", "memory"}  # of a record: they depend on the machine's mood
+TIMINGS = {"seconds", "cpu_seconds", "time", "eta", "memory"}  # of a record: they depend on the machine's mood
 LIMIT = 600  # seconds for any one start
 
 

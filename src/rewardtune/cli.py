@@ -308,6 +308,43 @@ def push(
 
 
 @app.command()
+def bench(
+    experiment: Annotated[
+        str, typer.Argument(help="table1, fig4, fig5, fig6, fig7, fig8, fig9, spacing, earlystop", metavar="EXPERIMENT")
+    ],
+    setting: Annotated[str, typer.Option(help="playground (CPU, hours) or sd15 (the paper's, GPUs).")] = "playground",
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the budget, one seed: only that it runs.")] = False,
+    reward: Annotated[list[str] | None, typer.Option(help="Of Table 1; may be given several times.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: 3.")] = None,
+    budget: Annotated[float | None, typer.Option(min=1, help="Denoiser evaluations of a run.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="One process each, e.g. --device cuda:0 --device cuda:1; default: all.")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder of rows and pages.")] = None,
+    only_report: Annotated[
+        bool, typer.Option("--report", help="Run nothing, write the page of what is there.")
+    ] = False,
+    plots: Annotated[bool, typer.Option(help="Needs matplotlib.")] = True,
+) -> None:
+    """The paper's experiments at equal compute; runs what is missing, then the page with its verdicts."""
+    from .bench.main import RESULTS
+    from .bench.main import bench as run_bench
+
+    page = run_bench(
+        experiment,
+        setting=f"{setting}-quick" if quick else setting,
+        results=results or RESULTS,
+        devices=device,
+        rewards=reward,
+        seeds=seeds,
+        budget=budget,
+        only_report=only_report,
+        plots=plots,
+    )
+    print(page.read_text(encoding="utf-8"), f"written: {page}", sep="\n")
+
+
+@app.command()
 def env() -> None:
     """Versions, threads and devices, for a bug report."""
     from .listing import environment

@@ -14,7 +14,7 @@ from .spelling import nearest
 
 if TYPE_CHECKING:
     from .rewards import Reward
-    from .trainer import RewardTuner
+    from .trainer import Result, RewardTuner
 
 
 def tuner_from(
@@ -102,10 +102,15 @@ def assemble(
     )
 
 
-def train(config: RunConfig, *, overwrite: bool = False, resume: str | None = None) -> Any:
+def train(config: RunConfig, *, overwrite: bool = False, resume: str | None = None) -> "Result":
     """The run that the file describes, from loading to the before/after grid; gives the trainer's Result."""
+    return train_as(config, tuner_from(config, overwrite=overwrite, resume=resume))
+
+
+def train_as(config: RunConfig, tuner: "RewardTuner") -> "Result":
+    """Training with the `optim` section of the file."""
     optim = config.optim
-    return tuner_from(config, overwrite=overwrite, resume=resume).train(
+    return tuner.train(
         optim.steps,
         lr=optim.lr,
         optimizer=optim.optimizer,

@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .quietly import no_retry_lines
 from .spelling import nearest
 
-PLAYGROUND_COUNT = {"train": 2000, "eval": 64}
+PLAYGROUND_COUNT = {"train": 2000, "eval": 2000}
 LISTS = Path(__file__).parent / "promptlists"
 COLUMNS = ("prompt", "text", "caption")  # the first of them that a table has
 SOURCES = (

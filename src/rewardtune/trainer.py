@@ -511,7 +511,7 @@ class RewardTuner:
 
     def _update(self, gradient: Gradient, state: TrainingState, clip: float) -> dict[str, Any]:
         """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan."""
-        started, step, lr = time.perf_counter(), self.step, state.lr
+        started, cpu, step, lr = time.perf_counter(), time.process_time(), self.step, state.lr
         state.optimizer.zero_grad(set_to_none=True)
         parts = gradient.compute(step, self.processes)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
@@ -545,6 +545,7 @@ class RewardTuner:
             "end": plan.end,
             "steps_run": plan.steps_run,
             "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu,
             "images": (step + 1) * self.batch,
             "lr": lr,
             "replay_error": max(part.sweep.replay_error for part in parts),

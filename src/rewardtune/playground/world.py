@@ -132,9 +132,14 @@ def off_middle(pictures: Tensor) -> float:
     return float(torch.tensor([abs(o.x - SIZE / 2) for picture in pictures for o in read(picture).objects]).mean())
 
 
+def looked_at(steps: int) -> list[int]:
+    """Six steps of the chain, the first and the last among them."""
+    return sorted({0, *(round(share * (steps - 1)) for share in (0.2, 0.4, 0.6, 0.8, 1.0))})
+
+
 def cross_steps(pipe: Any, captions: Sequence[str], *, steps: int) -> dict[str, Any]:
     """Teach at single steps, look at all: the matrix of changes, and how far objects stand from the middle."""
-    looked = sorted({0, *(round(share * (steps - 1)) for share in (0.2, 0.4, 0.6, 0.8, 1.0))})
+    looked = looked_at(steps)
     see = Predictions(pipe, steps=steps, count=64)
     before = {j: see(j) for j in looked}
     deviation = float(see.x0.std())

@@ -1,0 +1,277 @@
+"""The ablations of section 4.2 at equal compute: what runs, and what is claimed of it.
+
+Figures 6, 8 and 9, equally spaced against random steps, with and without early stop. The paper does not name their
+reward: HPS v2.1 here, the one it tunes SDXL with. Methods that differ in kind have their learning rate chosen from the
+grid, each for itself; DRTune with another K, m or T keeps that of DRTune, as the paper keeps its hyperparameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..progress import digits
+from ..tables import markdown_table
+from .claims import HEADINGS, Claim, better
+from .rows import Cell, Rows
+from .setting import method_of
+from .table1 import spread, values
+from .work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One line of a figure. x: its place on the axis, where there is one; options: of the method, if not its own."""
+
+    label: str
+    method: str
+    T: int | None = None
+    x: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+Told = Callable[["Ablation", Work, Rows], list[Claim]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """title, what it shows; axis: name of x, where there is one; curves: drawn against the budget."""
+
+    name: str
+    title: str
+    variants: tuple[Variant, ...]
+    told: Told
+    reward: str = "hpsv2"
+    axis: str | None = None
+
+    def searched(self) -> list[str]:
+        """Methods whose own learning rate is needed."""
+        return list(dict.fromkeys(v.method for v in self.variants))
+
+    def cells(self, work: Work, variant: Variant) -> list[Cell]:
+        """One a seed; none while the learning rate is unknown."""
+        lr = work.lr(variant.method, self.reward)
+        if lr is None:
+            return []
+        given: dict[str, Any] = {"T": variant.T, "options": variant.options, "count": work.setting.counted}
+        return [work.cell(variant.method, self.reward, seed, lr=lr, **given) for seed in work.setting.seeds]
+
+    def rows(self, work: Work, rows: Rows, variant: Variant) -> dict[int, dict[str, Any]]:
+        found = {cell.seed: rows.get(cell) for cell in self.cells(work, variant)}
+        return {seed: row for seed, row in found.items() if row is not None}
+
+    def of(self, label: str) -> Variant:
+        return next(v for v in self.variants if v.label == label)
+
+    def run(self, work: Work) -> None:
+        work.do([cell for method in self.searched() for cell in work.search(method, self.reward)])
+        by_seed = zip(*(self.cells(work, variant) for variant in self.variants), strict=True)
+        work.do([cell for cells in by_seed for cell in cells])  # seeds outermost
+
+    def report(self, work: Work) -> str:
+        s, rows, native = work.setting, work.rows, work.setting.tasks[self.reward].native
+        body = []
+        for variant in self.variants:
+            runs = self.rows(work, rows, variant)
+            of = [spread([float(row[name]) for row in runs.values()]) for name in ("updates", "trained", "grad_norm")]
+            body.append([variant.label, spread(values(runs, native)), *of, _rate(work, variant, self.reward)])
+        done = sum(len(self.rows(work, rows, v)) for v in self.variants)
+        lines = [
+            f"# {self.title}",
+            "",
+            f"`rewardtune bench {self.name} --setting {s.name}`: {done} of {len(self.variants) * len(s.seeds)} runs.",
+            f"{self.reward}, {s.budget:g} denoiser evaluations a run, {s.counted} held-out prompts; mean ± standard",
+            "deviation over seeds. Gradient norms are those before clipping, mean over the updates.",
+            "",
+            markdown_table(["", self.reward, "updates", "trained steps", "gradient norm", "learning rate"], body),
+            "",
+            markdown_table(HEADINGS, [claim.cells() for claim in self.told(self, work, rows)]),
+            "",
+            f"![{self.title}]({self.name}.png)",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def pair(self, work: Work, rows: Rows, says: str, ours: str, theirs: str, measure: Any = None) -> Claim:
+        """ours beats theirs by the final score, or by `measure` of a row; both by label."""
+        task = work.setting.tasks[self.reward]
+        a, b = (self.rows(work, rows, self.of(label)) for label in (ours, theirs))
+        common = sorted(a.keys() & b.keys())
+        read = measure or (lambda row: row["scores"][task.native][0])
+        numbers = [[read(runs[seed]) for seed in common] for runs in (a, b)]
+        return better(says, *numbers, less=task.less and measure is None, names=(ours, theirs))
+
+    def best_of(self, work: Work, rows: Rows, says: str, ours: str, others: Sequence[str]) -> Claim:
+        """ours beats the best of the others."""
+        task = work.setting.tasks[self.reward]
+        found = {label: values(self.rows(work, rows, self.of(label)), task.native) for label in others}
+        if not all(found.values()):
+            return Claim(says=says)
+        sign = 1 if task.less else -1
+        best = min(found, key=lambda label: sign * sum(found[label]) / len(found[label]))
+        return self.pair(work, rows, says, ours, best)
+
+
+def _rate(work: Work, variant: Variant, reward: str) -> str:
+    lr = work.lr(variant.method, reward)
+    return "not run" if lr is None else f"{lr:g}"
+
+
+def half_way(row: dict[str, Any], level: float, native: str) -> float | None:
+    """Updates after which the curve first reaches `level` from below, linear between looks; None: never."""
+    trace = row["trace"]
+    for a, b in pairwise(trace):
+        low, high = a["scores"][native], b["scores"][native]
+        if low <= level <= high and high > low:
+            return float(a["updates"] + (level - low) / (high - low) * (b["updates"] - a["updates"]))
+    return None
+
+
+def _fig6(a: Ablation, work: Work, rows: Rows) -> list[Claim]:
+    told = [
+        a.pair(work, rows, "stop-gradient helps DRaFT-T", "DRaFT-T + sg", "DRaFT-T"),
+        a.pair(work, rows, "stop-gradient helps AlignProp", "AlignProp + sg", "AlignProp"),
+        a.pair(work, rows, "early stop helps DRaFT-T", "DRaFT-T + stop", "DRaFT-T"),
+        a.pair(work, rows, "early stop helps AlignProp", "AlignProp + stop", "AlignProp"),
+        a.pair(work, rows, "early stop helps DRaFT-T with stop-gradient", "DRaFT-T + sg + stop", "DRaFT-T + sg"),
+        a.pair(work, rows, "early stop helps AlignProp with stop-gradient", "AlignProp + sg + stop", "AlignProp + sg"),
+    ]
+    untuned = "DRaFT-T fails to optimise without stop-gradient (its gain over the untuned model is not above 0)"
+    runs = [row for row in a.rows(work, rows, a.of("DRaFT-T")).values() if row.get("trace")]
+    native = work.setting.tasks[a.reward].native
+    gains = [row["trace"][-1]["scores"][native] - row["trace"][0]["scores"][native] for row in runs]
+    failed = better(untuned, [0.0] * len(gains), gains, less=False, names=("untuned", "gain of DRaFT-T"))
+    return [*told, failed, _iterations(a, work, rows, native)]
+
+
+def _iterations(a: Ablation, work: Work, rows: Rows, native: str) -> Claim:
+    """AlignProp with stop-gradient needs half of the iterations for the reward that AlignProp ends with."""
+    says = "AlignProp with stop-gradient needs about half of the iterations for the same reward"
+    plain, ours = (a.rows(work, rows, a.of(label)) for label in ("AlignProp", "AlignProp + sg"))
+    shares = []
+    for seed in sorted(plain.keys() & ours.keys()):
+        last = plain[seed]["trace"][-1]
+        reached = half_way(ours[seed], last["scores"][native], native)
+        if reached is None:
+            return Claim(says=says, figure="not reached by every seed", verdict="cannot be told here")
+        shares.append(reached / last["updates"])
+    if not shares:
+        return Claim(says=says)
+    told = better(says, [1.0] * len(shares), shares, less=False, names=("AlignProp", "share with stop-gradient"))
+    verdict = "holds" if told.verdict == "holds" and sum(shares) / len(shares) < 0.75 else told.verdict
+    return Claim(says=says, figure=f"{digits(sum(shares) / len(shares))} of them", spread=told.spread, verdict=verdict)
+
+
+FIG6 = Ablation(
+    name="fig6",
+    title="Stop-gradient and early stop for DRaFT-T and AlignProp (Fig. 6)",
+    variants=tuple(
+        Variant(label=f"{method}{more}", method=f"{method}{more}")
+        for method in ("DRaFT-T", "AlignProp")
+        for more in ("", " + sg", " + stop", " + sg + stop")
+    ),
+    told=_fig6,
+)
+
+
+def _sweep(share: float, says: str) -> Told:
+    def told(a: Ablation, work: Work, rows: Rows) -> list[Claim]:
+        found = []
+        for T in dict.fromkeys(v.T for v in a.variants):
+            labels = {v.x: v.label for v in a.variants if v.T == T}
+            others = [label for x, label in labels.items() if x != share]
+            found.append(a.best_of(work, rows, says.format(T=T), labels[share], others))
+        return found
+
+    return told
+
+
+def _drtune(T: int, **changed: int) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted({**method_of("DRTune", T)["options"], **changed}.items()))
+
+
+LENGTHS = (10, 20, 40)  # T; the paper has 20 to 50
+
+FIG8 = Ablation(
+    name="fig8",
+    title="How many steps to train: K over T (Fig. 8)",
+    variants=tuple(
+        Variant(label=f"T={T}, K={round(x * T)}", method="DRTune", T=T, x=x, options=_drtune(T, K=round(x * T)))
+        for T in LENGTHS
+        for x in (0.1, 0.2, 0.4, 1.0)
+    ),
+    told=_sweep(0.1, "K = 0.1 T is best at T = {T}"),
+    axis="K / T",
+)
+
+FIG9 = Ablation(
+    name="fig9",
+    title="How early to stop: m over T (Fig. 9)",
+    variants=tuple(
+        Variant(label=f"T={T}, m={round(x * T)}", method="DRTune", T=T, x=x, options=_drtune(T, m=round(x * T)))
+        for T in LENGTHS
+        for x in (0.1, 0.2, 0.4, 0.6, 0.8)
+    ),
+    told=_sweep(0.4, "m = 0.4 T is best at T = {T}"),
+    axis="m / T",
+)
+
+
+def _spacing(a: Ablation, work: Work, rows: Rows) -> list[Claim]:
+    return [
+        a.pair(work, rows, "equally spaced steps beat random ones", "equally spaced", "random"),
+        a.pair(work, rows, "(ours) spacing them inside what runs helps", "spaced within what runs", "equally spaced"),
+    ]
+
+
+SPACING = Ablation(
+    name="spacing",
+    title="Equally spaced against random steps (section 3.2)",
+    variants=(
+        Variant(label="equally spaced", method="DRTune"),
+        Variant(label="random", method="DRTune, random"),
+        Variant(label="spaced within what runs", method="DRTune, executed"),
+    ),
+    told=_spacing,
+)
+
+
+def _early(a: Ablation, work: Work, rows: Rows) -> list[Claim]:
+    return [a.pair(work, rows, "early stop helps DRTune", "with early stop", "without")]
+
+
+EARLYSTOP = Ablation(
+    name="earlystop",
+    title="DRTune with and without early stop (sections 3.2, 4.2)",
+    variants=(
+        Variant(label="with early stop", method="DRTune"),
+        Variant(label="without", method="DRTune, no early stop"),
+    ),
+    told=_early,
+)
+
+ABLATIONS = {a.name: a for a in (FIG6, FIG8, FIG9, SPACING, EARLYSTOP)}
+
+
+def picture(a: Ablation, work: Work) -> Path:
+    """Curves against the budget; in figures with an axis, the final score against it, a line for each T."""
+    from . import plots
+
+    s, rows, native = work.setting, work.rows, work.setting.tasks[a.reward].native
+    path, told = work.folder / f"{a.name}.png", f"{a.reward} on held-out prompts"
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    if a.axis is None:
+        for v in a.variants:
+            found[v.label] = [
+                [(look["evaluations"], look["scores"][native]) for look in row["trace"]]
+                for row in a.rows(work, rows, v).values()
+            ]
+        return plots.lines(found, path, x="denoiser evaluations", y=f"{told}, {s.looked} pictures", title=a.title)
+    for T in dict.fromkeys(v.T for v in a.variants):
+        of_T = [(v.x or 0.0, a.rows(work, rows, v)) for v in a.variants if v.T == T]
+        found[f"T = {T}"] = [
+            points
+            for seed in s.seeds
+            if (points := [(x, runs[seed]["scores"][native][0]) for x, runs in of_T if seed in runs])
+        ]
+    return plots.lines(found, path, x=a.axis, y=f"{told}, {s.counted} pictures", title=a.title)

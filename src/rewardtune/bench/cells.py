@@ -1,0 +1,196 @@
+"""One run of an experiment: tune until the budget is used up, judge on held-out prompts, give a row.
+
+It is the run that `rewardtune train` makes of the setting's preset, only that the number of updates follows from the
+budget. Left out of the row: the weights (the run folder is temporary) and the values of single prompts.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import launch
+from ..config import MethodChoice, Part, RunConfig, load_config
+from ..methods import Method
+from .cost import Cost, spent, updates_within
+from .rows import Cell
+from .setting import Setting, method_of, setting_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..trainer import RewardTuner
+
+SHOWN = 8  # pictures that are kept of a final run
+BASE = "untuned"  # the method of a cell that trains nothing
+
+
+def law_of(cell: Cell) -> Method:
+    choice = method_of(cell.method, cell.T)
+    return launch.make_method(MethodChoice(name=choice["name"], options=dict(cell.options) or choice["options"]))
+
+
+def config_of(
+    cell: Cell, setting: Setting, *, prompts: dict[str, list[str]], folder: str, device: str, updates: int
+) -> RunConfig:
+    """The run file of a cell."""
+    choice = {"name": law_of(cell).name, "options": dict(cell.options) or method_of(cell.method, cell.T)["options"]}
+    held_out = prompts[cell.judged][: setting.looked]
+    every = max(1, -(-updates // setting.looks)) if cell.judged == "final" else None
+    changes: dict[str, Any] = {
+        "method": choice,
+        "reward": setting.tasks[cell.reward].parts,
+        "prompts": {"source": prompts["train"]},
+        "sampling.steps": cell.T,
+        "optim.lr": cell.lr,
+        "optim.batch": setting.batch,
+        "optim.steps": updates,
+        "eval": {"prompts": {"source": held_out}, "count": len(held_out), "every": every},
+        "checkpoints": {"every": None, "best": None},  # the last weights are what is judged
+        "output_dir": folder,
+        "model.device": device,
+        "seed": cell.seed,
+    }
+    return load_config(setting.preset, [*setting.changes, *(f"{k}={json.dumps(v)}" for k, v in changes.items())])
+
+
+def open_cell(cell: Cell, *, folder: str, device: str = "cpu", updates: int = 1) -> "tuple[RunConfig, RewardTuner]":
+    """The run file of a cell, and what it says, loaded."""
+    setting = setting_of(cell.setting)
+    prompts = setting.tasks[cell.reward].prompts(search=setting.searched, final=cell.count)
+    config = config_of(cell, setting, prompts=prompts, folder=folder, device=device, updates=updates)
+    return config, launch.tuner_from(config, show_progress=False)
+
+
+def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | None = None) -> dict[str, Any]:
+    """The row: how far the budget reached, the trace of the looks, the final scores. pictures: a PNG of the first."""
+    setting = setting_of(cell.setting)
+    updates, used = 0, [0.0]
+    with tempfile.TemporaryDirectory() as temporary:
+        if cell.method != BASE:
+            method = law_of(cell)
+            given: dict[str, Any] = {"seed": cell.seed, "batch": setting.batch, "cost": cost}
+            updates = cell.updates or updates_within(cell.budget, method, cell.T, **given)
+            used = spent(method, cell.T, updates=updates, **given)
+        opened = cell if cell.method != BASE else Cell(**{**asdict(cell), "method": "DRTune"})
+        config, tuner = open_cell(opened, folder=f"{temporary}/run", device=device, updates=max(updates, 1))
+        trace = {}
+        if updates:
+            launch.train_as(config, tuner)
+            trace = _trace(Path(temporary) / "run", used)
+    images = sample(tuner, setting, cell)
+    if pictures is not None:
+        save_strip(images[:SHOWN], pictures)
+    return {
+        "cell": json.loads(cell.key),
+        "updates": updates,
+        "evaluations": round(used[-1]),
+        **trace,
+        "scores": judge(tuner, setting, cell, images),
+        "moved": moved(tuner) if updates and cell.judged == "final" and setting.features == "playground" else None,
+        "on": _where(tuner),
+    }
+
+
+def final_prompts(setting: Setting, cell: Cell) -> list[str]:
+    return setting.tasks[cell.reward].prompts(search=setting.searched, final=cell.count)[cell.judged][: cell.count]
+
+
+def sample(tuner: "RewardTuner", setting: Setting, cell: Cell) -> "Tensor":
+    """Pictures (N, 3, H, W) of the prompts that judge, with the same noise for every method and seed."""
+    import torch
+
+    from .. import evaluate
+    from ..gradient import derive_seed
+
+    prompts = final_prompts(setting, cell)
+    if tuner.parameters and tuner.denoiser.dtype == torch.float32:
+        tuner.denoiser.fuse_lora()  # the same pictures to rounding, in two thirds of the time
+    seeds = [derive_seed("bench", cell.judged, index) for index in range(len(prompts))]
+    return evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call, batch=min(16, 2 * tuner.micro_batch))
+
+
+def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") -> dict[str, list[float]]:
+    """name -> [mean, half of its 95 % interval over prompts]: the trained reward, its parts, and those besides."""
+    from .. import evaluate
+    from ..diversity import Features, pairwise_distance
+
+    prompts = final_prompts(setting, cell)
+    extra = launch.make_reward([Part(**{**part, "weight": 1.0}) for part in setting.extra])
+    found = evaluate.score(extra, images, prompts, batch=16, device=tuner.device)
+    found |= evaluate.score(tuner.reward, images, prompts, batch=16, device=tuner.device)  # also its total
+    scores = {name: list(evaluate.interval(values)) for name, values in found.items()}
+    if setting.features is not None:
+        features = Features(setting.features).to(tuner.device)
+        scores["pairwise_distance"] = [pairwise_distance(features(images, batch=16)), 0.0]
+    return scores
+
+
+def moved(tuner: "RewardTuner", *, steps: int = 20, count: int = 32) -> dict[str, float]:
+    """How far the tuned network moves x0-hat at steps of the chain: RMS change over the deviation of x0.
+
+    On fixed noisy latents of drawn scenes, without guidance; the tuned network against a fresh one.
+    """
+    from .. import playground
+    from ..playground.world import Predictions, looked_at
+
+    base = Predictions(playground.pipeline(), steps=steps, count=count)
+    tuned = Predictions(tuner.pipe, steps=steps, count=count)
+    deviation = float(base.x0.std())
+    found = looked_at(steps)
+    return {str(j): round(float((tuned(j) - base(j)).square().mean().sqrt()) / deviation, 5) for j in found}
+
+
+def save_strip(images: "Tensor", path: Path) -> None:
+    """Pictures side by side in one PNG."""
+    import torch
+
+    from ..evaluate import _to_pil
+    from ..runfolder import atomic
+
+    with atomic(path) as temporary:
+        _to_pil(torch.cat(list(images), dim=2)).save(temporary, optimize=True)
+
+
+def _trace(folder: Path, used: list[float]) -> dict[str, Any]:
+    """Looks with what had been used up by then, and means over the updates."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    looks = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    seconds, cpu = (list(accumulate((r[name] for r in records), initial=0.0)) for name in ("seconds", "cpu_seconds"))
+    norms: dict[str, list[float]] = {}
+    for record in records:
+        for step, norm in record["step_grad_norms"].items():
+            norms.setdefault(str(step), []).append(norm)
+    return {
+        "seconds": round(seconds[-1], 1),
+        "cpu_seconds": round(cpu[-1], 1),
+        "grad_norm": sum(r["grad_norm"] for r in records) / len(records),
+        "clipped": sum(r["clipped"] for r in records) / len(records),
+        "step_grad_norms": {s: sum(v) / len(v) for s, v in sorted(norms.items(), key=lambda item: int(item[0]))},
+        "trained": sum(len(r["trained"]) for r in records) / len(records),
+        "trace": [
+            {
+                "updates": look["step"],
+                "evaluations": round(used[look["step"]]),
+                "seconds": round(seconds[look["step"]], 1),
+                "cpu_seconds": round(cpu[look["step"]], 1),
+                "scores": {name: mean for name, (mean, _) in look["scores"].items()},
+            }
+            for look in looks
+        ],
+    }
+
+
+def _where(tuner: "RewardTuner") -> dict[str, Any]:
+    """Versions and the kind of machine, without names of hosts and paths."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    device = tuner.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    versions = {package: metadata.version(package) for package in ("torch", "diffusers", "peft", "rewardtune")}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}

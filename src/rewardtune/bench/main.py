@@ -1,0 +1,93 @@
+"""`rewardtune bench`: from the name of an experiment to its page."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..runfolder import write_text
+from ..spelling import nearest
+from . import ablations, gradients, pictures, table1
+from .setting import chosen_tasks, setting_of
+from .work import Work
+
+NAMES = ("table1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "spacing", "earlystop")
+RESULTS = Path("docs/results/bench")
+
+
+def bench(
+    name: str,
+    *,
+    setting: str = "playground",
+    results: Path = RESULTS,
+    devices: Sequence[str] | None = None,
+    rewards: Sequence[str] | None = None,
+    seeds: int | None = None,
+    budget: float | None = None,
+    only_report: bool = False,
+    plots: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run what is missing of the experiment `name`, write its page and its plot; gives the page.
+
+    devices: one process each; None: the cores of the CPU, or all GPUs. rewards: of Table 1, None: all.
+    only_report: run nothing. Raises ConfigError.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"unknown experiment {name!r}{nearest(name, NAMES)}; legal: {', '.join(NAMES)}")
+    chosen = setting_of(setting)
+    if plots and name not in pictures.REWARDS:
+        from .plots import check_installed
+
+        check_installed()
+    asked = chosen_tasks(chosen, rewards)
+    if seeds is not None:
+        chosen = replace(chosen, seeds=tuple(range(seeds)))
+    if budget is not None:
+        chosen = replace(chosen, budget=budget, search_budget=budget / 2)
+    work = Work(
+        setting=chosen,
+        folder=results / setting,
+        devices=tuple(devices or default_devices(setting)),
+        say=say,
+    )
+    page = work.folder / f"{name}.md"
+    write_text(page, _page(name, work, asked, run=not only_report, plots=plots))
+    return page
+
+
+def _page(name: str, work: Work, rewards: Sequence[str], *, run: bool, plots: bool) -> str:
+    if name == "table1":
+        if run:
+            table1.run(work, rewards)
+        if plots:
+            table1.picture(work, rewards)
+        return table1.report(work, rewards)
+    if name in pictures.REWARDS:
+        if run:
+            table1.run(work, [pictures.REWARDS[name]])
+        return pictures.report(work, name)
+    if name == "fig7":
+        if run:
+            gradients.run(work)
+        if plots:
+            gradients.picture(work)
+        return gradients.report(work)
+    ablation = ablations.ABLATIONS[name]
+    if run:
+        ablation.run(work)
+    if plots:
+        ablations.picture(ablation, work)
+    return ablation.report(work)
+
+
+def default_devices(setting: str) -> list[str]:
+    """The playground belongs on the CPU, one process a core; other settings take the GPUs that are there."""
+    if not setting.startswith("playground"):
+        import torch
+
+        if torch.cuda.is_available():
+            return [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ["cpu"] * cores

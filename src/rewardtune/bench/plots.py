@@ -1,0 +1,72 @@
+"""Curves as PNG: a faint line for every seed, the mean in full. Needs the extra `bench` (matplotlib)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..runfolder import atomic
+
+# a palette that people with colour blindness tell apart (Okabe and Ito 2008)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+Points = Sequence[tuple[float, float]]
+
+
+def check_installed() -> None:
+    """ConfigError that says how to get matplotlib; before hours of work, not after."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "the plots of rewardtune bench need matplotlib: pip install 'rewardtune[bench]' (or --no-plots)"
+        ) from error
+
+
+def lines(
+    found: Mapping[str, Sequence[Points]],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    log: bool = False,
+    level: tuple[str, float] | None = None,
+) -> Path:
+    """found: label -> one list of (x, y) for each seed. level: a named horizontal line, the untuned model's value."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    for k, (label, seeds) in enumerate((name, runs) for name, runs in found.items() if runs):
+        colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
+        for points in seeds:
+            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=1)
+        mean = _mean(seeds)
+        axes.plot(*zip(*mean, strict=True), color=colour, marker=mark, markersize=5, linewidth=2, label=label)
+    if level is not None:
+        axes.axhline(level[1], color="grey", linestyle="--", linewidth=1, label=level[0])
+    axes.set(xlabel=x, ylabel=y, title=title)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, title="mean; faint: single seeds", fontsize=9)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def _mean(seeds: Sequence[Points]) -> list[tuple[float, float]]:
+    """The mean over seeds, point by point; the seeds' x may differ a little (budgets are met with whole updates)."""
+    length = min(map(len, seeds))
+    columns: list[list[tuple[float, float]]] = [[points[i] for points in seeds] for i in range(length)]
+    return [(_average(p[0] for p in column), _average(p[1] for p in column)) for column in columns]
+
+
+def _average(numbers: Any) -> float:
+    values = list(numbers)
+    return sum(values) / len(values)

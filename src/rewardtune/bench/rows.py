@@ -1,0 +1,81 @@
+"""The rows on disk: one JSON line for every run, found again by what was asked of it.
+
+Lines are appended whole, so several commands may write one file; what stands there is not run again.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..runfolder import cannot_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one run is asked for; equal cells are one row.
+
+    method: by name (`setting.method_of`). judged: "final" prompts, or those of the "search" for a learning rate.
+    count: prompts judged on at the end. updates: a fixed number of them instead of the budget.
+    """
+
+    setting: str
+    reward: str
+    method: str
+    lr: float
+    seed: int
+    T: int
+    budget: float
+    judged: str = "final"
+    count: int = 400
+    updates: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()  # of the method, in place of those that go by its name
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def __str__(self) -> str:
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return f"{self.reward}, {self.method}{options}, T={self.T}, lr {self.lr:g}, seed {self.seed}, {self.judged}"
+
+
+class Rows:
+    """The rows of one file, by cell. Raises ConfigError for a line that is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self._found[_key(row["cell"])] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path}, line {number} is no row of results ({error}): remove the line") from error
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._found[_key(row["cell"])] = row
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def get(self, cell: Cell) -> dict[str, Any] | None:
+        return self._found.get(_key(asdict(cell)))
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        return list({cell.key: cell for cell in cells if self.get(cell) is None}.values())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._found.values())
+
+
+def _key(cell: dict[str, Any]) -> str:
+    """The same for a cell and for its JSON (tuples become lists there)."""
+    return json.dumps(cell, sort_keys=True)

@@ -1,0 +1,260 @@
+"""Table 1: six methods on seven rewards at one compute budget, over seeds; the paper's figures beside ours.
+
+Learning rates are chosen for each method and reward from one grid, by runs of half the budget on prompts that are
+neither trained nor judged on. Every method then gets the same number of denoiser evaluations; how long that took is
+printed beside it, and the same table at equal processor time, read from the looks on the way.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..progress import digits
+from ..tables import markdown_table
+from .cells import BASE
+from .claims import HEADINGS, Claim, better
+from .rows import Cell, Rows
+from .setting import METHODS, PAPER, Setting
+from .work import Work
+
+LEVELS = (1.0, 0.98, 0.95)  # of the untuned CLIPScore, at which symmetry is compared
+
+
+def base_cell(work: Work, reward: str) -> Cell:
+    return work.cell(BASE, reward, 0, lr=0.0)
+
+
+def run(work: Work, rewards: Sequence[str]) -> None:
+    """Search, then all seeds, reward by reward."""
+    for reward in rewards:
+        work.do([cell for method in METHODS for cell in work.search(method, reward)])
+        work.do([base_cell(work, reward), *final_cells(work, reward)])
+
+
+def final_cells(work: Work, reward: str) -> list[Cell]:
+    """The cells whose learning rate is known, seeds outermost so that the first seed is complete first."""
+    rates = {method: work.lr(method, reward) for method in METHODS}
+    return [
+        work.cell(method, reward, seed, lr=rate)
+        for seed in work.setting.seeds
+        for method, rate in rates.items()
+        if rate is not None
+    ]
+
+
+def found(work: Work, rows: Rows, reward: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """method -> seed -> row, of what has been run."""
+    table: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
+    for cell in final_cells(work, reward):
+        row = rows.get(cell)
+        if row is not None:
+            table[cell.method][cell.seed] = row
+    return table
+
+
+def values(rows: dict[int, dict[str, Any]], name: str, *, of: Sequence[int] | None = None) -> list[float]:
+    return [rows[seed]["scores"][name][0] for seed in sorted(rows) if of is None or seed in of]
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds; "not run" without any."""
+    if not numbers:
+        return "not run"
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) == 1:
+        return f"{digits(mean)} (1 seed)"
+    deviation = (sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) ** 0.5
+    return f"{digits(mean)} ± {deviation:.2g}"
+
+
+def report(work: Work, rewards: Sequence[str]) -> str:
+    """The page, of whatever is there."""
+    s, rows = work.setting, work.rows
+    tables = {reward: found(work, rows, reward) for reward in rewards}
+    done = sum(len(seeds) for table in tables.values() for seeds in table.values())
+    lines = [
+        f"# Table 1 on the setting `{s.name}`",
+        "",
+        f"`rewardtune bench table1 --setting {s.name}`: {done} of {len(METHODS) * len(s.seeds) * len(rewards)} runs.",
+        f"T = {s.T}, batch {s.batch}, {s.budget:g} denoiser evaluations a run, judged on up to {s.count} held-out",
+        "prompts with fixed noise; mean ± standard deviation over seeds. Every row stands in `rows.jsonl`.",
+        "",
+        "## Ours, at equal denoiser evaluations",
+        "",
+        markdown_table(["method", *(_head(s, r) for r in rewards)], _rows(work, rows, rewards, tables)),
+        "",
+        "## The paper's (Stable Diffusion 1.5, 2 hours on 4 A100)",
+        "",
+        markdown_table(
+            ["method", *(_head(s, r) for r in rewards)],
+            [[m, *(f"{PAPER[r][k]:g}" for r in rewards)] for k, m in enumerate(METHODS)],
+        ),
+        "",
+        "## Claims",
+        "",
+        markdown_table(HEADINGS, [claim.cells() for reward in rewards for claim in claims(s, reward, tables[reward])]),
+        "",
+        "## What the budget bought",
+        "",
+        markdown_table(["method", "updates", "evaluations", "processor seconds", "wall seconds"], _bought(tables)),
+        "",
+        "Runs share the machine, so wall seconds are no measure here; processor seconds are less disturbed. At the",
+        "processor time of the quickest method (interpolated between looks, on their prompts):",
+        "",
+        markdown_table(["method", *(_head(s, r) for r in rewards)], _equal_time(s, rewards, tables)),
+        "",
+        "## Learning rates chosen",
+        "",
+        markdown_table(["method", *rewards], [[m, *(_rate(work, m, r) for r in rewards)] for m in METHODS]),
+        "",
+        f"From {', '.join(f'{lr:g}' for lr in s.lrs)}, by runs of {s.search_budget:g} evaluations with seed",
+        f"{s.search_seed} on {s.searched} prompts of the training source that are never trained on; the highest",
+        "trained reward (its sum, where CLIPScore stands beside) wins. `<`, `>`: the lowest, the highest of the grid.",
+    ]
+    if "symmetry" in rewards:
+        lines += ["", *_symmetry(work, tables["symmetry"])]
+    drawn = [reward for reward in rewards if any(tables[reward].values())]
+    lines += ["", "## Curves", "", *(f"![{reward}](table1_{reward}.png)\n" for reward in drawn)]
+    return "\n".join(lines) + "\n"
+
+
+def claims(setting: Setting, reward: str, table: dict[str, dict[int, dict[str, Any]]]) -> list[Claim]:
+    """That DRTune is the best on this reward: against the best of the others, by seed."""
+    task = setting.tasks[reward]
+    says = f"{reward}: DRTune is better than every other method"
+    ours = table["DRTune"]
+    others = {m: rows for m, rows in table.items() if m != "DRTune" and rows}
+    if not ours or len(others) < len(METHODS) - 1:
+        return [Claim(says=says)]
+
+    def standing(rows: dict[int, dict[str, Any]]) -> float:
+        numbers = values(rows, task.native)
+        return sum(numbers) / len(numbers) * (1 if task.less else -1)
+
+    best = min(others, key=lambda m: standing(others[m]))
+    common = sorted(ours.keys() & others[best].keys())
+    pair = [values(rows, task.native, of=common) for rows in (ours, others[best])]
+    return [better(says, *pair, less=task.less, names=("DRTune", f"the best other, {best},"))]
+
+
+def at_level(trace: Sequence[dict[str, Any]], level: float, measure: str, by: str) -> float | None:
+    """`measure` where `by` first falls to `level`, linear between looks; None where it never does."""
+    for a, b in pairwise(trace):
+        high, low = a["scores"][by], b["scores"][by]
+        if high >= level >= low and high > low:
+            share = (high - level) / (high - low)
+            return float(a["scores"][measure] + share * (b["scores"][measure] - a["scores"][measure]))
+    return None
+
+
+def at_equal(row: dict[str, Any], share: float) -> float:
+    """The best symmetry of the looks that keep `share` of the untuned CLIPScore, crossings between looks included."""
+    trace = row["trace"]
+    level = share * trace[0]["scores"]["clipscore"]
+    kept = [look["scores"]["symmetry"] for look in trace if look["scores"]["clipscore"] >= level]
+    crossing = at_level(trace, level, "symmetry", "clipscore")
+    return float(min([*kept, *([] if crossing is None else [crossing])]))
+
+
+def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    """The claim of section 4.1: DRTune reaches a symmetry that the late-step methods do not, at equal CLIPScore."""
+    body, told = [], []
+    for method, runs in table.items():
+        cells = [spread([at_equal(row, share) for _, row in sorted(runs.items())]) for share in LEVELS]
+        moved = [row["moved"] for row in runs.values() if row.get("moved")]
+        steps = list(moved[0]) if moved else []
+        ratio = [m[steps[0]] / m[steps[-1]] for m in moved if m[steps[-1]]]
+        body.append([method, *cells, spread(ratio) if ratio else "not run"])
+    for share in LEVELS:
+        for late in ("DRaFT-LV", "ReFL-10"):
+            common = sorted(table["DRTune"].keys() & table[late].keys())
+            pair = [[at_equal(table[m][seed], share) for seed in common] for m in ("DRTune", late)]
+            says = f"at {share:.0%} of the untuned CLIPScore DRTune is more symmetric than {late}"
+            told.append(better(says, *pair, less=True, names=("DRTune", late)))
+    looked = work.setting.looked
+    return [
+        "## Symmetry at equal CLIPScore",
+        "",
+        f"Lower is better. The lowest symmetry among the looks ({looked} prompts) at which CLIPScore keeps at least",
+        "that share of its untuned value, crossings between looks included. Last column: how far the tuned network",
+        "moves x0-hat at the first step of the chain, over how far it moves it at the last: what training one part of",
+        "the chain does to another.",
+        "",
+        markdown_table(["method", *(f"{share:.0%}" for share in LEVELS), "moved, first / last step"], body),
+        "",
+        markdown_table(HEADINGS, [claim.cells() for claim in told]),
+    ]
+
+
+def _head(setting: Setting, reward: str) -> str:
+    return f"{reward} {'↓' if setting.tasks[reward].less else '↑'}"
+
+
+def _rows(work: Work, rows: Rows, rewards: Sequence[str], tables: dict[str, Any]) -> list[list[str]]:
+    untuned = [rows.get(base_cell(work, reward)) for reward in rewards]
+    natives = [work.setting.tasks[reward].native for reward in rewards]
+    first = [digits(row["scores"][name][0]) if row else "not run" for row, name in zip(untuned, natives, strict=True)]
+    body = [
+        [m, *(spread(values(tables[r][m], name)) for r, name in zip(rewards, natives, strict=True))] for m in METHODS
+    ]
+    return [[BASE, *first], *body]
+
+
+def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[list[str]]:
+    body = []
+    for method in METHODS:
+        runs = [row for table in tables.values() for row in table[method].values()]
+        names = ("updates", "evaluations", "cpu_seconds", "seconds")
+        body.append([method, *(spread([float(row[name]) for row in runs]) for name in names)])
+    return body
+
+
+def _equal_time(setting: Setting, rewards: Sequence[str], tables: dict[str, Any]) -> list[list[str]]:
+    body = {method: [method] for method in METHODS}
+    for reward in rewards:
+        runs = [row for seeds in tables[reward].values() for row in seeds.values()]
+        limit = min((row["cpu_seconds"] for row in runs), default=0.0)
+        for method in METHODS:
+            native = setting.tasks[reward].native
+            numbers = [at_time(row["trace"], limit, native) for row in tables[reward][method].values()]
+            body[method].append(spread(numbers))
+    return list(body.values())
+
+
+def at_time(trace: Sequence[dict[str, Any]], limit: float, measure: str) -> float:
+    """`measure` after `limit` processor seconds, linear between looks."""
+    for a, b in pairwise(trace):
+        if a["cpu_seconds"] <= limit <= b["cpu_seconds"]:
+            share = (limit - a["cpu_seconds"]) / ((b["cpu_seconds"] - a["cpu_seconds"]) or 1.0)
+            return float(a["scores"][measure] + share * (b["scores"][measure] - a["scores"][measure]))
+    return float(trace[-1]["scores"][measure])
+
+
+def _rate(work: Work, method: str, reward: str) -> str:
+    rate = work.lr(method, reward)
+    if rate is None:
+        return "not run"
+    grid = work.setting.lrs
+    edge = "" if len(grid) < 2 else "<" if rate == min(grid) else ">" if rate == max(grid) else ""
+    return f"{edge}{rate:g}"
+
+
+def picture(work: Work, rewards: Sequence[str]) -> list[Path]:
+    """A curve for each reward: its value against the budget."""
+    from . import plots
+
+    made, rows = [], work.rows
+    for reward in rewards:
+        native = work.setting.tasks[reward].native
+        lines = {
+            method: [[(look["evaluations"], look["scores"][native]) for look in row["trace"]] for row in runs.values()]
+            for method, runs in found(work, rows, reward).items()
+        }
+        if not any(lines.values()):
+            continue
+        path = work.folder / f"table1_{reward}.png"
+        title = f"{reward}, {'lower' if work.setting.tasks[reward].less else 'higher'} is better"
+        label = f"{reward}, {work.setting.looked} held-out prompts"
+        made.append(plots.lines(lines, path, x="denoiser evaluations", y=label, title=title))
+    return made

@@ -1,0 +1,175 @@
+"""The missing cells of an experiment, dealt out to processes and devices; the learning rate chosen for each method."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..runfolder import write_text
+from .cost import Cost
+from .rows import Cell, Rows
+from .setting import Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Where results are, and who works.
+
+    folder: of the setting's results; its rows.jsonl, cost.json and pictures are shared by all experiments.
+    devices: one process each, e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"].
+    """
+
+    setting: Setting
+    folder: Path
+    devices: tuple[str, ...] = ("cpu",)
+    say: Callable[[str], None] = print
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.folder / "rows.jsonl")
+
+    def picture(self, cell: Cell) -> Path:
+        name = f"{cell.reward}_{cell.method}_{cell.seed}".lower().replace(" ", "-").replace(",", "").replace("+", "and")
+        return self.folder / "pictures" / f"{name}.png"
+
+    def cost(self) -> Cost:
+        """What is stored, or measured now: on a quiet machine, before anything else runs."""
+        path = self.folder / "cost.json"
+        if not path.exists():
+            self.say("measuring what a replay costs on this machine ...")
+            with self._pool(self.devices[:1]) as pool:
+                cost = pool.submit(_measure, self.setting.name, next(iter(self.setting.tasks))).result()
+            write_text(path, json.dumps(asdict(cost), indent=2) + "\n")
+        return Cost(**json.loads(path.read_text(encoding="utf-8")))
+
+    def do(self, cells: Sequence[Cell]) -> None:
+        """Run what is missing; every row is on disk as soon as it is there. An error ends the work after the others."""
+        rows = self.rows
+        missing = rows.missing(cells)
+        if not missing:
+            return
+        cost = self.cost()
+        self._all([(cell, _run, (cell, cost, self._shown(cell))) for cell in missing], rows)
+
+    def each(self, cells: Sequence[Cell], measure: Callable[[Cell, str], dict[str, Any]]) -> None:
+        """The same for rows that another function (cell, device) makes; it must be importable."""
+        rows = self.rows
+        self._all([(cell, _call, (measure, cell)) for cell in rows.missing(cells)], rows)
+
+    def _all(self, asked: Sequence[tuple[Cell, Callable[..., dict[str, Any]], tuple[Any, ...]]], rows: Rows) -> None:
+        if not asked:
+            return
+        self.say(f"{len(asked)} runs are missing; {len(self.devices)} at a time")
+        with self._pool(self.devices) as pool:
+            jobs = {pool.submit(function, *given): cell for cell, function, given in asked}
+            failed: list[str] = []
+            for done, (job, cell) in enumerate(_as_done(jobs), start=1):
+                error = job.exception()
+                if error is not None:
+                    failed.append(f"{cell}: {error}")
+                    self.say(f"failed: {failed[-1]}")
+                    continue
+                row = job.result()
+                rows.add(row)
+                self.say(f"{done}/{len(jobs)} {cell}: {self._told(cell, row)}")
+        if failed:
+            raise ConfigError("\n".join([f"{len(failed)} runs failed; the others are kept:", *failed]))
+
+    def _told(self, cell: Cell, row: dict[str, Any]) -> str:
+        if "scores" not in row:
+            return "done"
+        native = self.setting.tasks[cell.reward].native
+        seconds = row.get("cpu_seconds", 0.0)
+        return (
+            f"{native} {row['scores'][native][0]:.4g} after {row['updates']} updates, {seconds:.0f} processor seconds"
+        )
+
+    def search(self, method: str, reward: str) -> list[Cell]:
+        """The runs that choose the learning rate of a method; none where there is nothing to choose."""
+        s = self.setting
+        if len(s.lrs) < 2:
+            return []
+        base = Cell(
+            setting=s.name, reward=reward, method=method, lr=0.0, seed=s.search_seed, T=s.T, budget=s.search_budget,
+            judged="search", count=s.searched,
+        )  # fmt: skip
+        return [replace(base, lr=lr) for lr in s.lrs]
+
+    def lr(self, method: str, reward: str) -> float | None:
+        """The rate with the highest trained reward on the search prompts; None while runs of the search are missing."""
+        cells, rows = self.search(method, reward), self.rows
+        if not cells:
+            return self.setting.lrs[0]
+        found = [(rows.get(cell), cell.lr) for cell in cells]
+        if any(row is None for row, _ in found):
+            return None
+        return max((row["scores"]["reward"][0], lr) for row, lr in found if row is not None)[1]
+
+    def cell(self, method: str, reward: str, seed: int, *, lr: float, T: int | None = None, **given: Any) -> Cell:
+        """A final run."""
+        s = self.setting
+        settings = {"T": T or s.T, "budget": s.budget, "count": s.count} | given
+        return Cell(setting=s.name, reward=reward, method=method, lr=lr, seed=seed, **settings)
+
+    def _shown(self, cell: Cell) -> Path | None:
+        first = cell.seed == self.setting.seeds[0] and cell.judged == "final"
+        return self.picture(cell) if first and cell.T == self.setting.T and not cell.options else None
+
+    def _pool(self, devices: Sequence[str]) -> ProcessPoolExecutor:
+        """One process a device; one BLAS thread each where several share a CPU."""
+        context = get_context("spawn")
+        queue = context.Queue()
+        for device in devices:
+            queue.put(device)
+        if all(device == "cpu" for device in devices):
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+                os.environ.setdefault(name, "1")
+        return ProcessPoolExecutor(len(devices), mp_context=context, initializer=_start, initargs=(queue,))
+
+
+_DEVICE = "cpu"  # of this worker process
+
+
+def _start(queue: Any) -> None:
+    global _DEVICE
+    _DEVICE = queue.get()
+    if _DEVICE == "cpu":
+        import torch
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    sys.stdout = open(os.devnull, "w")  # the runs' own words  # noqa: SIM115
+
+
+def _run(cell: Cell, cost: Cost, pictures: Path | None) -> dict[str, Any]:
+    from .cells import run_cell
+
+    return run_cell(cell, cost, device=_DEVICE, pictures=pictures)
+
+
+def _call(measure: Callable[[Cell, str], dict[str, Any]], cell: Cell) -> dict[str, Any]:
+    return measure(cell, _DEVICE)
+
+
+def _measure(setting: str, reward: str) -> Cost:
+    import tempfile
+
+    from .cells import open_cell
+    from .cost import measure
+    from .setting import setting_of
+
+    s = setting_of(setting)
+    cell = Cell(setting=setting, reward=reward, method="DRTune", lr=1e-4, seed=0, T=s.T, budget=s.budget)
+    with tempfile.TemporaryDirectory() as folder:
+        _, tuner = open_cell(cell, folder=f"{folder}/run", device=_DEVICE)
+        return measure(tuner)
+
+
+def _as_done(jobs: dict[Future, Cell]) -> Iterator[tuple[Future, Cell]]:
+    for job in as_completed(jobs):
+        yield job, jobs[job]
