@@ -1,4 +1,4 @@
-"""Intervals on synthetic data with known answers: coverage, paired win rates, and where the plain bootstrap is blind."""
+"""Intervals on synthetic data with known answers: coverage, paired win rates, where the plain bootstrap is blind."""
 
 import math
 import random

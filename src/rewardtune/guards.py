@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -392,18 +391,20 @@ def _with_words(verdict: Verdict, first: Evaluation, latest: Evaluation, best: i
 def check_held_out(trained: Sequence[Any], held_out: Sequence[Any]) -> None:
     """ConfigError where a reward of `guards.rewards` is trained on with the same options. Both: a run file's parts."""
 
-    def named(parts: Iterable[Any], weight: float = 1.0) -> Iterable[tuple[str, dict[str, Any]]]:
-        for part in parts:
-            own = weight * part.weight
-            if part.name is not None and own != 0:
-                yield part.name.lower(), part.options
-            for group in (part.mean_of, part.minimum_of, part.balance):
-                yield from named(group or (), own)
-
-    known = list(named(trained))
-    for reward in named(held_out):
+    known = list(named_parts(trained))
+    for reward in named_parts(held_out):
         if reward in known:
             raise ConfigError(
                 f"guards.rewards: {reward[0]} is trained on, so it cannot guard; name another reward, or the same one "
                 "with another model (options.model)"
             )
+
+
+def named_parts(parts: Iterable[Any], weight: float = 1.0) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(name, options) of every named reward in a run file's parts, groups gone through; those of weight 0 left out."""
+    for part in parts:
+        own = weight * part.weight
+        if part.name is not None and own != 0:
+            yield part.name.lower(), part.options
+        for group in (part.mean_of, part.minimum_of, part.balance):
+            yield from named_parts(group or (), own)

@@ -1,4 +1,4 @@
-"""Base and tuned model mixed while a picture is sampled: the pipeline samples itself, and its denoiser answers for both.
+"""Base and tuned model mixed while a picture is sampled: the pipeline samples itself, its denoiser answers for both.
 
 At each scheduler step i = 0 .. T-1 (0 = noisiest) the denoiser's output is w base + (1 - w) tuned, w the base's weight:
 combined generation, w = 1 for the first n steps and 0 after them (the base model lays the picture out, the tuned one
