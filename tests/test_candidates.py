@@ -133,7 +133,7 @@ def test_the_pipeline_is_the_base_again(run):
         ("nowhere", r"no LoRA at nowhere; give base, or RUN_OR_LORA"),
         ("{run}@x", r"the weight 'x' is no finite number"),
         ("{run}@inf", r"the weight 'inf'"),
-        ("{run}:base_step=2", r"no option 'base_step', did you mean 'base_steps'\?"),
+        ("{run}:base_step=2", r"no option 'base_step' \(did you mean 'base_steps'"),
         ("{run}:base_steps=1.5", r"base_steps='1.5' is not a number of steps"),
         ("{run}:aig=-1", r"0 or more"),
         ("{run}:aig=1,base_steps=2", r"both given"),

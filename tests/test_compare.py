@@ -53,7 +53,7 @@ def test_the_pictures_are_those_of_the_run_itself(evaluated, run):
     """The first seed of each prompt: before training the base's, after it the candidate's."""
     place = run / "eval" / "eval"
     assert torch.equal(images(place / "base")[::2], images(run / "samples" / "step-000000"))
-    assert torch.equal(images(place / "a")[::2], images(run / "samples" / "step-000002"))
+    assert torch.equal(images(place / "a")[::2], images(run / "samples" / "final"))
     assert not torch.equal(images(place / "a")[::2], images(place / "a")[1::2])
 
 

@@ -177,11 +177,12 @@ def compare_candidates(
     Raises ConfigError, before anything is sampled, for what cannot be opened or measured.
     """
     found = with_base(candidates(specs, model=model, steps=steps, guidance=guidance))
-    tuned = [candidate for candidate in found if candidate.place is not None]
     if kind == "compare" and len(specs) < 2:
         raise ConfigError("compare needs two candidates or more; for one against the base model: rewardtune eval")
     folder = _folder(found, output)
-    name = name or (kind if kind == "eval" else _slug("-vs-".join(spec.label for spec in found if spec.spec in specs)))
+    by_spec = {candidate.spec: candidate.label for candidate in found}
+    asked = [by_spec[spec] for spec in specs]
+    name = name or (kind if kind == "eval" else _slug("-vs-".join(asked)))
     setup = prepare(
         found,
         rewards=rewards,
@@ -194,17 +195,14 @@ def compare_candidates(
     )
     measured = measure(load_base(found), found, setup, folder / name, batch=batch, say=say)
     by_label = {one.candidate.label: one for one in measured}
-    if kind == "eval":
-        asked = [(candidate.label, BASE) for candidate in tuned]
-    else:
-        asked = list(combinations([candidate.label for candidate in found if candidate.spec in specs], 2))
+    against = [(label, BASE) for label in asked if label != BASE] if kind == "eval" else combinations(asked, 2)
     result = Comparison(
         kind=kind,
         settings=setup.facts | {"model": found[0].settings.model.id},
         measures=setup.measures,
         pictures=_pictures(setup),
         candidates=[scored(one, setup, folder=f"{name}/{_slug(one.candidate.label)}") for one in measured],
-        pairs=[_pair(by_label[a], by_label[b], setup) for a, b in asked],
+        pairs=[_pair(by_label[a], by_label[b], setup) for a, b in against],
         notes=setup.notes,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )

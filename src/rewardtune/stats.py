@@ -70,14 +70,15 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple
     return fmean(values), student(confidence, len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
-def wilson(hits: int, n: int) -> Interval:
-    """The share hits / n of independent outcomes with its 95% Wilson score interval; of none: NaN, from 0 to 1."""
+def wilson(hits: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """The share hits / n of independent outcomes with its Wilson score interval; of none: NaN, from 0 to 1."""
     if n == 0:
         return Interval(value=math.nan, low=0.0, high=1.0)
-    p, z = hits / n, 1.959964
+    p, z = hits / n, NormalDist().inv_cdf(0.5 + confidence / 2)
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     denominator = 1 + z * z / n
-    return Interval(value=p, low=(centre - half) / denominator, high=(centre + half) / denominator)
+    low, high = (centre - half) / denominator, (centre + half) / denominator
+    return Interval(value=p, low=min(max(0.0, low), p), high=max(min(1.0, high), p))  # to rounding at 0 and 1
 
 
 def by_prompt(values: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
@@ -156,18 +157,15 @@ def win_rate(
 ) -> Interval:
     """The share of pairs in which a's picture has more than b's (less of it, with `less`), a tie counting half.
 
-    With a bootstrap interval over prompts, within [0, 1]. Where one side wins every pair no resample can lose one: the
-    interval is then Clopper and Pearson's, by the number of prompts.
+    With a bootstrap interval over prompts, within [0, 1]. Where every prompt is simply won or lost it is Wilson's, as
+    for any share: where all are won, no resample could lose one.
     """
     sign = -1 if less else 1
     wins = [_win(sign * first, sign * second) for first, second in zip(a, b, strict=True)]
     means = by_prompt(wins, range(len(wins)) if prompts is None else prompts)
-    if len(means) > 1 and set(means) in ({0.0}, {1.0}):
-        reach = ((1 - confidence) / 2) ** (1 / len(means))
-        low, high = (reach, 1.0) if means[0] == 1 else (0.0, 1 - reach)
-        return Interval(value=means[0], low=low, high=high)
-    found = bootstrap_mean(means, confidence=confidence, resamples=resamples, seed=seed)
-    return Interval(value=found.value, low=found.low, high=found.high)
+    if len(means) > 1 and set(means) <= {0.0, 1.0}:
+        return wilson(round(sum(means)), len(means), confidence=confidence)
+    return bootstrap_mean(means, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def _win(first: float, second: float) -> float:

@@ -199,11 +199,10 @@ def suggest(points: Sequence[Point], guarded: Sequence[str], *, tolerance: float
             break
         walked.append(point)
     best = max(walked, key=lambda point: _finite(point.scored.metrics["reward"].value))
-    held = ", ".join(guarded)
+    held = ("one of " if len(guarded) > 1 else "") + ", ".join(guarded)
     rule = (
-        f"suggested weight {best.weight:g}: the highest trained reward among the weights up to the first at which "
-        f"{held} {'is' if len(guarded) == 1 else 'one of these is'} worse than the base model's by more than "
-        f"{100 * tolerance:g} % "
+        f"suggested weight {best.weight:g}: the highest trained reward among the weights before the first at which "
+        f"{held} is worse than the base model's by more than {100 * tolerance:g} % "
     )
     where = f"(weight {stop.weight:g}: {', '.join(stop.worse)})" if stop else "(which none was)"
     return best.weight, rule + where
@@ -240,8 +239,8 @@ def draw(result: Sweep, path: Path) -> None:
         left, top = (index % columns) * wide + gap, (index // columns) * high + gap
         _panel(pen, font, result, up, along, (left + 44, top + 12, left + wide - gap, top + high - 56), scale)
     legend = (
-        f"bars: 95 % intervals over {result.settings['count']} prompts; large dot: suggested weight; red: worse than "
-        f"the base model by more than {100 * result.tolerance:g} % in a held-out reward or diversity"
+        f"bars: 95 % intervals of the change from weight 0, over {result.settings['count']} prompts; large dot: "
+        f"suggested weight; red: a held-out reward or diversity is worse by more than {100 * result.tolerance:g} %"
     )
     pen.text((gap * scale, (high * lines + gap) * scale), legend, fill=INK, font=font)
     with atomic(path) as temporary:
@@ -252,7 +251,8 @@ def _panel(pen: Any, font: Any, result: Sweep, up: str, along: str, box: tuple[i
     left, top, right, bottom = (edge * scale for edge in box)
     ys = [point.scored.metrics[up] for point in result.points]
     xs = [point.weight if along == "weight" else point.scored.metrics[along].value for point in result.points]
-    ends = [end for y in ys for end in (y.value, y.low, y.high) if math.isfinite(end)]
+    bars = [_bar(point, result.points, up) for point in result.points]
+    ends = [end for y, bar in zip(ys, bars, strict=True) for end in (y.value, *bar) if math.isfinite(end)]
     if not ends or not all(map(math.isfinite, xs)):
         pen.text((left, top), f"{up}: no finite values", fill=INK, font=font)
         return
@@ -274,14 +274,21 @@ def _panel(pen: Any, font: Any, result: Sweep, up: str, along: str, box: tuple[i
     pen.text(((left + right) / 2, bottom + 22 * scale), below, fill=INK, font=font, anchor="mt")
     places = [at(x, y.value) for x, y in zip(xs, ys, strict=True)]
     pen.line(places, fill=INK, width=2 * scale)
-    for point, x, y, (px, py) in zip(result.points, xs, ys, places, strict=True):
+    for point, x, bar, (px, py) in zip(result.points, xs, bars, places, strict=True):
         colour = BAD if point.worse else INK
-        if math.isfinite(y.low):
-            pen.line([at(x, y.low), at(x, y.high)], fill=colour, width=scale)
+        if all(map(math.isfinite, bar)):
+            pen.line([at(x, bar[0]), at(x, bar[1])], fill=colour, width=scale)
         size = (6 if point.weight == result.suggested else 3) * scale
         pen.ellipse([px - size, py - size, px + size, py + size], fill=colour, outline=colour)
         if along != "weight":
             pen.text((px + 7 * scale, py - 4 * scale), f"{point.weight:g}", fill=colour, font=font, anchor="lb")
+
+
+def _bar(point: Point, points: Sequence[Point], name: str) -> tuple[float, float]:
+    """The interval of the paired change from the base model, laid around the value."""
+    base = next(other.scored.metrics[name].value for other in points if other.weight == 0)
+    change = point.to_base.difference[name]
+    return base + change.low, base + change.high
 
 
 def _axis(name: str, result: Sweep, better: dict[str, str]) -> str:
@@ -297,9 +304,9 @@ def _room(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers."""
-    raw = (high - low) / 4
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
-    first = math.ceil(low / step)
-    return [n * step for n in range(first, math.floor(high / step) + 1)]
+    """Round numbers, three and more: the fewest of them."""
+    unit = 10.0 ** math.floor(math.log10(high - low))
+    steps = (unit * factor for factor in (1, 0.5, 0.25, 0.2, 0.1))
+    counts = ((step, math.ceil(low / step), math.floor(high / step)) for step in steps)
+    step, first, last = next(found for found in counts if found[2] - found[1] >= 2)
+    return [n * step for n in range(first, last + 1)]
