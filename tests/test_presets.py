@@ -4,6 +4,8 @@ import random
 import re
 
 import pytest
+import torch
+from torch.optim import AdamW
 
 from rewardtune.cli import main
 from rewardtune.config import dump_config, load_config, presets
@@ -56,6 +58,7 @@ def test_table_1(name):
     assert (sampling.width, sampling.height) == (512, 512)
     assert (optim.optimizer, optim.betas, optim.schedule, optim.warmup) == ("adamw", (0.9, 0.999), "constant", 0)
     assert (optim.lr, optim.batch, optim.clip, optim.max_seconds) == (2e-5, 32, 0.1, 7200)
+    assert (optim.weight_decay, optim.ema) == (AdamW([torch.zeros(1)]).defaults["weight_decay"], None)
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 128, None)
     assert (config.model.dtype, config.memory.gradient_checkpointing) == ("float16", True)
     assert (config.eval.count, config.eval.prompts.source.count("[:100]")) == (400, 4)
@@ -69,9 +72,19 @@ def test_fdxl():
     assert str(make_method(config.method)) == "drtune(K=3, spacing=chain, m=10, input_gradient=0.0)"
     sampling, optim = config.sampling, config.optim
     assert (sampling.scheduler, sampling.steps, sampling.guidance) == ("DPMSolverMultistepScheduler", 25, 5.0)
-    assert (sampling.width, optim.lr, optim.steps, optim.batch, optim.micro_batch) == (1024, 5e-6, 1900, 8 * 2 * 4, 2)
+    assert (sampling.width, sampling.height) == (1024, 1024)
+    assert (optim.lr, optim.steps, optim.batch, optim.micro_batch) == (5e-6, 1900, 8 * 2 * 4, 2)
+    assert [(part.name, part.weight) for part in config.reward] == [("hpsv2", 1.0)]
     assert config.reward[0].options == {"version": "2.1", "random_shift": True}
-    assert "0.7" in presets()["sdxl-fdxl"].read_text()
+    assert config.adapter.inference_weight == load_config("sdxl-24gb").adapter.inference_weight == 0.7
+    # "All other settings remain consistent with those outlined in Sec. 4.1."
+    table_1 = load_config("sd15-drtune")
+    for key in ("optimizer", "betas", "weight_decay", "clip", "schedule", "warmup", "ema"):
+        assert getattr(optim, key) == getattr(table_1.optim, key), key
+    for key in ("kind", "rank", "alpha", "targets"):
+        assert getattr(config.adapter, key) == getattr(table_1.adapter, key), key
+    assert (config.model.dtype, config.memory.gradient_checkpointing) == ("float16", True)
+    assert config.prompts == table_1.prompts
 
 
 def test_init_lists_writes_and_never_overwrites(tmp_path, monkeypatch, capsys):

@@ -199,7 +199,7 @@ def test_the_lists_of_the_package():
     assert len(animals) == len(set(animals)) == 45
     assert {"cat", "zebra", "hedgehog"} < set(animals)
     assert len(books) == len(set(books))
-    assert all(prompt.endswith(", and books") for prompt in books)
+    assert all(prompt.endswith(", and books.") for prompt in books)
     assert set(builtin_lists()) == {"simple_animals", "concepts_with_books"}
 
 

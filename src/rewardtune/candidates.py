@@ -48,7 +48,8 @@ class Candidate:
     """A model that is ready to be opened.
 
     place: the LoRA file, or the folder of a whole denoiser (full fine-tuning); None: the base model. weight: factor on
-    what was trained, 1 as trained; of a whole denoiser the step from the base weights to it.
+    what was trained, 1 as trained; of a whole denoiser the step from the base weights to it. Where the spec names none
+    it is the run's adapter.inference_weight.
     """
 
     spec: str
@@ -153,9 +154,11 @@ def candidates(
         settings = replace(
             settings, call=settings.call | asked, scheduler=settings.scheduler if scheduler is None else scheduler
         )
-        found.append(
-            Candidate(spec=spec, label=_label(spec, place), place=place, settings=settings, weight=weight, mix=mix)
-        )
+        label = _label(spec, place)
+        if weight is None:
+            weight = _own_weight(place, settings)
+            label = _with_weight(label, weight)
+        found.append(Candidate(spec=spec, label=label, place=place, settings=settings, weight=weight, mix=mix))
     first = next((candidate.settings for candidate in found if candidate), None)
     if first is None:
         if model is None:
@@ -177,10 +180,24 @@ def _check_one_base(found: Sequence[Candidate]) -> None:
             )
 
 
-def _parse(spec: str) -> tuple[Path | None, float, Mix | None]:
-    """(the weights, or None for the base model; weight; mix)."""
+def _own_weight(place: Path, settings: Settings) -> float:
+    """How strongly the run says that it is to be used; an exported file holds that weight already."""
+    exported = place.parent.parent.name == "export" and run_of(place.parent) != place.parent
+    return 1.0 if settings.config is None or exported else settings.config.adapter.inference_weight
+
+
+def _with_weight(label: str, weight: float) -> str:
+    """`a:aig=2` -> `a@0.7:aig=2`."""
+    if weight == 1:
+        return label
+    name, colon, mix = label.partition(":")
+    return f"{name}@{weight:g}{colon}{mix}"
+
+
+def _parse(spec: str) -> tuple[Path | None, float | None, Mix | None]:
+    """(the weights, or None for the base model; weight, None where none is named; mix)."""
     if Path(spec).exists():
-        return _place(Path(spec)), 1.0, None
+        return _place(Path(spec)), None, None
     match = re.fullmatch(r"(?P<path>.+?)(@(?P<weight>[^@:/]*))?(:(?P<options>[A-Za-z_]+=[^:/]*))?", spec)
     if match is None:
         raise ConfigError(f"candidate {spec!r}: legal is {SYNTAX}")
@@ -188,13 +205,13 @@ def _parse(spec: str) -> tuple[Path | None, float, Mix | None]:
     if match["path"] == BASE:
         if match["weight"] or mix:
             raise ConfigError(f"candidate {spec!r}: the base model has no weight and nothing to be mixed with")
-        return None, 1.0, None
+        return None, None, None
     return _place(Path(match["path"])), weight, mix
 
 
-def _weight(text: str | None, spec: str) -> float:
+def _weight(text: str | None, spec: str) -> float | None:
     if text is None:
-        return 1.0
+        return None
     try:
         weight = float(text)
     except ValueError:

@@ -32,6 +32,7 @@ LIBRARIES = ("rewardtune", "torch", "diffusers", "transformers", "peft", "accele
 # What may change at a resume; everything else would make another run of it. `memory.vae_dtype` changes the pictures.
 LEGAL = re.compile(
     r"(eval|guards|checkpoints|log|memory)(\..*)?|output_dir|model\.device|optim\.(max_seconds|micro_batch)"
+    r"|adapter\.inference_weight"
 )
 MEANING = re.compile(r"memory\.vae_dtype")
 
@@ -410,8 +411,8 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """What differs between a checkpoint's resolved settings and the present ones, a line each, all of it legal.
 
     Legal are eval, guards, checkpoints, log, memory (but its vae_dtype), output_dir, model.device, optim.max_seconds,
-    optim.micro_batch; and optim.steps when the schedule is constant: any other schedule's length is
-    part of its state. A key that is absent counts as null.
+    optim.micro_batch, adapter.inference_weight; and optim.steps when the schedule is constant: any other schedule's
+    length is part of its state. A key that is absent counts as null.
     Raises CheckpointError listing every other difference with both values.
     """
     schedules = {dict(settings.get("optim") or {}).get("schedule") or "constant" for settings in (saved, now)}

@@ -129,9 +129,16 @@ def train(
     if not processes.join().first:
         return
     print(f"{result.status}: {result.steps} updates in {result.seconds:.0f} s")
-    lora = f'pipe.load_lora_weights("{result.folder}")'
-    how = f"the weights are in {result.folder / 'denoiser'}" if config.adapter.kind == "full" else lora
-    print(f'use it: {how}, or: rewardtune sample {result.folder} --prompt "..."')
+    print(f'use it: {_how_to_use(config, result.folder)}, or: rewardtune sample {result.folder} --prompt "..."')
+
+
+def _how_to_use(config: Any, folder: Path) -> str:
+    weight = config.adapter.inference_weight
+    if config.adapter.kind == "full":
+        return f"the weights are in {folder / 'denoiser'}"
+    if weight == 1:
+        return f'pipe.load_lora_weights("{folder}")'
+    return f'pipe.load_lora_weights("{folder}", adapter_name="tuned"); pipe.set_adapters(["tuned"], [{weight:g}])'
 
 
 @app.command()
@@ -427,7 +434,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     formats: Annotated[str, typer.Option("--format", help="diffusers,kohya,merged")] = "diffusers",
     output: Annotated[Path | None, typer.Option(help="Folder; default: RUN/export.")] = None,
-    weight: Annotated[float, typer.Option(help="Factor on the LoRA.")] = 1.0,
+    weight: Annotated[
+        float | None, typer.Option(help="Factor on the LoRA; default: the run's adapter.inference_weight.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="best, latest, or a number.")] = "best",
     model: Annotated[str | None, typer.Option(help="Base model, where the run has no config.yaml.")] = None,
 ) -> None:
@@ -445,7 +454,9 @@ def push(
     repo: Annotated[str, typer.Option(help="user/name on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="A repository that only you see.")] = False,
     formats: Annotated[str, typer.Option("--format", help="diffusers,kohya")] = "diffusers",
-    weight: Annotated[float, typer.Option(help="Factor on the LoRA.")] = 1.0,
+    weight: Annotated[
+        float | None, typer.Option(help="Factor on the LoRA; default: the run's adapter.inference_weight.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="best, latest, or a number.")] = "best",
     model: Annotated[str | None, typer.Option(help="Base model, where the run has no config.yaml.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder and upload nothing.")] = False,

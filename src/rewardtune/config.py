@@ -204,6 +204,8 @@ class Adapter(_Section):
     """the adapter is scaled by alpha / rank; null: rank"""
     targets: Text | Annotated[list[Text], Field(min_length=1)] = "attention"
     """attention, attention+conv, all-linear, all, or a list of module-name suffixes"""
+    inference_weight: float = Field(default=1.0, gt=0)
+    """how strongly to use what was trained: of `sample`, `export`, `push`, `eval`; training and its own pictures have 1"""
 
 
 class Memory(_Section):

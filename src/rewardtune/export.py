@@ -65,6 +65,11 @@ class Run:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    @property
+    def inference_weight(self) -> float:
+        """How strongly the run file says that the LoRA is to be used."""
+        return 1.0 if self.config is None else self.config.adapter.inference_weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
@@ -91,22 +96,26 @@ def export_run(
     formats: Sequence[str] = ("diffusers",),
     *,
     output: str | Path | None = None,
-    weight: float = 1.0,
+    weight: float | None = None,
     checkpoint: str | int = "best",
     model: str | None = None,
 ) -> list[Exported]:
     """Write the LoRA of the run folder in each of `formats` (keys of FORMATS) to `output`/FORMAT/; give what was made.
 
-    output: default RUN/export. weight: multiplies the LoRA in every file. checkpoint: "best" (the file in the run
+    output: default RUN/export. weight: multiplies the LoRA in every file; None: the run's adapter.inference_weight.
+    checkpoint: "best" (the file in the run
     folder), "latest", or the number of a checkpoint. model: the base, where the run has no config.yaml.
 
     Raises ConfigError for what cannot be exported, before anything is written; RewardTuneError when a file loads
     back differently (it is kept under a name ending in .unverified) or cannot be written.
     """
     formats = _known(formats)
-    if not weight > 0:
+    if weight is not None and not weight > 0:
         raise ConfigError(f"weight {weight}: must be greater than 0; 1 is the LoRA as trained")
     opened = open_run(run, checkpoint=checkpoint, model=model)
+    if weight is None:
+        weight = opened.inference_weight
+        opened = replace(opened, notes=(*opened.notes, *_own_weight_note(weight)))
     trained = _Trained(opened, weight=weight)
     for name in formats:  # all refusals first
         trained.refuse(name)
@@ -115,6 +124,12 @@ def export_run(
         _check_target(folder / name)
     trained.take_pictures()
     return [_export(trained, name, folder / name) for name in formats]
+
+
+def _own_weight_note(weight: float) -> tuple[str, ...]:
+    if weight == 1:
+        return ()
+    return (f"the LoRA is multiplied by {weight:g}, the run's adapter.inference_weight; --weight 1: as trained",)
 
 
 def _known(formats: Sequence[str]) -> list[str]:
@@ -654,7 +669,7 @@ def push_run(
     *,
     private: bool = False,
     formats: Sequence[str] = ("diffusers",),
-    weight: float = 1.0,
+    weight: float | None = None,
     checkpoint: str | int = "best",
     model: str | None = None,
     dry_run: bool = False,
@@ -676,6 +691,7 @@ def push_run(
         api = _api()
     opened = open_run(run, checkpoint=checkpoint, model=model)
     made = export_run(run, formats, weight=weight, checkpoint=checkpoint, model=model)
+    weight = opened.inference_weight if weight is None else weight
     folder = opened.folder / "export" / "hub"
     licence = modelcard.base_licence(opened.model.id, api=api)
     with _writing(folder):

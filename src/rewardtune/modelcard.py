@@ -57,7 +57,7 @@ def header(run: "Run", pipe: Any, *, ranks: Mapping[str, int], weight: float = 1
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.prediction_type": prediction,
         "modelspec.license": licence,
-        "modelspec.usage_hint": plain(f"{usage(run)}; no trigger word; weight 1"),
+        "modelspec.usage_hint": plain(f"{usage(run)}; no trigger word; {_strength(weight)}"),
         "modelspec.tags": "rewardtune, reward fine-tuning",
         "ss_output_name": run.name,
         "ss_sd_model_name": base,
@@ -123,6 +123,10 @@ def usage(run: "Run") -> str:
     if run.scheduler:
         parts.append(run.scheduler)
     return ", ".join(parts)
+
+
+def _strength(weight: float) -> str:
+    return "weight 1" if weight == 1 else f"weight 1, the file holds {weight:g} of the LoRA as trained"
 
 
 # The licence of the base ----------------------------------------------------------------------------------------------
@@ -326,7 +330,10 @@ def _differs(run: "Run", weight: float) -> str:
     """Where the file is not the very LoRA that was scored."""
     parts = [f"the LoRA of step {run.checkpoint}"] if run.checkpoint != "best" else []
     parts += [f"multiplied by {weight:g}"] if weight != 1 else []
-    return f"The scores are those of the run's own LoRA at weight 1; this file is {', '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    again = " Load it with weight 1: it is the lower weight already." if weight < 1 else ""
+    return f"The scores are those of the run's own LoRA at weight 1; this file is {', '.join(parts)}.{again}"
 
 
 def limits(run: "Run") -> str:
