@@ -25,7 +25,7 @@ SDXL_SCHEDULER = {
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
-SIDE = 48  # of the pictures; the reward's network sees 32 pixels, so ceil(48 / 32) = 2
+SIDE = 40  # of the pictures; the reward's network sees 32 pixels, so the shift is 0..ceil(40 / 32) = 2
 
 
 def save_tiny_xl(folder: Path, **options: Any) -> Path:

@@ -161,6 +161,20 @@ def sample(
         print(path)
 
 
+@app.command("app")
+def app_(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or any candidate, e.g. runs/a@0.7.")],
+    model: Annotated[str | None, typer.Option(help="Base model, where no config.yaml tells it.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines of the network in.")] = "127.0.0.1",
+    share: Annotated[bool, typer.Option("--share", help="A public link through gradio's servers.")] = False,
+) -> None:
+    """Base against tuned in the browser, with a slider for the LoRA's weight. Needs the extra `demo`."""
+    from .app import launch
+
+    launch(run, model=model, port=port, host=host, share=share)
+
+
 @app.command()
 def plan(
     method: Annotated[str, typer.Argument(help="refl, draft, draft_lv, alignprop, drtune")],

@@ -72,7 +72,7 @@ def save_images(images: Tensor, folder: Path) -> list[Path]:
     paths = [folder / f"{index:03d}.png" for index in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         with atomic(path) as temporary:
-            _to_pil(image).save(temporary)
+            to_pil(image).save(temporary)
     return paths
 
 
@@ -100,14 +100,15 @@ def save_grid(columns: dict[str, Tensor], prompts: Sequence[str], path: Path, *,
             left = x + place * (width + gap)
             if index < per_row:
                 pen.text((left, gap // 2), heading, fill="dimgray", font=font)
-            canvas.paste(_to_pil(images[index]).resize((width, height), Image.Resampling.LANCZOS), (left, y))
+            canvas.paste(to_pil(images[index]).resize((width, height), Image.Resampling.LANCZOS), (left, y))
         for row, text in enumerate(caption):
             pen.text((x, y + height + gap + row * line), text, fill="black", font=font)
     with atomic(path) as temporary:
         canvas.save(temporary)
 
 
-def _to_pil(image: Tensor) -> Any:
+def to_pil(image: Tensor) -> Any:
+    """(3, H, W) in [0, 1] -> an 8-bit PIL image."""
     from PIL import Image
 
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

@@ -147,11 +147,11 @@ def save_strip(images: "Tensor", path: Path) -> None:
     """Pictures side by side in one PNG."""
     import torch
 
-    from ..evaluate import _to_pil
+    from ..evaluate import to_pil
     from ..runfolder import atomic
 
     with atomic(path) as temporary:
-        _to_pil(torch.cat(list(images), dim=2)).save(temporary, optimize=True)
+        to_pil(torch.cat(list(images), dim=2)).save(temporary, optimize=True)
 
 
 def _trace(folder: Path, used: list[float]) -> dict[str, Any]:
