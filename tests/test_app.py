@@ -1,4 +1,4 @@
-"""The app: base and tuned with the same noise, the weight's meaning, one picture at a time; the page where gradio is."""
+"""The app: base and tuned with the same noise, the weight's meaning, one picture at a time; the page."""
 
 import importlib.util
 import json
@@ -21,7 +21,9 @@ from test_export import make_run
 from rewardtune import app, cli
 from rewardtune.errors import ConfigError
 
-needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed (extra demo)")
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="gradio is not installed (extra demo)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_no_run_and_no_gradio_are_said(tmp_path, run, monkeypatch, capsys):
     assert "give a run folder" in capsys.readouterr().err
 
 
-# -- the page itself ----------------------------------------------------------------------------------------------------
+# -- the page itself --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

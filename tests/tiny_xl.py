@@ -1,4 +1,4 @@
-"""A small SDXL with SDXL's own sampler settings, saved as a diffusers folder, and the FDXL recipe brought to its size."""
+"""A small SDXL with SDXL's own sampler settings, as a diffusers folder, and the FDXL recipe at its size."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ class Adapter(_Section):
     targets: Text | Annotated[list[Text], Field(min_length=1)] = "attention"
     """attention, attention+conv, all-linear, all, or a list of module-name suffixes"""
     inference_weight: float = Field(default=1.0, gt=0)
-    """how strongly to use what was trained: of `sample`, `export`, `push`, `eval`; training and its own pictures have 1"""
+    """how strongly to use what was trained: of `sample`, `export`, `push`, `eval`; training itself has 1"""
 
 
 class Memory(_Section):
