@@ -37,7 +37,7 @@ def config_of(
 ) -> RunConfig:
     """The run file of a cell."""
     choice = {"name": law_of(cell).name, "options": dict(cell.options) or method_of(cell.method, cell.T)["options"]}
-    held_out = prompts[cell.judged][: setting.looked]
+    held_out = prompts[cell.judged][: setting.looked if cell.judged == "final" else 1]
     every = max(1, -(-updates // setting.looks)) if cell.judged == "final" else None
     changes: dict[str, Any] = {
         "method": choice,
