@@ -6,7 +6,7 @@ budget. Left out of the row: the weights (the run folder is temporary) and the v
 
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
             given: dict[str, Any] = {"seed": cell.seed, "batch": setting.batch, "cost": cost}
             updates = cell.updates or updates_within(cell.budget, method, cell.T, **given)
             used = spent(method, cell.T, updates=updates, **given)
-        opened = cell if cell.method != BASE else Cell(**{**asdict(cell), "method": "DRTune"})
+        opened = cell if cell.method != BASE else replace(cell, method="DRTune", lr=1.0)  # not trained
         config, tuner = open_cell(opened, folder=f"{temporary}/run", device=device, updates=max(updates, 1))
         trace = {}
         if updates:
