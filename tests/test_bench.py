@@ -134,7 +134,8 @@ def test_table_1_says_who_wins_and_what_is_missing(tmp_path):
     line = next(x for x in page.splitlines() if x.startswith("| DRTune"))
     assert line == "| DRTune | 0.101 ± 0.001 | not run |"
     claim = next(x for x in page.splitlines() if "symmetry: DRTune is better than every" in x)
-    assert "the best other, ReFL-10," in claim and claim.endswith("| holds |")  # 0.3 of ReFL-10 is the next
+    assert "the best other, ReFL-10," in claim  # 0.3 is the next
+    assert claim.endswith("| holds |")
     assert next(x for x in page.splitlines() if "hpsv2: DRTune" in x).endswith("| not run |")
     assert "| ReFL-10 | 0.7512 | 39.18 |" in page  # the paper's own
     assert "at 98% of the untuned CLIPScore DRTune is more symmetric than DRaFT-LV" in page
@@ -172,7 +173,8 @@ def test_searched_prompts_are_neither_trained_nor_judged_on():
         assert len(lists["search"]) == 48
         assert len(lists["final"]) == 400
         sets = [set(prompts) for prompts in lists.values()]
-        assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+        assert not sets[0] & sets[1]
+        assert not sets[2] & (sets[0] | sets[1])
     assert all(" heart" in prompt for prompt in lists["final"])
 
 
@@ -191,7 +193,7 @@ def test_growth_of_the_gradient_norm_is_told():
     ]
     assert [c.verdict for c in gradients.claims(rows, T)][:2] == ["holds", "holds"]
     flat = [{"full": r["stopped"], "stopped": r["stopped"]} for r in rows]
-    assert [c.verdict for c in gradients.claims(flat, T)][0] != "holds"
+    assert gradients.claims(flat, T)[0].verdict != "holds"
 
 
 def test_a_plot_is_drawn(tmp_path):
@@ -235,7 +237,7 @@ def test_missing_runs_are_made_once(cell, tmp_path):
     said = []
     work = Work(setting=setting_of(cell.setting), folder=tmp_path, devices=("cpu",), say=said.append)
     (tmp_path / "cost.json").write_text(json.dumps(asdict(COST)))
-    base = replace(cell, method=BASE, lr=0.0)
+    base = replace(cell, method=BASE, lr=0.0, T=20)
     work.do([base, base])
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
     assert work.picture(base).exists()
