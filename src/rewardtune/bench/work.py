@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -139,11 +141,19 @@ _DEVICE = "cpu"  # of this worker process
 def _start(queue: Any) -> None:
     global _DEVICE
     _DEVICE = queue.get()
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     if _DEVICE == "cpu":
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sys.stdout = open(os.devnull, "w")  # the runs' own words  # noqa: SIM115
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose command was killed ends as well, instead of finishing its run for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run(cell: Cell, cost: Cost, pictures: Path | None) -> dict[str, Any]:
