@@ -167,6 +167,8 @@ def test_what_is_refused(run, model, tmp_path, capsys):
         (["eval", "nowhere"], "no LoRA at nowhere"),
         (["eval", str(run), "-r", "clipscor"], "did you mean 'clipscore'?"),
         (["eval", str(run), "-o", "version=2.0"], "no --reward is given"),
+        (["eval", str(run), "-r", ""], "must not be empty"),
+        (["eval", str(run), "--prompts", ""], "prompt file"),
         (["eval", str(run), "--count", "9"], "there are 3 prompts"),
         (["eval", str(bare), "--model", str(model)], "add --output FOLDER"),
         (["eval", str(bare), "--model", str(model), "--output", str(tmp_path)], "add --prompts"),

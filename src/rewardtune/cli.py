@@ -353,14 +353,17 @@ def sweep(
 
 def _parts(names: list[str] | None, options: list[str] | None) -> Any:
     """The rewards of a command line as a run file's parts; None without any."""
-    from .config import Part
+    from .config import Part, section
     from .score import choose
 
     if not names:
         if options:
             raise ConfigError(f"-o {options[0]}: it is the setting of a reward, and no --reward is given")
         return None
-    return [Part(name=name, options=given) for name, given in choose(names, options or []).items()]
+    return [
+        section(Part, {"name": name, "options": given}, "reward")
+        for name, given in choose(names, options or []).items()
+    ]
 
 
 def _say(line: str) -> None:
