@@ -16,7 +16,7 @@ from rewardtune.bench.rows import Cell, Rows
 from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
 from rewardtune.bench.work import Work
 from rewardtune.errors import ConfigError
-from rewardtune.intervals import student
+from rewardtune.stats import student
 
 COST = Cost(replay=2.0, nested=2.5, evaluation=0.01, head=1.0)
 

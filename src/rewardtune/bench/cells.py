@@ -116,12 +116,13 @@ def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") 
     """name -> [mean, half of its 95 % interval over prompts]: the trained reward, its parts, and those besides."""
     from .. import evaluate
     from ..diversity import Features, pairwise_distance
+    from ..stats import mean_interval
 
     prompts = final_prompts(setting, cell)
     extra = launch.make_reward([Part(**{**part, "weight": 1.0}) for part in setting.extra])
     found = evaluate.score(extra, images, prompts, batch=16, device=tuner.device)
     found |= evaluate.score(tuner.reward, images, prompts, batch=16, device=tuner.device)  # also its total
-    scores = {name: list(evaluate.interval(values)) for name, values in found.items()}
+    scores = {name: list(mean_interval(values.tolist())) for name, values in found.items()}
     if setting.features is not None:
         features = Features(setting.features).to(tuner.device)
         scores["pairwise_distance"] = [pairwise_distance(features(images, batch=16)), 0.0]
