@@ -479,6 +479,7 @@ def bench(
     reward: Annotated[list[str] | None, typer.Option(help="Of Table 1; may be given several times.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: 3.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Denoiser evaluations of a run.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="The grid of learning rates; several times.")] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="One process each, e.g. --device cuda:0 --device cuda:1; default: all.")
     ] = None,
@@ -500,6 +501,7 @@ def bench(
         rewards=reward,
         seeds=seeds,
         budget=budget,
+        lrs=lr,
         only_report=only_report,
         plots=plots,
     )
