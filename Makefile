@@ -4,7 +4,9 @@ BIN := .venv/bin
 # One BLAS thread for each test process: threads of two processes on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-slow lint bench parity clean help
+AUDITED := clipscore pickscore hpsv2 aesthetic
+
+.PHONY: demo test test-slow lint bench paper playground-tables parity clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +34,15 @@ bench: .venv/installed  ## Speed over the floor, memory against K; the rewards' 
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/reward_hacking.py
 	$(BIN)/python benchmarks/regularisers.py
+
+playground-tables: .venv/installed  ## The playground measured: its quality, its world, its rewards and their taste
+	$(BIN)/python -m rewardtune.playground.quality
+	$(BIN)/python -m rewardtune.playground.world --prompts 48
+	$(BIN)/python -m rewardtune.playground.reward_quality
+	$(foreach name,$(AUDITED),$(BIN)/rewardtune audit $(name) -o model=playground --output docs/results/audit_$(name) &&) true
+
+paper: .venv/installed  ## The paper's table and figures on the playground: what is missing of them (many CPU hours)
+	for experiment in table1 fig4 fig5 fig6 fig7 fig8 fig9 spacing earlystop; do $(BIN)/rewardtune bench $$experiment || exit; done
 
 parity: .venv/installed build/parity/installed  ## The rewards against the official packages, in an environment of their own
 	build/parity/venv/bin/python parity/official.py

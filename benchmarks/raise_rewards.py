@@ -110,6 +110,8 @@ def report(rows: list[dict[str, Any]], *, count: int) -> str:
         "",
         *table(rows),
         "",
+        # by hand, in the JSON: what has changed since a row was made
+        *(f"Note: {note}.\n" for note in sorted({row["note"] for row in rows if "note" in row})),
         f'Objectness is that of "{OBJECT}", minimised, on prompts that name it. Pictures of seed 0, before and after:',
         "",
         *(f"**{name}**\n\n![{name}](raise_{name}.png)\n" for name in REWARDS),

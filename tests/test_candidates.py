@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tiny_runs import save_tiny, write_run
+from tiny_runs import made_run, save_tiny
 
 from rewardtune import evaluate
 from rewardtune.candidates import candidates, load_base, opened, run_of
-from rewardtune.cli import main
 from rewardtune.errors import ConfigError
 from rewardtune.mixing import Mix
 from rewardtune.runfolder import LORA_FILE
@@ -21,24 +20,26 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    optim = {"steps": 2, "lr": 3e-2, "batch": 2}
-    file = write_run(folder, model, output_dir=str(folder / "a"), optim=optim, eval={"count": 3})
-    assert main(["train", str(file), "checkpoints.every=1"]) == 0
-    return folder / "a"
+    folder = made_run(tmp_path_factory.mktemp("run") / "a", model)
+    earlier = made_run(folder / "checkpoint-1", model, seed=1)
+    (earlier / "config.yaml").unlink()  # a checkpoint has the settings of its run
+    return folder
 
 
 @pytest.fixture(scope="module")
 def full(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("full")
-    file = write_run(folder, model, output_dir=str(folder / "full"), adapter={"kind": "full"})
-    assert main(["train", str(file), "optim.lr=1e-3"]) == 0
-    return folder / "full"
+    return made_run(tmp_path_factory.mktemp("full") / "full", model, kind="full")
 
 
-def pictures(spec, **options):
-    (candidate,) = candidates([str(spec)], **options)
-    with opened(load_base([candidate]), candidate) as pipe:
+@pytest.fixture(scope="module")
+def pipe(run):
+    return load_base(candidates(["base", str(run)])[:1])
+
+
+def pictures(pipe, spec, beside):
+    """Of one candidate, `base` having the settings of the run `beside`."""
+    candidate = candidates(list(dict.fromkeys([spec, str(beside)])))[0]
+    with opened(pipe, candidate):
         return evaluate.sample(pipe, PROMPTS, seeds=[1, 2], call=candidate.settings.call)
 
 
@@ -73,52 +74,37 @@ def test_settings_asked_for_win_and_the_base_takes_those_of_the_first_run(run):
 def test_equal_labels_are_written_out(run, tmp_path):
     other = tmp_path / "a"
     other.mkdir()
-    for name in (LORA_FILE, "config.yaml", "run.json"):
+    for name in (LORA_FILE, "config.yaml"):
         (other / name).write_bytes((run / name).read_bytes())
     assert [c.label for c in candidates([str(run), str(other), f"{run}@0.5"])] == [str(run), str(other), "a@0.5"]
 
 
-def test_weights_and_mixes_have_base_and_tuned_as_their_ends(run):
-    tuned = pictures(run)
-    found = candidates(["base", str(run)])
-    with opened(load_base(found), found[0]) as pipe:
-        base = evaluate.sample(pipe, PROMPTS, seeds=[1, 2], call=found[0].settings.call)
-    assert not torch.equal(base, tuned)
-    for spec, expected in [
-        (f"{run}@0", base),
-        (f"{run}@1", tuned),
-        (f"{run}:base_steps=0", tuned),
-        (f"{run}:base_steps=4", base),
-        (f"{run}:aig=0", tuned),
-        (f"{run}:aig=inf", base),
-        (f"{run}@0:aig=1", base),
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_weights_and_mixes_have_base_and_tuned_as_their_ends(kind, run, full, pipe):
+    """Of a LoRA and of a whole denoiser; the pipeline is the base model's again after each."""
+    path = {"lora": run, "full": full}[kind]
+    own, before = pipe.unet, pictures(pipe, "base", path)
+    tuned = pictures(pipe, str(path), path)
+    assert not torch.equal(before, tuned)
+    for words, expected in [
+        ("@0", before),
+        ("@1", tuned),
+        (":base_steps=0", tuned),
+        (":base_steps=4", before),
+        (":aig=0", tuned),
+        (":aig=inf", before),
     ]:
-        torch.testing.assert_close(pictures(spec), expected, rtol=0, atol=0 if ":aig=1" not in spec else 1e-6)
-    assert not torch.equal(pictures(f"{run}@0.5"), tuned)
-
-
-def test_a_whole_denoiser_too(full):
-    found = candidates(["base", str(full)])
-    pipe = load_base(found)
-    own = pipe.unet
-    with opened(pipe, found[0]):
-        base = evaluate.sample(pipe, PROMPTS, seeds=[1, 2], call=found[0].settings.call)
-    with opened(pipe, found[1]):
-        assert pipe.unet is not own
-        tuned = evaluate.sample(pipe, PROMPTS, seeds=[1, 2], call=found[1].settings.call)
-    assert pipe.unet is own
-    assert not torch.equal(base, tuned)
-    assert torch.equal(pictures(f"{full}@0"), base)
-    assert torch.equal(pictures(f"{full}:base_steps=4"), base)
-    assert torch.equal(pictures(f"{full}:aig=0"), tuned)
-    middle = pictures(f"{full}@0.5")
-    assert not torch.equal(middle, base)
+        assert torch.equal(pictures(pipe, f"{path}{words}", path), expected), words
+    torch.testing.assert_close(pictures(pipe, f"{path}@0:aig=1", path), before, rtol=0, atol=1e-6)
+    middle = pictures(pipe, f"{path}@0.5", path)
+    assert not torch.equal(middle, before)
     assert not torch.equal(middle, tuned)
+    assert pipe.unet is own
+    assert torch.equal(pictures(pipe, "base", path), before)
 
 
-def test_the_pipeline_is_the_base_again(run):
-    base, tuned = candidates(["base", str(run)], scheduler="EulerDiscreteScheduler")
-    pipe = load_base([base])
+def test_a_scheduler_for_the_time_of_one_candidate(run, pipe):
+    (tuned,) = candidates([str(run)], scheduler="EulerDiscreteScheduler")
     before = pipe.scheduler
     with opened(pipe, tuned):
         assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"

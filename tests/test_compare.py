@@ -7,14 +7,14 @@ from statistics import fmean
 
 import pytest
 import torch
-from tiny_runs import save_tiny, write_run
+from tiny_runs import made_run, save_tiny, write_run
 
 from rewardtune import rewards
 from rewardtune.cli import main
 from rewardtune.compare import compare_candidates, evaluate_candidates
 from rewardtune.pictures import open_image
 from rewardtune.prompts import with_categories
-from rewardtune.runfolder import LORA_FILE
+from rewardtune.runfolder import LORA_FILE, RunFolder
 from rewardtune.stats import paired_difference, win_rate
 
 
@@ -23,21 +23,19 @@ def model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def trained(folder: Path, model: Path, name: str, **changes) -> Path:
-    values = {"optim": {"steps": 2, "lr": 3e-2, "batch": 2}, "eval": {"count": 3}, **changes}
-    file = write_run(folder, model, output_dir=str(folder / name), **values)
-    assert main(["train", str(file)]) == 0
-    return folder / name
-
-
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("a"), model, "a", guards={"rewards": ["symmetry"], "features": "playground"})
+    """Of the command, with the pictures that it took itself."""
+    folder = tmp_path_factory.mktemp("a")
+    values = {"optim": {"steps": 2, "lr": 3e-2, "batch": 2}, "eval": {"count": 3}}
+    guards = {"rewards": ["symmetry"], "features": "playground"}
+    assert main(["train", str(write_run(folder, model, output_dir=str(folder / "a"), guards=guards, **values))]) == 0
+    return folder / "a"
 
 
 @pytest.fixture(scope="module")
 def other(model, tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("b"), model, "b", reward="symmetry", seed=5)
+    return made_run(tmp_path_factory.mktemp("b") / "b", model, seed=5, reward="symmetry", eval={"count": 3})
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +167,8 @@ def test_what_is_refused(run, model, tmp_path, capsys):
         (["eval", "nowhere"], "no LoRA at nowhere"),
         (["eval", str(run), "-r", "clipscor"], "did you mean 'clipscore'?"),
         (["eval", str(run), "-o", "version=2.0"], "no --reward is given"),
+        (["eval", str(run), "-r", ""], "must not be empty"),
+        (["eval", str(run), "--prompts", ""], "prompt file"),
         (["eval", str(run), "--count", "9"], "there are 3 prompts"),
         (["eval", str(bare), "--model", str(model)], "add --output FOLDER"),
         (["eval", str(bare), "--model", str(model), "--output", str(tmp_path)], "add --prompts"),
@@ -196,10 +196,9 @@ def test_categories_of_prompts(tmp_path):
     assert with_categories(f"hf:{tmp_path}:anime.json[:1],photo.json") == [("p", "anime"), ("r", "photo")]
 
 
-def test_overwriting_a_run_removes_its_results(run, model, tmp_path):
-    folder = trained(tmp_path, model, "c", optim={"steps": 1, "batch": 2})
-    evaluate_candidates([str(folder)], count=1, steps=1)
-    (folder / "sweep.json").write_text("{}")
-    assert main(["train", str(tmp_path / "run.yaml"), "--overwrite"]) == 0
-    assert not (folder / "eval").exists()
-    assert not (folder / "sweep.json").exists()
+def test_overwriting_a_run_removes_its_results(tmp_path):
+    for name in ("run.json", "sweep.json", "sweep.png", "eval/eval.json", "sweep/a/000.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    RunFolder(tmp_path, overwrite=True).open()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -7,7 +7,7 @@ import torch
 
 from rewardtune import rewards
 
-SCORE, GRADIENT = 1e-5, 2e-5  # ten times what was measured (docs/results/parity.md)
+SCORE, GRADIENT = 1e-5, 2e-5  # twice and ten times the largest measured on two processors (docs/results/parity.md)
 REWARDS = sorted(golden_rewards.BUILDERS)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* reads the first .* tokens of a prompt")
@@ -121,7 +121,7 @@ def test_another_transform_is_far_off(way, wrong):
 
 @pytest.mark.parametrize("quality", [20, 50, 80])
 def test_jpeg_is_pillows(quality):
-    assert golden_rewards.jpeg_psnr(golden_rewards.read("jpeg"), quality).min() > 42
+    assert golden_rewards.jpeg_psnr(golden_rewards.read("jpeg"), quality).min() > 43
 
 
 # -- what every reward with a network promises ------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from PIL import Image
-from tiny_runs import save_tiny, write_run
+from tiny_runs import made_run, save_tiny
 
 from rewardtune.cli import main
 from rewardtune.compare import Contrast, Scored
@@ -71,11 +71,7 @@ def test_round_ticks():
 def test_a_sweep_of_a_run(tmp_path, capsys):
     model = save_tiny(tmp_path / "tiny")
     guards = {"rewards": ["symmetry"], "features": "playground"}
-    optim = {"steps": 2, "lr": 3e-2, "batch": 2}
-    run = write_run(tmp_path, model, optim=optim, eval={"count": 3}, guards=guards)
-    assert main(["train", str(run)]) == 0
-    capsys.readouterr()
-    folder = tmp_path / "out"
+    folder = made_run(tmp_path / "out", model, eval={"count": 3}, guards=guards)
     assert main(["sweep", str(folder), "--weights", "1,0.5", "--tolerance", "0.5"]) == 0
     out = capsys.readouterr().out
     document = json.loads((folder / "sweep.json").read_text())

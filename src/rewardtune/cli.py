@@ -374,14 +374,17 @@ def sweep(
 
 def _parts(names: list[str] | None, options: list[str] | None) -> Any:
     """The rewards of a command line as a run file's parts; None without any."""
-    from .config import Part
+    from .config import Part, section
     from .score import choose
 
     if not names:
         if options:
             raise ConfigError(f"-o {options[0]}: it is the setting of a reward, and no --reward is given")
         return None
-    return [Part(name=name, options=given) for name, given in choose(names, options or []).items()]
+    return [
+        section(Part, {"name": name, "options": given}, "reward")
+        for name, given in choose(names, options or []).items()
+    ]
 
 
 def _say(line: str) -> None:
@@ -501,6 +504,7 @@ def bench(
     reward: Annotated[list[str] | None, typer.Option(help="Of Table 1; may be given several times.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: 3.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Denoiser evaluations of a run.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="The grid of learning rates; several times.")] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="One process each, e.g. --device cuda:0 --device cuda:1; default: all.")
     ] = None,
@@ -522,6 +526,7 @@ def bench(
         rewards=reward,
         seeds=seeds,
         budget=budget,
+        lrs=lr,
         only_report=only_report,
         plots=plots,
     )

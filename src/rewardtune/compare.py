@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, stats
 from .candidates import BASE, Candidate, candidates, load_base, opened
-from .config import Part, PromptSource, RunConfig
+from .config import Part, RunConfig
 from .errors import ConfigError
 from .guards import Evaluation, Metric, named_parts
 from .progress import digits
@@ -301,18 +301,18 @@ def _prompts(
     """((prompt, category) of each, the source by name)."""
     if given is None and config is None:
         raise ConfigError("no candidate has a config.yaml to tell the prompts; add --prompts (docs/prompts.md)")
-    if given is not None:
-        source = PromptSource(source=given if isinstance(given, str) else list(given))
-    else:
+    source: Any = given
+    template = None
+    if source is None:
         assert config is not None
-        source = config.eval.prompts or config.prompts
-        count = count or config.eval.count
-    rows = with_categories(source.source, template=source.template)
+        own = config.eval.prompts or config.prompts
+        source, template, count = own.source, own.template, count or config.eval.count
+    rows = with_categories(source, template=template)
     if count is None and len(rows) > MOST:
         raise ConfigError(f"the prompts are {len(rows)}; say how many of them, from the first: --count {MOST}")
     if count is not None and count > len(rows):
         raise ConfigError(f"count={count}: there are {len(rows)} prompts")
-    return rows[:count], source.source if isinstance(source.source, str) else "a list"
+    return rows[:count], source if isinstance(source, str) else "a list"
 
 
 def _settings_notes(found: Sequence[Candidate]) -> Iterable[str]:

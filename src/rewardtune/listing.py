@@ -58,17 +58,20 @@ def listing(names: Sequence[str]) -> str:
     return "\n\n".join(blocks)
 
 
-REWARD_HEADINGS = ("reward", "native value", "range", "better", "weights", "licence", "status of proof")
+REWARD_HEADINGS = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "status of proof")
 
 
 def reward_rows() -> list[tuple[str, ...]]:
     """A row of text for each reward, under REWARD_HEADINGS."""
-    return [(e.name, e.meaning, e.range, e.better, e.size, e.licence, e.status) for e in REWARDS]
+    return [
+        (e.name, e.meaning, e.range, e.better, "yes" if e.differentiable else "no", e.size, e.licence, e.status)
+        for e in REWARDS
+    ]
 
 
 def rewards_table() -> str:
     """All rewards, a row each."""
-    return f"{text_table(REWARD_HEADINGS, reward_rows(), flexible=(1, 6))}\n\nAll about one: rewardtune ls rewards NAME"
+    return f"{text_table(REWARD_HEADINGS, reward_rows(), flexible=(1, 7))}\n\nAll about one: rewardtune ls rewards NAME"
 
 
 def reward_page(name: str) -> str:

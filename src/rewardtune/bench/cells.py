@@ -6,7 +6,7 @@ budget. Left out of the row: the weights (the run folder is temporary) and the v
 
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ def config_of(
 ) -> RunConfig:
     """The run file of a cell."""
     choice = {"name": law_of(cell).name, "options": dict(cell.options) or method_of(cell.method, cell.T)["options"]}
-    held_out = prompts[cell.judged][: setting.looked]
+    held_out = prompts[cell.judged][: setting.looked if cell.judged == "final" else 1]
     every = max(1, -(-updates // setting.looks)) if cell.judged == "final" else None
     changes: dict[str, Any] = {
         "method": choice,
@@ -74,7 +74,7 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
             given: dict[str, Any] = {"seed": cell.seed, "batch": setting.batch, "cost": cost}
             updates = cell.updates or updates_within(cell.budget, method, cell.T, **given)
             used = spent(method, cell.T, updates=updates, **given)
-        opened = cell if cell.method != BASE else Cell(**{**asdict(cell), "method": "DRTune"})
+        opened = cell if cell.method != BASE else replace(cell, method="DRTune", lr=1.0)  # not trained
         config, tuner = open_cell(opened, folder=f"{temporary}/run", device=device, updates=max(updates, 1))
         trace = {}
         if updates:
@@ -116,12 +116,13 @@ def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") 
     """name -> [mean, half of its 95 % interval over prompts]: the trained reward, its parts, and those besides."""
     from .. import evaluate
     from ..diversity import Features, pairwise_distance
+    from ..stats import mean_interval
 
     prompts = final_prompts(setting, cell)
     extra = launch.make_reward([Part(**{**part, "weight": 1.0}) for part in setting.extra])
     found = evaluate.score(extra, images, prompts, batch=16, device=tuner.device)
     found |= evaluate.score(tuner.reward, images, prompts, batch=16, device=tuner.device)  # also its total
-    scores = {name: list(evaluate.interval(values)) for name, values in found.items()}
+    scores = {name: list(mean_interval(values.tolist())) for name, values in found.items()}
     if setting.features is not None:
         features = Features(setting.features).to(tuner.device)
         scores["pairwise_distance"] = [pairwise_distance(features(images, batch=16)), 0.0]

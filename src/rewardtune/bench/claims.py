@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..intervals import mean_interval
 from ..progress import digits
+from ..stats import mean_interval
 
 Verdict = Literal["holds", "fails", "cannot be told here", "not run"]
 

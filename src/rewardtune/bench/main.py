@@ -25,6 +25,7 @@ def bench(
     rewards: Sequence[str] | None = None,
     seeds: int | None = None,
     budget: float | None = None,
+    lrs: Sequence[float] | None = None,
     only_report: bool = False,
     plots: bool = True,
     say: Callable[[str], None] = print,
@@ -32,6 +33,7 @@ def bench(
     """Run what is missing of the experiment `name`, write its page and its plot; gives the page.
 
     devices: one process each; None: the cores of the CPU, or all GPUs. rewards: of Table 1, None: all.
+    seeds: 0, 1, ... so many; budget, lrs: instead of the setting's.
     only_report: run nothing. Raises ConfigError.
     """
     if name not in NAMES:
@@ -44,6 +46,8 @@ def bench(
     asked = chosen_tasks(chosen, rewards)
     if seeds is not None:
         chosen = replace(chosen, seeds=tuple(range(seeds)))
+    if lrs:
+        chosen = replace(chosen, lrs=tuple(lrs))
     if budget is not None:
         chosen = replace(chosen, budget=budget, search_budget=budget / 2)
     work = Work(

@@ -46,7 +46,8 @@ class Setting:
 
     preset, changes: the run file and what is changed in it. T, batch: of the chain and of an update.
     budget: denoiser evaluations of one run; search_budget: of a run that chooses a learning rate among `lrs`.
-    count: final prompts of Table 1; looked: of the curves; searched: to choose on. extra: parts measured besides.
+    count: final prompts of Table 1, counted: of the ablations, looked: of the curves (`looks` after the first);
+    searched: to choose on. extra: parts measured besides; features: for diversity.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Setting:
     counted: int = 128
     looked: int = 32
     searched: int = 48
-    looks: int = 3
+    looks: int = 2
     seeds: tuple[int, ...] = (0, 1, 2)
     search_seed: int = 7
     extra: list[dict[str, Any]] = field(default_factory=list)
@@ -112,7 +113,7 @@ PLAYGROUND = Setting(
     preset="playground",
     changes=("adapter.targets=attention",),  # as the paper; convolutions besides cost a third more
     T=20,
-    batch=8,
+    batch=4,
     tasks={
         "symmetry": Task(
             parts=[{"name": "symmetry", "options": {"detach_std": True}}, _KEEP], native="symmetry", less=True, **_WORLD
@@ -128,9 +129,9 @@ PLAYGROUND = Setting(
             parts=[{"name": "compressibility", "weight": 300.0}, _KEEP], native="compressibility", less=True, **_WORLD
         ),
     },
-    lrs=(2e-4, 4e-4, 8e-4),
-    budget=10_000,
-    search_budget=5_000,
+    lrs=(3e-4, 9e-4),
+    budget=8e3,
+    search_budget=4e3,
     extra=[{"name": "symmetry"}, *map(_small, ("clipscore", "hpsv2", "pickscore", "aesthetic"))],
     features="playground",
 )
@@ -165,8 +166,8 @@ SD15 = Setting(
     lrs=(2e-5,),  # the paper's one rate for all; more of them are searched
     # 2 hours on 4 A100 are 28,800 GPU seconds; an evaluation at 512 pixels with guidance in half precision takes about
     # 40 ms there (an estimate: measure yours with `rewardtune bench cost`, and set --budget)
-    budget=720_000,
-    search_budget=180_000,
+    budget=720e3,
+    search_budget=180e3,
     extra=[{"name": "symmetry"}, {"name": "clipscore"}],
 )
 

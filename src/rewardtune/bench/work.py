@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from .rows import Cell, Rows
 from .setting import Setting
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Work:
     """Where results are, and who works.
 
@@ -29,10 +31,10 @@ class Work:
     folder: Path
     devices: tuple[str, ...] = ("cpu",)
     say: Callable[[str], None] = print
+    rows: Rows = field(init=False)
 
-    @property
-    def rows(self) -> Rows:
-        return Rows(self.folder / "rows.jsonl")
+    def __post_init__(self) -> None:
+        self.rows = Rows(self.folder / "rows.jsonl")
 
     def picture(self, cell: Cell) -> Path:
         name = f"{cell.reward}_{cell.method}_{cell.seed}".lower().replace(" ", "-").replace(",", "").replace("+", "and")
@@ -50,19 +52,17 @@ class Work:
 
     def do(self, cells: Sequence[Cell]) -> None:
         """Run what is missing; every row is on disk as soon as it is there. An error ends the work after the others."""
-        rows = self.rows
-        missing = rows.missing(cells)
+        missing = self.rows.missing(cells)
         if not missing:
             return
         cost = self.cost()
-        self._all([(cell, _run, (cell, cost, self._shown(cell))) for cell in missing], rows)
+        self._all([(cell, _run, (cell, cost, self._shown(cell))) for cell in missing])
 
     def each(self, cells: Sequence[Cell], measure: Callable[[Cell, str], dict[str, Any]]) -> None:
         """The same for rows that another function (cell, device) makes; it must be importable."""
-        rows = self.rows
-        self._all([(cell, _call, (measure, cell)) for cell in rows.missing(cells)], rows)
+        self._all([(cell, _call, (measure, cell)) for cell in self.rows.missing(cells)])
 
-    def _all(self, asked: Sequence[tuple[Cell, Callable[..., dict[str, Any]], tuple[Any, ...]]], rows: Rows) -> None:
+    def _all(self, asked: Sequence[tuple[Cell, Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
         if not asked:
             return
         self.say(f"{len(asked)} runs are missing; {len(self.devices)} at a time")
@@ -76,7 +76,7 @@ class Work:
                     self.say(f"failed: {failed[-1]}")
                     continue
                 row = job.result()
-                rows.add(row)
+                self.rows.add(row)
                 self.say(f"{done}/{len(jobs)} {cell}: {self._told(cell, row)}")
         if failed:
             raise ConfigError("\n".join([f"{len(failed)} runs failed; the others are kept:", *failed]))
@@ -103,10 +103,10 @@ class Work:
 
     def lr(self, method: str, reward: str) -> float | None:
         """The rate with the highest trained reward on the search prompts; None while runs of the search are missing."""
-        cells, rows = self.search(method, reward), self.rows
+        cells = self.search(method, reward)
         if not cells:
             return self.setting.lrs[0]
-        found = [(rows.get(cell), cell.lr) for cell in cells]
+        found = [(self.rows.get(cell), cell.lr) for cell in cells]
         if any(row is None for row, _ in found):
             return None
         return max((row["scores"]["reward"][0], lr) for row, lr in found if row is not None)[1]
@@ -139,11 +139,19 @@ _DEVICE = "cpu"  # of this worker process
 def _start(queue: Any) -> None:
     global _DEVICE
     _DEVICE = queue.get()
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     if _DEVICE == "cpu":
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sys.stdout = open(os.devnull, "w")  # the runs' own words  # noqa: SIM115
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose command was killed ends as well, instead of finishing its run for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run(cell: Cell, cost: Cost, pictures: Path | None) -> dict[str, Any]:

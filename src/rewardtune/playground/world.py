@@ -195,7 +195,8 @@ def report(results: dict[str, Any]) -> str:
         "# The world, tested without any method",
         "",
         f"{results['prompts']} prompts with a free layout, {results['steps']} DDIM steps, guidance {GUIDANCE:g};",
-        "made by `python -m rewardtune.playground.world`, whose header says what is tested and why.",
+        f"made by `python -m rewardtune.playground.world --prompts {results['prompts']}`, whose header says what is "
+        "tested and why.",
         "",
         "| | value | |",
         "|---|---|---|",

@@ -243,7 +243,7 @@ REWARDS = (
     Entry(
         name="jpeg_bytes",
         path="rewardtune.rewards.pixels:JPEGBytes",
-        meaning="size of the image as a JPEG file (no gradient)",
+        meaning="size of the image as a JPEG file",
         range="bytes",
         better="less",
         oracle="Pillow",

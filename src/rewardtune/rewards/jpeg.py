@@ -1,8 +1,8 @@
 """JPEG as a function of tensors: I -> d(c(I)), baseline, 4:2:0, without the lossless entropy coding.
 
 Integer quantisation tables by libjpeg's formula, the JFIF colour matrix, samples of 8 bits on both ways, chroma
-averaged over 2x2 pixels and brought back bilinearly (libjpeg's "fancy" up-sampling). Left out: which way libjpeg's
-averages round at .5.
+averaged over 2x2 pixels and brought back bilinearly (libjpeg's "fancy" up-sampling). Left out: its integer arithmetic
+in the two transforms and in the up-sampling, which rounds now and then to the other side.
 """
 
 import io
@@ -44,7 +44,7 @@ def jpeg(images: Tensor, quality: int, *, rounding: Rounding = torch.round, samp
     pixels = F.pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate")  # whole blocks of chroma
     to_ycc = pixels.new_tensor(YCC)
     ycc = samples(torch.einsum("kc,bchw->bkhw", to_ycc, pixels))
-    half = samples(F.avg_pool2d(ycc[:, 1:], 2))
+    half = samples(F.avg_pool2d(ycc[:, 1:], 2) + _ties(ycc))
     luma = samples(_quantise(ycc[:, :1] - 128, _table(LUMA, quality).to(ycc), rounding)) + 128
     chroma = samples(_quantise(half, _table(CHROMA, quality).to(ycc), rounding))
     chroma = samples(F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False))
@@ -75,6 +75,12 @@ def check_quality(quality: int) -> int:
     if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
         raise ConfigError(f"JPEG quality is {quality!r}; legal is a whole number from 1 (small file) to 100")
     return quality
+
+
+def _ties(ycc: Tensor) -> Tensor:
+    """(W/2,): -1/8, 1/8, -1/8, ... libjpeg rounds averages of four at .5 down and up by turns along a row; a quarter of
+    them are. Of .0, .25 and .75 none changes sides."""
+    return ycc.new_tensor([-0.125, 0.125]).repeat(ycc.shape[-1] // 4)
 
 
 def _table(base: list[list[int]], quality: int) -> Tensor:

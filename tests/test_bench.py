@@ -1,0 +1,253 @@
+"""The paper's experiments: what runs, what it costs, and what is made of the rows."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+
+from rewardtune import methods
+from rewardtune.bench import ablations, gradients, plots, table1
+from rewardtune.bench.cells import BASE, law_of, open_cell, run_cell
+from rewardtune.bench.claims import better
+from rewardtune.bench.cost import Cost, spent, updates_within
+from rewardtune.bench.main import NAMES, bench
+from rewardtune.bench.rows import Cell, Rows
+from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
+from rewardtune.bench.work import Work
+from rewardtune.errors import ConfigError
+from rewardtune.stats import student
+
+COST = Cost(replay=2.0, nested=2.5, evaluation=0.01, head=1.0)
+
+
+def test_the_paper_s_names_give_the_paper_s_settings_at_its_own_length():
+    expected = {
+        "ReFL-10": ("refl", {"m": 10}),
+        "ReFL-20": ("refl", {"m": 20}),
+        "DRaFT-LV": ("draft_lv", {"n": 2}),
+        "DRaFT-10": ("draft", {"K": 10}),
+        "AlignProp": ("alignprop", {}),
+        "DRTune": ("drtune", {"K": 5, "m": 20}),
+    }
+    assert {name: tuple(method_of(name, 50).values()) for name in METHODS} == expected
+    assert method_of("DRTune", 20)["options"] == {"K": 2, "m": 8}
+
+
+@pytest.mark.parametrize("name", [v.method for a in ablations.ABLATIONS.values() for v in a.variants])
+@pytest.mark.parametrize("T", [10, 20, 50])
+def test_every_variant_draws_plans(name, T):
+    cell = Cell(setting="playground", reward="hpsv2", method=name, lr=1e-4, seed=0, T=T, budget=1.0)
+    assert law_of(cell)(T, random.Random(0)).executed
+
+
+def test_an_evaluation_counts_once_and_a_replay_as_measured():
+    plan = methods.drtune(K=2, m=None)(10, random.Random(0))
+    assert COST.of(plan) == 10 + 2 * 2.0
+    assert COST.of(methods.draft(K=3)(10, random.Random(0))) == 10 + 3 * 2.5
+    assert COST.of(methods.draft_lv(n=2)(10, random.Random(0))) == 10 + 2 + 2 * 2.0  # both draws sampled and replayed
+    assert COST.of(methods.drtune(K=1, m=5)(10, random.Random(1))) < 10 + 2.0  # an early stop is paid by what ran
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_is_spent_and_not_exceeded(name):
+    given = {"seed": 3, "batch": 4, "cost": COST}
+    law = law_of(Cell(setting="playground", reward="hpsv2", method=name, lr=1e-4, seed=3, T=20, budget=1.0))
+    updates = updates_within(2000.0, law, 20, **given)
+    used = spent(law, 20, updates=updates + 1, **given)
+    assert used[updates] <= 2000 < used[updates + 1]
+    assert updates_within(1.0, law, 20, **given) == 1
+
+
+def test_rows_are_found_again_and_none_is_run_twice(tmp_path):
+    cell = Cell(setting="playground", reward="hpsv2", method="DRTune", lr=1e-4, seed=0, T=20, budget=8e3)
+    other = replace(cell, options=(("K", 4), ("m", 8)))
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.add({"cell": json.loads(other.key), "updates": 3})
+    again = Rows(tmp_path / "rows.jsonl")
+    assert again.get(cell) is None
+    assert again.get(other)["updates"] == 3
+    assert again.missing([cell, other, cell]) == [cell]
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"cell": {}}\n{"cell": \n')
+    with pytest.raises(ConfigError, match="line 2"):
+        Rows(path)
+
+
+def test_a_verdict_follows_the_paired_interval():
+    ours, theirs = [1.0, 2.0, 3.0], [0.5, 1.4, 2.6]  # gains 0.5, 0.6, 0.4
+    told = better("ours", ours, theirs, less=False, names=("a", "b"))
+    half = student(0.95, 2) * 0.1 / 3**0.5
+    assert told.verdict == "holds"
+    assert f"0.5 ± {half:.4g}" in told.spread
+    assert better("ours", ours, theirs, less=True, names=("a", "b")).verdict == "fails"
+    assert better("ours", [1, 2, 3], [0, 3, 2], less=False, names=("a", "b")).verdict == "cannot be told here"
+    assert better("ours", [1.0], [0.0], less=False, names=("a", "b")).verdict == "cannot be told here"
+    assert better("ours", [], [0.0], less=False, names=("a", "b")).verdict == "not run"
+
+
+def look(evaluations, symmetry, clipscore):
+    scores = {"symmetry": symmetry, "clipscore": clipscore, "reward": clipscore - symmetry}
+    return {"updates": evaluations // 10, "evaluations": evaluations, "cpu_seconds": evaluations / 2, "scores": scores}
+
+
+def test_symmetry_is_read_where_clipscore_crosses_the_level():
+    trace = [look(0, 0.5, 1.0), look(100, 0.4, 0.96), look(200, 0.2, 0.86)]
+    assert table1.at_level(trace, 0.91, "symmetry", "clipscore") == pytest.approx(0.3)
+    assert table1.at_equal({"trace": trace}, 0.91) == pytest.approx(0.3)
+    assert table1.at_equal({"trace": trace}, 1.0) == 0.5
+    assert table1.at_equal({"trace": trace}, 0.5) == 0.2  # never crossed: the best look
+    assert table1.at_time(trace, 75.0, "symmetry") == pytest.approx(0.3)
+    assert table1.at_time(trace, 500.0, "symmetry") == 0.2
+
+
+def row(cell, native, value, moved=None):
+    trace = [look(0, 0.5, 1.0), look(100, 0.4, 0.97)]
+    scores = {native: [value, 0.01], "reward": [value, 0.01], "symmetry": [0.4, 0.01], "clipscore": [0.9, 0.01]}
+    scores[native] = [value, 0.01]
+    facts = {"updates": 10, "evaluations": 100, "cpu_seconds": 50.0, "seconds": 60.0, "trained": 2.0, "grad_norm": 1.0}
+    return {"cell": json.loads(cell.key), "scores": scores, "trace": trace, "moved": moved, **facts}
+
+
+def filled(tmp_path, *, setting, seeds=3):
+    """Rows in which DRTune's symmetry is 0.1 and the others' 0.3, 0.31, ..., and the rate 9e-4 is always chosen."""
+    work = Work(setting=replace(setting_of(setting), seeds=tuple(range(seeds))), folder=tmp_path / setting)
+    rows = work.rows
+    for k, method in enumerate(METHODS):
+        for cell in work.search(method, "symmetry"):
+            rows.add(row(cell, "symmetry", cell.lr))
+        for seed in range(seeds):
+            cell = work.cell(method, "symmetry", seed, lr=work.lr(method, "symmetry"))
+            value = 0.1 if method == "DRTune" else 0.3 + 0.01 * k
+            rows.add(row(cell, "symmetry", value + 0.001 * seed, {"0": 0.02, "19": 0.04}))
+    return work
+
+
+def test_table_1_says_who_wins_and_what_is_missing(tmp_path):
+    work = filled(tmp_path, setting="playground")
+    assert work.lr("DRTune", "symmetry") == max(work.setting.lrs)
+    page = table1.report(work, ["symmetry", "hpsv2"])
+    assert "18 of 36 runs" in page
+    line = next(x for x in page.splitlines() if x.startswith("| DRTune"))
+    assert line == "| DRTune | 0.101 ± 0.001 | not run |"
+    claim = next(x for x in page.splitlines() if "symmetry: DRTune is better than every" in x)
+    assert "the best other, ReFL-10," in claim  # 0.3 is the next
+    assert claim.endswith("| holds |")
+    assert next(x for x in page.splitlines() if "hpsv2: DRTune" in x).endswith("| not run |")
+    assert "| ReFL-10 | 0.7512 | 39.18 |" in page  # the paper's own
+    assert "at 98% of the untuned CLIPScore DRTune is more symmetric than DRaFT-LV" in page
+    assert "| DRTune | >0.0009 | not run |" in page
+
+
+def test_the_paper_s_table_is_whole():
+    assert PAPER.keys() == setting_of("playground").tasks.keys() == setting_of("sd15").tasks.keys()
+    assert all(len(values) == len(METHODS) for values in PAPER.values())
+    for reward, values in PAPER.items():
+        less = setting_of("sd15").tasks[reward].less
+        assert values[-1] == (min if less else max)(values), f"DRTune is bold for {reward} in the paper"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_page_can_be_made_before_anything_ran(name, tmp_path):
+    page = bench(name, results=tmp_path, only_report=True, plots=False)
+    text = page.read_text()
+    assert "not run" in text or "0 of" in text
+    assert not (tmp_path / "playground" / "rows.jsonl").exists()
+
+
+def test_wrong_words_are_refused_with_the_nearest(tmp_path):
+    for given, words in (
+        ({"name": "table2"}, "did you mean 'table1'"),
+        ({"name": "table1", "setting": "playgroud"}, "did you mean 'playground'"),
+        ({"name": "table1", "rewards": ["symetry"]}, "did you mean 'symmetry'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            bench(given.pop("name"), results=tmp_path, only_report=True, plots=False, **given)
+
+
+def test_searched_prompts_are_neither_trained_nor_judged_on():
+    for lists in map(lists_of, ("symmetry", "objectness")):
+        assert len(lists["search"]) == 48
+        assert len(lists["final"]) == 400
+        sets = [set(prompts) for prompts in lists.values()]
+        assert not sets[0] & sets[1]
+        assert not sets[2] & (sets[0] | sets[1])
+    assert all(" heart" in prompt for prompt in lists["final"])
+
+
+def lists_of(reward):
+    return setting_of("playground").tasks[reward].prompts(search=48, final=400)
+
+
+def test_growth_of_the_gradient_norm_is_told():
+    T = 20
+    rows = [
+        {
+            "full": {str(K): (K if K <= 6 else 6 * (K / 6) ** 3) * (1 + seed / 100) for K in gradients.counts(T)},
+            "stopped": {str(K): K * (1 + seed / 50) for K in gradients.counts(T)},
+        }
+        for seed in range(3)
+    ]
+    assert [c.verdict for c in gradients.claims(rows, T)][:2] == ["holds", "holds"]
+    flat = [{"full": r["stopped"], "stopped": r["stopped"]} for r in rows]
+    assert gradients.claims(flat, T)[0].verdict != "holds"
+
+
+def test_a_plot_is_drawn(tmp_path):
+    found = {"a": [[(0, 1), (1, 2)], [(0, 1.5), (1.1, 2.5)]], "nothing": []}
+    path = plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t", level=("untuned", 1.0))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert plots._mean(found["a"]) == [(0, 1.25), (1.05, 2.25)]
+
+
+@pytest.fixture(scope="module")
+def cell():
+    return Cell(
+        setting="playground-quick", reward="symmetry", method="DRTune", lr=1e-3, seed=0, T=4, budget=60.0, count=2
+    )
+
+
+def test_a_run_is_that_of_the_trainer(cell, tmp_path):
+    """The row's looks are those of a RewardTuner with the same settings and updates."""
+    made = run_cell(cell, COST, pictures=tmp_path / "strip.png")
+    config, tuner = open_cell(cell, folder=str(tmp_path / "run"), updates=made["updates"])
+    law = law_of(cell)
+    batch = setting_of(cell.setting).batch
+    assert made["updates"] == updates_within(60.0, law, 4, seed=0, batch=batch, cost=COST)
+    result = tuner.train(made["updates"], lr=1e-3, clip=config.optim.clip)
+    assert made["trace"][-1]["scores"]["symmetry"] == pytest.approx(result.after["symmetry"][0], rel=1e-6)
+    assert made["trace"][-1]["evaluations"] == made["evaluations"] <= 60
+    assert {"symmetry", "clipscore", "hpsv2", "reward", "pairwise_distance"} <= made["scores"].keys()
+    assert made["moved"]["0"] > 0
+    assert (tmp_path / "strip.png").exists()
+    json.dumps(made)
+
+
+def test_the_untuned_model_is_judged_as_it_is(cell):
+    made = run_cell(replace(cell, method=BASE, lr=0.0), COST)
+    assert made["updates"] == made["evaluations"] == 0
+    assert made["moved"] is None
+    assert 0 < made["scores"]["symmetry"][0] < 2
+
+
+def test_missing_runs_are_made_once(cell, tmp_path):
+    said = []
+    work = Work(setting=setting_of(cell.setting), folder=tmp_path, devices=("cpu",), say=said.append)
+    (tmp_path / "cost.json").write_text(json.dumps(asdict(COST)))
+    base = replace(cell, method=BASE, lr=0.0, T=20)
+    work.do([base, base])
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+    assert work.picture(base).exists()
+    said.clear()
+    work.do([base])
+    assert not said
+
+
+def test_quick_settings_are_small_and_apart():
+    for name in ("playground", "sd15"):
+        whole, small = SETTINGS[name], SETTINGS[f"{name}-quick"]
+        assert small.budget < whole.budget
+        assert len(small.seeds) == len(small.lrs) == 1
