@@ -143,6 +143,7 @@ def test_the_shift_at_the_papers_sizes():
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the fixture trains, with 25 steps a chain
 def test_an_update_is_what_the_recipe_says(run):
     folder, drawn = run
     lines = metrics(folder)
@@ -162,6 +163,7 @@ def test_an_update_is_what_the_recipe_says(run):
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_run_is_used_at_0_7_everywhere(run, places, tmp_path, capsys):
     """sample, the three exports and plain diffusers agree with lora_B times 0.7, not with the LoRA as trained."""
     folder, _ = run
@@ -202,6 +204,7 @@ def test_the_run_is_used_at_0_7_everywhere(run, places, tmp_path, capsys):
     assert exported.weight == 1  # the file holds the 0.7 already
 
 
+@pytest.mark.slow
 def test_the_card_and_the_header_say_it(run, tmp_path):
     from safetensors import safe_open
 
@@ -214,6 +217,7 @@ def test_the_card_and_the_header_say_it(run, tmp_path):
         assert "weight 1, the file holds 0.7 of the LoRA as trained" in file.metadata()["modelspec.usage_hint"]
 
 
+@pytest.mark.slow
 def test_a_named_weight_wins(run):
     folder, _ = run
     one, half, mixed, checkpoint = candidates(
@@ -236,14 +240,15 @@ def test_a_resumed_run_is_the_whole_run(run, places, tmp_path):
     assert load_config(parts / "config.yaml").adapter.inference_weight == 0.6
 
 
-@pytest.mark.slow  # an update of 64 pictures, 25 steps each
-def test_the_whole_batch_in_half_precision_at_the_papers_rate(places, tmp_path):
-    """fp16 frozen weights of the variant fp16, fp32 LoRA, the float32 VAE, lr 5e-6, 64 pictures: nothing but sizes."""
+@pytest.mark.slow  # half precision takes a CPU minutes
+def test_half_precision_at_the_papers_rate(places, tmp_path):
+    """fp16 frozen weights of the variant fp16, fp32 LoRA, the float32 VAE, lr 5e-6; 2 pictures of the recipe's 64."""
+    assert load_config("sdxl-fdxl").optim.batch == 8 * 2 * 4
     model = save_tiny_xl(tmp_path / "fp16", variant="fp16")
-    more = ["optim.steps=1", "eval.every=1", "model.dtype=float16", "model.variant=fp16"]
+    more = ["optim.batch=2", "optim.steps=1", "eval.every=1", "model.dtype=float16", "model.variant=fp16"]
     assert main(["train", "sdxl-fdxl", *overrides(model, places[1], tmp_path / "out", *more)]) == 0
     (line,) = metrics(tmp_path / "out")
-    assert (line["images"], line["lr"]) == (8 * 2 * 4, 5e-6)
+    assert (line["images"], line["lr"]) == (2, 5e-6)
     state = load_file(tmp_path / "out" / LORA_FILE)
     moved = max(float(value.abs().max()) for key, value in state.items() if ".lora_B." in key)
     assert moved == pytest.approx(5e-6, rel=0.05)  # Adam's first step is the rate itself
