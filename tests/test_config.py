@@ -174,7 +174,7 @@ seed: 9223372036854775808
         "line 5: optim.lr = nan: must be ",
         "line 5: optim.clip = inf: must be a finite number",
         "line 5: optim.batch = 2.5: must be a valid integer",
-        "line 5: 'optim.betas.1' is missing",
+        "line 5: optim.betas = [0.9]: must be two numbers, e.g. [0.9, 0.999]",
         "line 5: optim.weight_decay = '0': must be a valid number",
         "line 6: memory.cache_text = 1: must be true or false",
         "line 6: memory.offload.1 = 'gpu': must be 'text_encoders', 'vae' or 'reward'",

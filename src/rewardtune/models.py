@@ -6,14 +6,16 @@ Left out: pickled checkpoints (.ckpt, .bin run code when opened), quantised text
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, out_of_memory
 from .quietly import no_loading_bars
 from .spelling import nearest
+
+T = TypeVar("T")
 
 #: Keyword arguments of diffusers' BitsAndBytesConfig.
 QUANTIZE: dict[str, dict[str, Any]] = {
@@ -76,13 +78,7 @@ def load_pipeline(
         pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
     if isinstance(getattr(pipe, "vae", None), torch.nn.Module) and pipe.vae.dtype != vae:
         pipe.vae.to(vae)
-    try:
-        pipe = pipe.to(where)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"model.device={device!r}: {str(error).splitlines()[0]}; this PyTorch on this machine has "
-            f"{', '.join(_devices())}"
-        ) from error
+    pipe = check_device(device, lambda: pipe.to(where))
     denoiser = _denoiser(pipe)
     if gradient_checkpointing:
         checkpoint_blocks(denoiser)
@@ -162,6 +158,19 @@ def _device(name: str) -> Any:
         raise ConfigError(f"model.device={name!r}: no such device; legal are auto, cpu, cuda, cuda:1, mps") from error
 
 
+def check_device(name: str, put: Callable[[], T]) -> T:
+    """put(), which puts something on the device `name`; ConfigError with the legal devices where there is none."""
+    try:
+        return put()
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model.device={name!r}: {str(error).splitlines()[0]}; this PyTorch on this machine has "
+            f"{', '.join(_devices())}"
+        ) from error
+
+
 def _devices() -> list[str]:
     """What model.device may be here."""
     import torch
@@ -198,6 +207,11 @@ def _refuse_misfits(
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ConfigError(
             f"model {id}: the folder has no model_index.json; give a folder saved by pipe.save_pretrained"
+        )
+    if not single and not path.is_dir() and (id[0] in "./~\\" or id.count("/") > 1):
+        raise ConfigError(
+            f"model {id}: there is no such folder; give a folder saved by pipe.save_pretrained, a .safetensors file, "
+            "a hub id (owner/name), or `playground`"
         )
     local = single or path.is_dir() or id == "playground"
     if revision is not None and local:
@@ -303,8 +317,8 @@ def _guessed_config(file: Path) -> str:
 
 def _cannot_load(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model {path!r} cannot be loaded: {_first_line(error)}. Give a diffusers folder, a hub id that this machine "
-        "can reach, a .safetensors file, or `playground`"
+        f"model {path!r} cannot be loaded: {_first_line(error).rstrip('.')}. Give a diffusers folder, a hub id that this "
+        "machine can reach, a .safetensors file, or `playground`"
     )
 
 
