@@ -317,8 +317,8 @@ def _guessed_config(file: Path) -> str:
 
 def _cannot_load(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model {path!r} cannot be loaded: {_first_line(error).rstrip('.')}. Give a diffusers folder, a hub id that this "
-        "machine can reach, a .safetensors file, or `playground`"
+        f"model {path!r} cannot be loaded: {_first_line(error).rstrip('.')}. Give a diffusers folder, a hub id that "
+        "this machine can reach, a .safetensors file, or `playground`"
     )
 
 

@@ -455,14 +455,11 @@ class RewardTuner:
             progress.message(words)
 
         tell(f"step {self.step}: {line(scores)}")
-        verdicts = self.watch.verdicts(since=self.rolled_back_at)
+        verdicts = self.watch.verdicts(since=self.rolled_back_at, last=self.rollbacks == ROLLBACKS)
         act = guards.action(verdicts)
         for verdict in verdicts:
             if act != "stop" or not verdict.due:  # those that stop the run are the error that ends it
                 tell(verdict.words)
-        if act == "rollback" and self.rollbacks == ROLLBACKS:
-            act = "stop"
-            tell(f"rolled back {ROLLBACKS} times already: training stops")
         if act == "rollback":
             self.rollbacks, self.rolled_back_at = self.rollbacks + 1, self.step
             back = self._take_back(state)

@@ -90,9 +90,9 @@ class Watch:
             guards.check_start(self.rules, found)
         return scores, images
 
-    def verdicts(self, *, since: int = 0) -> list[Verdict]:
-        """What the rules say to the latest look; crossings up to step `since` led to an earlier rollback."""
-        return guards.judge(self.history, self.rules, best=self.best_step(), since=since)
+    def verdicts(self, *, since: int = 0, last: bool = False) -> list[Verdict]:
+        """What the rules say to the latest look; since, last: of `guards.judge`."""
+        return guards.judge(self.history, self.rules, best=self.best_step(), since=since, last=last)
 
     def best_step(self) -> int | None:
         """The step of the best look so far that violates no rule; the first one's, where none is better."""
