@@ -243,6 +243,8 @@ def test_wrong_overrides_are_named_by_their_key(override, message, tmp_path):
 # -- settings that do not go together -------------------------------------------------------------------------------
 
 TOGETHER = {
+    "memory: {shard: true}\nadapter: {kind: dora}": "adapter.kind: does not go with memory.shard: use lora",
+    "memory: {shard: true}\nmodel: {id: x/y, compile: true}": "model.compile: does not go with memory.shard",
     "optim: {steps: 5, warmup: 5}": "optim.warmup: 5 updates of warmup, but optim.steps is 5",
     "optim: {batch: 4, micro_batch: 8}": "optim.micro_batch: 8 is more than optim.batch, which is 4",
     "sampling: {negative_prompt: x}\nprompts: {source: a.txt, negative: y}": "prompts.negative: sampling.negative",

@@ -217,6 +217,8 @@ class Memory(_Section):
     """of the VAE, which gives black images in float16; null: as model.dtype"""
     offload: list[Literal["text_encoders", "vae", "reward"]] = []
     """what waits on the CPU while the denoiser works"""
+    shard: bool = False
+    """with several processes: each holds a share of the denoiser's frozen weights (FSDP2); docs/processes.md"""
 
 
 class Optim(_Section):
@@ -452,6 +454,14 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             )
         if config.model.quantize is not None:
             yield "adapter.kind", "quantised weights cannot be trained: adapter.kind lora, or model.quantize null"
+    if config.memory.shard:
+        for key, wrong, cure in (
+            ("adapter.kind", config.adapter.kind != "lora", "use lora"),
+            ("model.quantize", config.model.quantize is not None, "set it to null"),
+            ("model.compile", config.model.compile, "set it to false"),
+        ):
+            if wrong:
+                yield key, f"does not go with memory.shard: {cure}, or memory.shard false"
     if regularize.denoise.images is not None and regularize.denoise.weight == 0:
         yield (
             "regularize.denoise.images",

@@ -37,6 +37,7 @@ def load_pipeline(
     gradient_checkpointing: bool = False,
     vae_dtype: str | None = None,
     scheduler: str | None = None,
+    aside: bool = False,
 ) -> Any:
     """The diffusers pipeline on its device.
 
@@ -51,6 +52,7 @@ def load_pipeline(
         vae_dtype: float32 or bfloat16; None = float32 beside a float16 model (its pictures would turn black), else
             the model's own.
         scheduler: name of a diffusers scheduler class; None = as saved.
+        aside: the denoiser waits on the CPU, to be sharded from there (sharding.py).
 
     Raises ConfigError when it cannot be had, where possible before any weights load.
     """
@@ -78,7 +80,7 @@ def load_pipeline(
         pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
     if isinstance(getattr(pipe, "vae", None), torch.nn.Module) and pipe.vae.dtype != vae:
         pipe.vae.to(vae)
-    pipe = check_device(device, lambda: pipe.to(where))
+    pipe = check_device(device, lambda: _without_denoiser(pipe, where) if aside else pipe.to(where))
     denoiser = _denoiser(pipe)
     if gradient_checkpointing:
         checkpoint_blocks(denoiser)
@@ -139,6 +141,16 @@ def offloaded_vae(pipe: Any) -> Iterator[None]:
         handle.remove()
         hook.remove()
         vae.to(device)
+
+
+def _without_denoiser(pipe: Any, device: Any) -> Any:
+    import torch
+
+    denoiser = _denoiser(pipe)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part is not denoiser:
+            part.to(device)
+    return pipe
 
 
 def _denoiser(pipe: Any) -> Any:
