@@ -17,6 +17,7 @@ from tiny_runs import redness
 from rewardtune import methods
 from rewardtune.errors import RewardTuneError
 from rewardtune.processes import join
+from rewardtune.sharding import held
 from rewardtune.trainer import RewardTuner
 
 METHODS = {"drtune": methods.drtune(K=2, m=2), "draft": methods.draft(K=2)}
@@ -29,6 +30,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "guarded": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "guard": True},
     "nan": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "nan"},
     "raises": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "raises"},
+    "sharded": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "shard": True},
+    "sharded_nan": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "shard": True, "fault": "nan"},
     "killed": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "killed"},
 }
 
@@ -67,6 +70,7 @@ def run(folder: Path, *, method: str, batch: int, micro_batch: int, steps: int, 
         eval_count=3,
         checkpoints=CHECKPOINTS,
         guards={"rules": rules},
+        shard=more.get("shard", False),
         resume=more.get("resume"),
         show_progress=False,
     )
@@ -76,7 +80,7 @@ def run(folder: Path, *, method: str, batch: int, micro_batch: int, steps: int, 
         tuner.train(steps, lr=1e-2, eval_every=1 if more.get("guard") else None)
     except RewardTuneError as error:
         end = {"error": str(error), "exit_code": error.exit_code}
-    (folder / f"end-{rank}.json").write_text(json.dumps(end | {"step": tuner.step}))
+    (folder / f"end-{rank}.json").write_text(json.dumps(end | {"step": tuner.step, "held": held(tuner.denoiser)}))
     if rank == 0:
         gradients = [parameter.grad for parameter in tuner.parameters]
         torch.save({"weights": [p.detach() for p in tuner.parameters], "gradients": gradients}, folder / "out.pt")

@@ -1,5 +1,6 @@
 """`rewardtune check`: a good run passes, each broken one gives its line and exit code, and nothing is left behind."""
 
+import importlib.util
 import json
 import re
 import time
@@ -99,6 +100,7 @@ BROKEN = {
         2,
         "optim.optimizer: optim.optimizer=prodigy needs prodigyopt",
     ),
+    "tracker": ({"log": {"trackers": ["trackio"]}}, 2, "log.trackers: log.trackers: trackio is not installed"),
     "images": (
         {"regularize": {"denoise": {"weight": 0.1, "images": "pictures"}}},
         2,
@@ -145,8 +147,13 @@ def test_broken_runs(case, check, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr("sys.dont_write_bytecode", True)
         keep = ("broken.py",)
-    if case == "optimizer" and __import__("importlib.util").util.find_spec("prodigyopt"):
+    if case == "optimizer" and importlib.util.find_spec("prodigyopt"):
         pytest.skip("prodigyopt is installed")
+    if case == "tracker":
+        own = importlib.util.find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *more: None if name == "trackio" else own(name, *more)
+        )
     code, out, _ = check(keep=keep, **changes)
     found = errors(out)
     assert code == exit_code, out
@@ -161,7 +168,7 @@ def test_all_independent_problems_at_once(check):
         reward=["brightnes", "symmetri"],
         guards={"rewards": ["colr"]},
         sampling=BASE["sampling"] | {"scheduler": "Eular"},
-        at="nowhere.safetensors",
+        model={"id": "nowhere.safetensors", "device": "cuda:99"},
     )
     whats = [re.match(r"error +([^:]+):", line)[1] for line in errors(out)]
     assert code == 2
@@ -169,12 +176,21 @@ def test_all_independent_problems_at_once(check):
         "prompts",
         "method",
         "sampling.scheduler",
+        "model.device",
         "reward brightnes",
         "reward symmetri",
         "guards.rewards colr",
         "model",
     ]
-    assert "7 errors" in out
+    assert "8 errors" in out
+
+
+def test_a_device_that_is_not_there_is_one_error(check):
+    code, out, _ = check("model.device=cuda:99")
+    assert code == 2
+    assert len(errors(out)) == 1
+    assert "model.device='cuda:99': " in errors(out)[0]
+    assert "this machine has auto, cpu" in errors(out)[0]
 
 
 def test_a_wrong_key_is_said_as_train_says_it(check):

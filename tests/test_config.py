@@ -174,7 +174,7 @@ seed: 9223372036854775808
         "line 5: optim.lr = nan: must be ",
         "line 5: optim.clip = inf: must be a finite number",
         "line 5: optim.batch = 2.5: must be a valid integer",
-        "line 5: 'optim.betas.1' is missing",
+        "line 5: optim.betas = [0.9]: must be two numbers, e.g. [0.9, 0.999]",
         "line 5: optim.weight_decay = '0': must be a valid number",
         "line 6: memory.cache_text = 1: must be true or false",
         "line 6: memory.offload.1 = 'gpu': must be 'text_encoders', 'vae' or 'reward'",
@@ -243,6 +243,8 @@ def test_wrong_overrides_are_named_by_their_key(override, message, tmp_path):
 # -- settings that do not go together -------------------------------------------------------------------------------
 
 TOGETHER = {
+    "memory: {shard: true}\nadapter: {kind: dora}": "adapter.kind: does not go with memory.shard: use lora",
+    "memory: {shard: true}\nmodel: {id: x/y, compile: true}": "model.compile: does not go with memory.shard",
     "optim: {steps: 5, warmup: 5}": "optim.warmup: 5 updates of warmup, but optim.steps is 5",
     "optim: {batch: 4, micro_batch: 8}": "optim.micro_batch: 8 is more than optim.batch, which is 4",
     "sampling: {negative_prompt: x}\nprompts: {source: a.txt, negative: y}": "prompts.negative: sampling.negative",

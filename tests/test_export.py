@@ -347,6 +347,9 @@ def test_wrong_input_is_refused_by_name(shared, tmp_path):
     (run / LORA_FILE).rename((run / LORA_FILE).with_suffix(".unverified"))
     with pytest.raises(ConfigError, match=r"holds no pytorch_lora_weights.safetensors \(only .* failed its check\)"):
         export.export_run(run)
+    (run / "denoiser").mkdir()
+    with pytest.raises(ConfigError, match=r"is a full fine-tuning, which has no LoRA to export: its denoiser in"):
+        export.export_run(run)
     assert not (shared[0] / "export").exists()
 
 

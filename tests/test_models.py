@@ -60,6 +60,7 @@ def test_files_that_are_no_pipeline(folder, tmp_path):
 
 MISFITS = [
     ({"id": "no/such.safetensors"}, r"model no/such.safetensors: no such file"),
+    ({"id": "/no/such/folder"}, r"model /no/such/folder: there is no such folder; give .* hub id \(owner/name\)"),
     ({"id": "model.ckpt"}, r"a pickled file may run any code.*\.safetensors"),
     ({"id": "playground", "revision": "main"}, r"model.revision='main' is for hub ids"),
     ({"id": "playground", "variant": "fp16"}, r"model.variant='fp16' is for hub ids and folders"),

@@ -17,12 +17,13 @@ import pytest
 import torch
 from tiny_runs import save_tiny, write_run
 
-from rewardtune import checkpoint, cli
+from rewardtune import checkpoint, cli, sharding
+from rewardtune.errors import ConfigError
 from rewardtune.processes import Processes
 
 SCRIPT = Path(one_of_several.__file__)
 START = "import sys; from rewardtune.processes import start; sys.exit(start(2, sys.argv[1:], cpu=True))"
-TOGETHER = ("drtune", "draft", "resumed", "guarded", "nan", "raises")
+TOGETHER = ("drtune", "draft", "resumed", "guarded", "nan", "raises", "sharded", "sharded_nan")
 
 
 def environment() -> dict[str, str]:
@@ -101,6 +102,28 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(one, two, tmp_path):
     assert same_weights(one / "drtune", tmp_path / "run", "weights")
 
 
+def test_a_sharded_denoiser_gives_the_same_weights(one, two):
+    """Also the looks are the same: three pictures on two processes, which have to call the denoiser equally often."""
+    assert same_weights(one / "drtune", two / "sharded", "gradients", "weights")
+    held, whole = (sum(end["held"] for end in ends(two / name)) for name in ("sharded", "drtune"))
+    trained = sum(weights.numel() for weights in torch.load(one / "drtune" / "out.pt")["weights"])
+    assert held - 2 * trained == (whole - 2 * trained) // 2  # the frozen weights are there once, the LoRA twice
+    assert [record["step"] for record in metrics(two / "sharded")] == list(range(5))
+    assert status(two / "sharded")["lora_verified"]
+    for name in ("step-000000", "final"):
+        files = [sorted((folder / "samples" / name).glob("*.png")) for folder in (one / "drtune", two / "sharded")]
+        assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]] != []
+
+
+def test_what_cannot_be_shared_evenly_is_refused():
+    sharding.check_even(batch=8, micro_batch=2, world=2)
+    with pytest.raises(ConfigError, match=r"memory.shard: .* makes 3, which 2 processes .* optim.batch=4"):
+        sharding.check_even(batch=5, micro_batch=2, world=2)
+    even = Processes(2, 3, sharded=True)
+    assert even.padded(even.mine(range(5)), range(5)) == [2, 0]
+    assert Processes(2, 3).padded([2], range(5)) == [2]
+
+
 def test_a_guard_stops_all_processes_at_the_same_step(two):
     first, second = ends(two / "guarded")
     assert "base_pixels is" in first["error"]
@@ -110,7 +133,12 @@ def test_a_guard_stops_all_processes_at_the_same_step(two):
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "word", "message"), [("nan", 4, "stopped", "not finite"), ("raises", 1, "failed", "no network")]
+    ("fault", "code", "word", "message"),
+    [
+        ("nan", 4, "stopped", "not finite"),
+        ("raises", 1, "failed", "no network"),
+        ("sharded_nan", 4, "stopped", "not finite"),
+    ],
 )
 def test_an_error_in_one_process_ends_both_with_its_message(fault, code, word, message, two):
     first, second = ends(two / fault)

@@ -35,6 +35,7 @@ from .rewards.catalogue import CATALOGUE, OPENAI
 from .rewards.check import check_reward
 from .rewards.weights import cache_folder
 from .runfolder import RunFolder
+from .trackers import check_installed
 
 if TYPE_CHECKING:
     from .trainer import RewardTuner
@@ -114,6 +115,8 @@ def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None
     findings = Findings(say)
     attempt = findings.attempt
     attempt("output_dir", lambda: _output(Path(config.output_dir)))
+    if config.log.trackers:
+        attempt("log.trackers", lambda: _trackers(config))
     prompts = attempt("prompts", lambda: _prompts(config.prompts))
     held = config.eval.prompts
     eval_prompts = prompts if held is None else attempt("eval.prompts", lambda: _prompts(held))
@@ -121,11 +124,13 @@ def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None
     scheduler = config.sampling.scheduler
     if scheduler is not None and not attempt("sampling.scheduler", lambda: _scheduler(str(scheduler))):
         scheduler = None
-    attempt("optim.optimizer", lambda: _optimizer(config))
+    device = attempt("model.device", lambda: _device(config))
+    if device is not None:
+        attempt("optim.optimizer", lambda: _optimizer(config, device))
     images = config.regularize.denoise.images is None or attempt("regularize.denoise.images", lambda: _images(config))
     trained, held_out, features = _rewards(config, findings)
     pipe = None
-    if attempt("model", lambda: _model(config)):
+    if attempt("model", lambda: _model(config)) and device is not None:
         load = lambda: _load(config, scheduler)  # noqa: E731
         pipe = attempt("pipeline", load, phase=dryrun.SAMPLING, config=config)
     run = None
@@ -174,12 +179,20 @@ def _scheduler(name: str) -> tuple[Any, str]:
     return models.make_scheduler(name, SimpleNamespace(config={})), name
 
 
-def _optimizer(config: RunConfig) -> tuple[Any, str]:
+def _trackers(config: RunConfig) -> tuple[bool, str]:
+    check_installed(config.log.trackers)
+    return True, ", ".join(config.log.trackers)
+
+
+def _device(config: RunConfig) -> tuple[torch.device, str]:
+    device = models._device(config.model.device)
+    models.check_device(config.model.device, lambda: torch.zeros(1, device=device))
+    return device, str(device)
+
+
+def _optimizer(config: RunConfig, device: torch.device) -> tuple[Any, str]:
     """With one parameter, which finds a missing extra and a device that does not do."""
     optim = config.optim
-    device = models._device(config.model.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        device = torch.device("cpu")  # the pipeline's own error says so
     one = [nn.Parameter(torch.zeros(1, device=device))]
     made = make_optimizer(optim.optimizer, one, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
     return made, f"{optim.optimizer}, lr={optim.lr:g}"

@@ -219,6 +219,8 @@ class Memory(_Section):
     """of the VAE, which gives black images in float16; null: as model.dtype"""
     offload: list[Literal["text_encoders", "vae", "reward"]] = []
     """what waits on the CPU while the denoiser works"""
+    shard: bool = False
+    """with several processes: each holds a share of the denoiser's frozen weights (FSDP2); docs/processes.md"""
 
 
 class Optim(_Section):
@@ -454,6 +456,14 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             )
         if config.model.quantize is not None:
             yield "adapter.kind", "quantised weights cannot be trained: adapter.kind lora, or model.quantize null"
+    if config.memory.shard:
+        for key, wrong, cure in (
+            ("adapter.kind", config.adapter.kind != "lora", "use lora"),
+            ("model.quantize", config.model.quantize is not None, "set it to null"),
+            ("model.compile", config.model.compile, "set it to false"),
+        ):
+            if wrong:
+                yield key, f"does not go with memory.shard: {cure}, or memory.shard false"
     if regularize.denoise.images is not None and regularize.denoise.weight == 0:
         yield (
             "regularize.denoise.images",
@@ -649,7 +659,13 @@ def _explain(error: ValidationError, path: Path | None, places: dict[Key, str], 
         for problem, messages in found.values()
         if not (problem["loc"] in unions and problem["loc"] in deeper)
     ]
-    return list(dict.fromkeys(lines))
+    return sorted(dict.fromkeys(lines), key=_line_number)
+
+
+def _line_number(problem: str) -> float:
+    """Where the problem stands in the file; those of no line come last."""
+    found = re.match(r".*?, line (\d+): ", problem)
+    return int(found[1]) if found else float("inf")
 
 
 def _line(problem: Any, messages: list[tuple[str, str]], path: Path | None, places: dict[Key, str]) -> str:
@@ -666,12 +682,22 @@ def _line(problem: Any, messages: list[tuple[str, str]], path: Path | None, plac
         model = _model_at(where[:-1])
         legal = list(model.model_fields) if model else []
         return f"{place}unknown key {dotted!r}{nearest(str(where[-1]), legal)}; legal here: {', '.join(legal)}"
+    if problem["type"] == "missing" and isinstance(where[-1], int):
+        of = ".".join(map(str, where[:-1]))
+        return f"{place}{of} = {_short(problem['input'])}: must be {_pair_words(where[:-1])}"
     if problem["type"] == "missing":
         hint = " (`rewardtune init` lists complete run files to start from)" if len(where) == 1 else ""
         return f"{place}{dotted!r} is missing{hint}"
     inner = [(kind, text) for kind, text in messages if not kind.endswith("_type")]  # of the fitting member of a union
     words = dict.fromkeys(_must(kind, text, problem) for kind, text in inner or messages)
     return f"{place}{dotted} = {_short(problem['input'])}: {_joined(list(words))}"
+
+
+def _pair_words(where: Key) -> str:
+    """`two numbers, e.g. [0.9, 0.999]`."""
+    field = _field_at(where)
+    example = "" if field is None or field.is_required() else f", e.g. {list(field.default)}"
+    return f"two numbers{example}"
 
 
 def _joined(words: list[str]) -> str:

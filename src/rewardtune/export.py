@@ -29,7 +29,7 @@ from .engine import find_denoiser
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
 from .quietly import no_loading_bars
-from .runfolder import LORA_FILE, write_text
+from .runfolder import DENOISER_FOLDER, LORA_FILE, write_text
 from .spelling import nearest
 
 FORMATS = {
@@ -171,6 +171,12 @@ def _lora_file(folder: Path, checkpoint: str | int) -> Path:
     if checkpoint == "best":
         file = folder / LORA_FILE
         if not file.is_file():
+            whole = folder / DENOISER_FOLDER
+            if whole.is_dir():
+                raise ConfigError(
+                    f"{folder} is a full fine-tuning, which has no LoRA to export: its denoiser in {whole} is a "
+                    "diffusers folder as it is; docs/models.md shows how to load it, and rewardtune sample does"
+                )
             unverified = file.with_suffix(".unverified").is_file()
             why = f" (only {file.stem}.unverified, which failed its check)" if unverified else ""
             raise ConfigError(f"{folder} holds no {LORA_FILE}{why}; export works on a run that has saved its LoRA")

@@ -81,17 +81,21 @@ class Gradient:
         own: list[Part] = []
         error: Exception | None = None
         try:
-            own = [self.add(step, first) for first in processes.mine(chunks)]
+            own = [self.add(step, first, processes) for first in processes.mine(chunks)]
         except Exception as met:
+            if processes.sharded:  # told to all already, or met alone in the denoiser: the others cannot listen there
+                raise
             error = met
         processes.raise_together(error)
         processes.sum_gradients(self.parameters)
         shares = processes.gather(own)
         return [shares[i % processes.world][i // processes.world] for i in range(len(chunks))]
 
-    def add(self, step: int, first: int) -> Part:
+    def add(self, step: int, first: int, processes: Processes | None = None) -> Part:
         """Micro-batch `first` of update `step`: its share of the gradient is added to `.grad`.
 
+        processes: those that do the same at this moment, if they share the denoiser; an error of the pictures or of
+        the reward is raised in all of them before they meet in the denoiser again.
         Raises TrainingStopped for NaN or black pictures, NaN scores, and a gradient that vanishes or is not finite.
         """
         plan = self.plan(step)
@@ -105,14 +109,15 @@ class Gradient:
             with doing(f"step {step}, sampling"):
                 made = rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given)
                 tape = stack.enter_context(made)
-            check_images(tape.images, step)
-            with asking(step):
-                with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random, by this generator
-                    torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
-                    total, natives = self.reward.parts(tape.images, tape.prompts)
-                check_scores({"the reward": total} | natives, step)
-                if total.requires_grad:
-                    (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
+            with _met_together(processes):
+                check_images(tape.images, step)
+                with asking(step):
+                    with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random, by this one
+                        torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
+                        total, natives = self.reward.parts(tape.images, tape.prompts)
+                    check_scores({"the reward": total} | natives, step)
+                    if total.requires_grad:
+                        (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
             if self.offload_reward:
                 self.reward.to("cpu")
             with _at(step), doing(f"step {step}, the replay of the trained steps"):
@@ -123,6 +128,20 @@ class Gradient:
                 denoise = self.denoising.add(step, first=first, size=len(part), batch=self.batch)
         scores = {name: value.detach().float().cpu() for name, value in (natives | {"reward": total}).items()}
         return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep, denoise=denoise)
+
+
+@contextmanager
+def _met_together(processes: Processes | None) -> Iterator[None]:
+    """An error of one process is raised in all of them at the end of the block, where they share the denoiser."""
+    if processes is None or not processes.sharded:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as met:
+        error = met
+    processes.raise_together(error)
 
 
 @contextmanager

@@ -256,12 +256,13 @@ def check_start(rules: Sequence[Rule], first: Evaluation) -> None:
 
 
 def judge(
-    history: Sequence[Evaluation], rules: Sequence[Rule], *, best: int | None = None, since: int = 0
+    history: Sequence[Evaluation], rules: Sequence[Rule], *, best: int | None = None, since: int = 0, last: bool = False
 ) -> list[Verdict]:
     """A verdict for every rule whose bound the latest evaluation crosses; act on those that are `due`.
 
     history: evaluations in order, the first of them the reference (step 0). best: the step of the best checkpoint, for
     the words. since: crossings at this step and before, that led to an earlier rollback, do not count for patience.
+    last: the run was rolled back as often as it may be, so a rollback stops it: `then` of those verdicts is stop.
     """
     first, latest = history[0], history[-1]
     verdicts = []
@@ -276,7 +277,7 @@ def judge(
         base, value = first.values[rule.metric], latest.values[rule.metric]
         half, certain = _noise(rule, latest, first)
         verdict = Verdict(
-            rule=rule,
+            rule=replace(rule, then="stop") if last and rule.then == "rollback" else rule,
             index=index,
             step=latest.step,
             base=base,
@@ -288,7 +289,11 @@ def judge(
             due=row >= rule.patience,
             words="",
         )
-        verdicts.append(_with_words(verdict, first, latest, best))
+        verdict = _with_words(verdict, first, latest, best)
+        if verdict.rule is not rule and verdict.due:
+            again = "training was rolled back before and stops now"
+            verdict = replace(verdict, words=verdict.words.replace("training stops", again, 1))
+        verdicts.append(verdict)
     return verdicts
 
 

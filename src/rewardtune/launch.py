@@ -88,6 +88,7 @@ def assemble(
         micro_batch=config.optim.micro_batch,
         offload=config.memory.offload,
         cache_text=config.memory.cache_text,
+        shard=config.memory.shard,
         regularize=config.regularize,
         guards=config.guards.model_dump(),
         checkpoints=config.checkpoints,
@@ -190,6 +191,7 @@ def _named(name: str, options: dict[str, Any], loaded: dict[str, "Reward"]) -> "
 def load_pipeline(model: Model, *, memory: Memory | None = None, scheduler: str | None = None) -> Any:
     """The pipeline that a run file's `model` names, on its device (see `models.load_pipeline`)."""
     from . import models
+    from .processes import join
 
     memory = memory or Memory()
     return models.load_pipeline(
@@ -204,4 +206,5 @@ def load_pipeline(model: Model, *, memory: Memory | None = None, scheduler: str 
         gradient_checkpointing=memory.gradient_checkpointing,
         vae_dtype=memory.vae_dtype,
         scheduler=scheduler,
+        aside=memory.shard and join().world > 1,
     )

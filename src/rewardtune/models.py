@@ -6,14 +6,16 @@ Left out: pickled checkpoints (.ckpt, .bin run code when opened), quantised text
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, out_of_memory
 from .quietly import no_loading_bars
 from .spelling import nearest
+
+T = TypeVar("T")
 
 #: Keyword arguments of diffusers' BitsAndBytesConfig.
 QUANTIZE: dict[str, dict[str, Any]] = {
@@ -35,6 +37,7 @@ def load_pipeline(
     gradient_checkpointing: bool = False,
     vae_dtype: str | None = None,
     scheduler: str | None = None,
+    aside: bool = False,
 ) -> Any:
     """The diffusers pipeline on its device.
 
@@ -49,6 +52,7 @@ def load_pipeline(
         vae_dtype: float32 or bfloat16; None = float32 beside a float16 model (its pictures would turn black), else
             the model's own.
         scheduler: name of a diffusers scheduler class; None = as saved.
+        aside: the denoiser waits on the CPU, to be sharded from there (sharding.py).
 
     Raises ConfigError when it cannot be had, where possible before any weights load.
     """
@@ -76,13 +80,7 @@ def load_pipeline(
         pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
     if isinstance(getattr(pipe, "vae", None), torch.nn.Module) and pipe.vae.dtype != vae:
         pipe.vae.to(vae)
-    try:
-        pipe = pipe.to(where)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"model.device={device!r}: {str(error).splitlines()[0]}; this PyTorch on this machine has "
-            f"{', '.join(_devices())}"
-        ) from error
+    pipe = check_device(device, lambda: _without_denoiser(pipe, where) if aside else pipe.to(where))
     denoiser = _denoiser(pipe)
     if gradient_checkpointing:
         checkpoint_blocks(denoiser)
@@ -145,6 +143,16 @@ def offloaded_vae(pipe: Any) -> Iterator[None]:
         vae.to(device)
 
 
+def _without_denoiser(pipe: Any, device: Any) -> Any:
+    import torch
+
+    denoiser = _denoiser(pipe)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part is not denoiser:
+            part.to(device)
+    return pipe
+
+
 def _denoiser(pipe: Any) -> Any:
     from .engine import find_denoiser
 
@@ -160,6 +168,19 @@ def _device(name: str) -> Any:
         return torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"model.device={name!r}: no such device; legal are auto, cpu, cuda, cuda:1, mps") from error
+
+
+def check_device(name: str, put: Callable[[], T]) -> T:
+    """put(), which puts something on the device `name`; ConfigError with the legal devices where there is none."""
+    try:
+        return put()
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model.device={name!r}: {str(error).splitlines()[0]}; this PyTorch on this machine has "
+            f"{', '.join(_devices())}"
+        ) from error
 
 
 def _devices() -> list[str]:
@@ -198,6 +219,11 @@ def _refuse_misfits(
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ConfigError(
             f"model {id}: the folder has no model_index.json; give a folder saved by pipe.save_pretrained"
+        )
+    if not single and not path.is_dir() and (id[0] in "./~\\" or id.count("/") > 1):
+        raise ConfigError(
+            f"model {id}: there is no such folder; give a folder saved by pipe.save_pretrained, a .safetensors file, "
+            "a hub id (owner/name), or `playground`"
         )
     local = single or path.is_dir() or id == "playground"
     if revision is not None and local:
@@ -303,8 +329,8 @@ def _guessed_config(file: Path) -> str:
 
 def _cannot_load(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model {path!r} cannot be loaded: {_first_line(error)}. Give a diffusers folder, a hub id that this machine "
-        "can reach, a .safetensors file, or `playground`"
+        f"model {path!r} cannot be loaded: {_first_line(error).rstrip('.')}. Give a diffusers folder, a hub id that "
+        "this machine can reach, a .safetensors file, or `playground`"
     )
 
 

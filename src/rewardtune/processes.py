@@ -41,10 +41,14 @@ class ProcessLostError(RewardTuneError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number and how many there are; (0, 1) without a launcher."""
+    """This process's number and how many there are; (0, 1) without a launcher.
+
+    sharded: each holds a share of the denoiser's weights, so all have to call it equally often (sharding.py).
+    """
 
     rank: int = 0
     world: int = 1
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -54,6 +58,11 @@ class Processes:
     def mine(self, chunks: Sequence[T]) -> list[T]:
         """This process's share of the micro-batches."""
         return list(chunks[self.rank :: self.world])
+
+    def padded(self, own: Sequence[T], chunks: Sequence[T]) -> list[T]:
+        """`own`, this process's share of `chunks`; if sharded, filled up to the length of the largest share."""
+        most = -(-len(chunks) // self.world) if self.sharded else 0
+        return [*own, *[chunks[0]] * max(0, most - len(own))]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their numbers."""

@@ -12,14 +12,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from . import adapters, checkpoint, evaluate, guards
+from . import adapters, checkpoint, evaluate, guards, sharding
 from .config import Checkpoints, Guards, Log, Regularize, section
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
@@ -34,7 +34,7 @@ from .prompts import load_prompts
 from .regularize import Denoising, DenoisingLoss
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
-from .runfolder import DENOISING_FILE, RunFolder, write_text
+from .runfolder import DENOISING_FILE, LORA_FILE, RunFolder, write_text
 from .state import TrainingState
 from .textcache import TextCache, cached_text
 from .trackers import Trackers
@@ -72,6 +72,7 @@ class RewardTuner:
         batch: samples an update, over all processes; micro_batch: how many of them at a time (None = all).
         offload: what waits on the CPU while the denoiser works: "text_encoders", "vae", "reward".
         cache_text: encode each prompt once.
+        shard: each of several processes holds a share of the denoiser's frozen weights (sharding.py).
         regularize, guards, checkpoints, log: the run file's sections of these names, as mappings;
             `guards["rewards"]` may also be a reward.
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
@@ -102,6 +103,7 @@ class RewardTuner:
         micro_batch: int | None = None,
         offload: Sequence[str] = (),
         cache_text: bool = True,
+        shard: bool = False,
         regularize: Mapping[str, Any] | Regularize | None = None,
         guards: Mapping[str, Any] | None = None,
         checkpoints: Mapping[str, Any] | Checkpoints | None = None,
@@ -141,11 +143,16 @@ class RewardTuner:
         self.batch, self.offload, self.cache_text = batch, tuple(offload), cache_text
         self.show_progress = show_progress and self.processes.first
         self.micro_batch = min(micro_batch or batch, math.ceil(batch / self.processes.world))
+        if shard and self.processes.world > 1:
+            if kind != "lora":
+                raise ConfigError(f"shard=True does not go with kind={kind!r}: use lora, or shard=False")
+            sharding.check_even(batch, self.micro_batch, self.processes.world)
+            self.processes = replace(self.processes, sharded=True)
         self.adapter: dict[str, Any] = {"kind": kind, "rank": rank, "alpha": alpha, "targets": targets}
         self.regularize = section(Regularize, regularize, "regularize")
         self.checkpoints = section(Checkpoints, checkpoints, "checkpoints")
         self.denoiser = getattr(pipe, find_denoiser(pipe))
-        self.device = self.denoiser.device
+        self.device = sharding.home(pipe, self.denoiser) if self.processes.sharded else self.denoiser.device
         logs = section(Log, log, "log")
         self.trackers = Trackers(logs.trackers, folder=self.folder, project=logs.project, say=self._say)
         if guards is not None and not isinstance(guards, Mapping):
@@ -292,6 +299,8 @@ class RewardTuner:
             return
         try:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
+            if self.processes.sharded:
+                sharding.shard(self.denoiser, self.parameters, self.device, world=self.processes.world)
             if self.regularize.kl:
                 check_reference(self.denoiser)
             call = evaluate.for_prompts(self.prompts[:1], self.call)
@@ -455,14 +464,11 @@ class RewardTuner:
             progress.message(words)
 
         tell(f"step {self.step}: {line(scores)}")
-        verdicts = self.watch.verdicts(since=self.rolled_back_at)
+        verdicts = self.watch.verdicts(since=self.rolled_back_at, last=self.rollbacks == ROLLBACKS)
         act = guards.action(verdicts)
         for verdict in verdicts:
             if act != "stop" or not verdict.due:  # those that stop the run are the error that ends it
                 tell(verdict.words)
-        if act == "rollback" and self.rollbacks == ROLLBACKS:
-            act = "stop"
-            tell(f"rolled back {ROLLBACKS} times already: training stops")
         if act == "rollback":
             self.rollbacks, self.rolled_back_at = self.rollbacks + 1, self.step
             back = self._take_back(state)
@@ -570,16 +576,21 @@ class RewardTuner:
     def _save(self, state: TrainingState, status: str, **facts: Any) -> None:
         """The weights, loaded back and compared; a file that fails is kept under a name that no loader reads."""
         self.saved = self.step
-        if not self.processes.first:
+        if not self.processes.first and not self.processes.sharded:
             return
         short = self.call | {"num_inference_steps": min(2, self.call["num_inference_steps"])}
         call = evaluate.for_prompts(self.eval_prompts[:1], short)
         with state.averaged():
-            path = adapters.save(self.pipe, self.folder.path)
+            path = self.folder.path / LORA_FILE
+            if self.processes.first:
+                path = adapters.save(self.pipe, self.folder.path)
+            if self.processes.sharded:  # all of them sample the pictures that are compared
+                self.processes.agree(None)  # nobody reads the file before it is there
             try:
                 difference = adapters.verify(self.pipe, self.folder.path, call=call)
             except RewardTuneError:
-                path.replace(path.with_suffix(".unverified"))
+                if self.processes.first:
+                    path.replace(path.with_suffix(".unverified"))
                 raise
         self._say(f"saved {path}, verified (loaded back: pictures differ by {difference:.1e})")
         self.folder.set_status(status, steps=self.step, lora_verified=True, **facts)

@@ -91,9 +91,9 @@ class Watch:
             guards.check_start(self.rules, found)
         return scores, images
 
-    def verdicts(self, *, since: int = 0) -> list[Verdict]:
-        """What the rules say to the latest look; crossings up to step `since` led to an earlier rollback."""
-        return guards.judge(self.history, self.rules, best=self.best_step(), since=since)
+    def verdicts(self, *, since: int = 0, last: bool = False) -> list[Verdict]:
+        """What the rules say to the latest look; since, last: of `guards.judge`."""
+        return guards.judge(self.history, self.rules, best=self.best_step(), since=since, last=last)
 
     def best_step(self) -> int | None:
         """The step of the best look so far that violates no rule; the first one's, where none is better."""
@@ -134,18 +134,25 @@ class Watch:
     def _sample_and_score(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices = range(len(self.prompts))
         own = self.processes.mine(indices)
+        asked = self.processes.padded(own, indices)
         error: Exception | None = None
-        images, values = torch.empty(0), dict[str, Tensor]()
+        images, values, sampled = torch.empty(0), dict[str, Tensor](), False
         try:
-            if own:
-                prompts = [self.prompts[index] for index in own]
-                seeds = [derive_seed(self.seed, "eval", index) for index in own]
+            if asked:
+                prompts = [self.prompts[index] for index in asked]
+                seeds = [derive_seed(self.seed, "eval", index) for index in asked]
                 with doing(f"step {step}, sampling the eval pictures"):
                     images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.batch)
+                sampled, images = True, images[: len(own)]
+            if own:
                 check_images(images, step)
                 with asking(step):
-                    values = evaluate.score(self.reward, images, prompts, batch=self.batch, device=self.device)
+                    values = evaluate.score(
+                        self.reward, images, prompts[: len(own)], batch=self.batch, device=self.device
+                    )
         except Exception as met:
+            if self.processes.sharded and not sampled:  # the others wait in the denoiser, and cannot be told
+                raise
             error = met
         self.processes.raise_together(error)
         shares = [share for share in self.processes.gather((images, values)) if len(share[0])]
