@@ -33,7 +33,20 @@ def test_help_answers_in_under_half_a_second():
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.5
-    for command in ("demo", "train", "sample", "plan", "score", "audit", "ls", "env", "playground"):
+    for command in (
+        "demo",
+        "train",
+        "sample",
+        "eval",
+        "compare",
+        "sweep",
+        "plan",
+        "score",
+        "audit",
+        "ls",
+        "env",
+        "playground",
+    ):
         assert command in done.stdout
 
 

@@ -12,9 +12,9 @@ from scipy.stats import t as student_t
 from rewardtune import rewards
 from rewardtune.cli import main
 from rewardtune.errors import ConfigError
-from rewardtune.intervals import mean_interval, student
 from rewardtune.pictures import captions, find_images, open_image, read_table
 from rewardtune.score import Picture, as_table, choose
+from rewardtune.stats import mean_interval, student
 from rewardtune.tables import text_table
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from . import __version__
 from .edits import FALSE_CAPTIONS, PIXEL_EDITS, SCENE_EDITS, alone, base_scenes, false_captions, scene_factors
 from .errors import ConfigError, RewardError
-from .intervals import student
 from .pictures import Caption, captions, find_images, open_image
 from .runfolder import write_text
 from .score import choose, equal_sizes, load_rewards, pick_device
+from .stats import student
 from .tables import markdown_table, text_table
 
 if TYPE_CHECKING:

@@ -171,7 +171,7 @@ def _named(thing: Any) -> tuple[Any, str]:
 
 
 def _scheduler(name: str) -> tuple[Any, str]:
-    return models._scheduler(name, SimpleNamespace(config={})), name
+    return models.make_scheduler(name, SimpleNamespace(config={})), name
 
 
 def _optimizer(config: RunConfig) -> tuple[Any, str]:

@@ -136,7 +136,9 @@ def train(
 
 @app.command()
 def sample(
-    lora: Annotated[Path, typer.Argument(help="A run folder, or a LoRA file or folder.", metavar="RUN_OR_LORA")],
+    candidate: Annotated[
+        str, typer.Argument(help="A run, a LoRA file or folder, base; with a weight: runs/a@0.7.", metavar="CANDIDATE")
+    ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be given several times.")],
     model: Annotated[str | None, typer.Option(help="Base model, where no config.yaml lies beside the LoRA.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
@@ -145,9 +147,10 @@ def sample(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Pictures from a tuned model."""
-    from .sampling import sample_lora
+    from .sampling import sample_candidate
 
-    for path in sample_lora(lora, prompt, model=model, output=output, steps=steps, guidance=guidance, seed=seed):
+    given: dict[str, Any] = {"model": model, "output": output, "steps": steps, "guidance": guidance, "seed": seed}
+    for path in sample_candidate(candidate, prompt, **given):
         print(path)
 
 
@@ -206,6 +209,165 @@ def score(
     if skipped:
         print(skipped_lines(skipped, of=len(pictures) + len(skipped)), file=sys.stderr)
         raise typer.Exit(5)
+
+
+# Options that eval, compare and sweep share.
+RewardNames = Annotated[
+    list[str] | None, typer.Option("--reward", "-r", help="Held-out rewards instead of the run's; several times.")
+]
+RewardOptions = Annotated[list[str] | None, typer.Option("-o", metavar="[NAME.]KEY=VALUE", help="Their settings.")]
+PromptsFrom = Annotated[str | None, typer.Option("--prompts", help="docs/prompts.md; default: the run's eval prompts.")]
+Count = Annotated[int | None, typer.Option(min=1, help="How many prompts, from the first.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")]
+Seed = Annotated[int | None, typer.Option(help="Of the pictures; default: the run's.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: those of each run.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: that of each run.")]
+FeaturesOf = Annotated[str | None, typer.Option(help="CLIP for diversity: hub id, folder, playground.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+BaseModel = Annotated[str | None, typer.Option("--model", help="Base model, where no config.yaml tells it.")]
+ResultName = Annotated[str | None, typer.Option("--name", help="Of the files in the folder.")]
+
+
+@app.command("eval")
+def eval_(
+    candidate: Annotated[
+        list[str], typer.Argument(metavar="CANDIDATE...", help="runs/a, runs/a@0.7, lora.safetensors")
+    ],
+    reward: RewardNames = None,
+    option: RewardOptions = None,
+    prompts: PromptsFrom = None,
+    count: Count = None,
+    seeds: Seeds = 1,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    features: FeaturesOf = None,
+    model: BaseModel = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: RUN/eval.")] = None,
+    name: ResultName = None,
+    batch: Batch = 8,
+) -> None:
+    """Rewards and guards of tuned models against the base model, with intervals. Syntax: docs/evaluation.md."""
+    from .compare import evaluate_candidates
+
+    result = evaluate_candidates(
+        candidate,
+        rewards=_parts(reward, option),
+        prompts=prompts,
+        count=count,
+        seeds=seeds,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        features=features,
+        model=model,
+        output=output,
+        name=name,
+        batch=batch,
+        say=_say,
+    )
+    print(result.as_text())
+
+
+@app.command("compare")
+def compare(
+    candidate: Annotated[list[str], typer.Argument(metavar="A B...", help="runs/a runs/b@0.7 base")],
+    reward: RewardNames = None,
+    option: RewardOptions = None,
+    prompts: PromptsFrom = None,
+    count: Count = None,
+    seeds: Seeds = 1,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    features: FeaturesOf = None,
+    model: BaseModel = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: eval/ in the first run.")] = None,
+    name: ResultName = None,
+    batch: Batch = 8,
+) -> None:
+    """Tuned models against each other: paired differences and win rates, also by category of the prompts."""
+    from .compare import compare_candidates
+
+    result = compare_candidates(
+        candidate,
+        rewards=_parts(reward, option),
+        prompts=prompts,
+        count=count,
+        seeds=seeds,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        features=features,
+        model=model,
+        output=output,
+        name=name,
+        batch=batch,
+        say=_say,
+    )
+    print(result.as_text())
+
+
+@app.command("sweep")
+def sweep(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    weights: Annotated[str, typer.Option(help="Factors on the LoRA.")] = "0,0.25,0.5,0.75,1,1.25",
+    tolerance: Annotated[float, typer.Option(help="How much worse than the base a held-out reward may be.")] = 0.05,
+    reward: RewardNames = None,
+    option: RewardOptions = None,
+    prompts: PromptsFrom = None,
+    count: Count = None,
+    seeds: Seeds = 1,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    features: FeaturesOf = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: RUN.")] = None,
+    batch: Batch = 8,
+) -> None:
+    """Reward against held-out rewards and diversity at several LoRA weights, and a suggested weight."""
+    from .sweep import sweep as run_sweep
+
+    try:
+        factors = [float(word) for word in weights.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {weights!r}: write numbers with commas, e.g. 0,0.5,1") from None
+    result = run_sweep(
+        run,
+        weights=factors,
+        tolerance=tolerance,
+        rewards=_parts(reward, option),
+        prompts=prompts,
+        count=count,
+        seeds=seeds,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        features=features,
+        output=output,
+        batch=batch,
+        say=_say,
+    )
+    print(result.as_text())
+
+
+def _parts(names: list[str] | None, options: list[str] | None) -> Any:
+    """The rewards of a command line as a run file's parts; None without any."""
+    from .config import Part, section
+    from .score import choose
+
+    if not names:
+        if options:
+            raise ConfigError(f"-o {options[0]}: it is the setting of a reward, and no --reward is given")
+        return None
+    return [
+        section(Part, {"name": name, "options": given}, "reward")
+        for name, given in choose(names, options or []).items()
+    ]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @app.command("audit")

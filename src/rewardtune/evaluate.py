@@ -67,13 +67,6 @@ def score(
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def interval(values: Tensor) -> tuple[float, float]:
-    """Mean and half the width of its 95% interval (normal approximation; over prompts, not over training seeds)."""
-    n = values.numel()
-    half = 1.96 * float(values.double().std()) / math.sqrt(n) if n > 1 else math.nan
-    return float(values.double().mean()), half
-
-
 def save_images(images: Tensor, folder: Path) -> list[Path]:
     """`folder`/000.png ..., each written whole or not at all; gives the paths."""
     paths = [folder / f"{index:03d}.png" for index in range(len(images))]

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, evaluate, launch, modelcard
-from .config import Model, RunConfig, load_config
+from .candidates import settings_of
+from .config import Model, RunConfig
 from .engine import find_denoiser
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
@@ -133,38 +134,17 @@ def open_run(run: str | Path, *, checkpoint: str | int = "best", model: str | No
     """What an export needs of a run folder. ConfigError when the LoRA file or the name of the base model is missing."""
     folder = Path(run)
     file = _lora_file(folder, checkpoint)
-    config = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-    if config is None and model is None:
-        raise ConfigError(
-            f"{folder} has no config.yaml to tell the base model; add --model (a folder, a hub id, playground)"
-        )
-    facts = _facts(folder)
-    prompts, notes = _prompts(config)
-    scheduler: str | None = None
-    call: dict[str, Any] = {}
-    if config is None:
-        base = Model(id=str(model))
-    else:
-        sampling = config.sampling
-        base = config.model if model is None else config.model.model_copy(update={"id": model})
-        scheduler = sampling.scheduler
-        call = {
-            "num_inference_steps": sampling.steps,
-            "guidance_scale": sampling.guidance,
-            "height": sampling.height,
-            "width": sampling.width,
-            "negative_prompt": config.negative_prompt,
-        }
-    call = {key: value for key, value in (call | facts.get("call", {})).items() if value is not None}
+    settings = settings_of(folder, model=model)
+    prompts, notes = _prompts(settings.config)
     return Run(
         folder=folder,
         file=file,
-        model=base,
-        scheduler=scheduler,
+        model=settings.model,
+        scheduler=settings.scheduler,
         prompts=prompts,
-        call={"num_inference_steps": 50} | call,
-        facts=facts,
-        config=config,
+        call=settings.call,
+        facts=settings.facts,
+        config=settings.config,
         checkpoint="best" if file.parent == folder else file.parent.name.removeprefix("checkpoint-"),
         notes=notes,
     )
@@ -192,18 +172,6 @@ def _lora_file(folder: Path, checkpoint: str | int) -> Path:
         there = ", ".join(map(str, sorted(found))) or "none with a LoRA file"
         raise ConfigError(f"{folder} has no checkpoint {checkpoint!r}; legal: best, latest, or a number of: {there}")
     return found[number]
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """run.json; an empty one is no obstacle to an export, a broken one is said."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore it, or move it away to export without it") from error
-    return facts if isinstance(facts, dict) else {}
 
 
 def _prompts(config: RunConfig | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
-from .intervals import mean_interval
 from .spelling import nearest
+from .stats import by_prompt, mean_interval
 
 Then = Literal["warn", "rollback", "stop"]  # in order of severity
 BOUNDS = ("falls_by", "rises_by", "below", "above")
@@ -68,15 +67,13 @@ class Evaluation:
 
     def by_prompt(self, metric: str) -> list[float]:
         """One value for each prompt, the mean over its pictures; empty for a metric of the whole set."""
-        groups: dict[int, list[float]] = {}
-        for prompt, value in zip(self.prompts, self.pictures.get(metric, ()), strict=False):
-            groups.setdefault(prompt, []).append(value)
-        return [fmean(values) for values in groups.values()]
+        values = self.pictures.get(metric, ())
+        return by_prompt(values, self.prompts[: len(values)])
 
     def interval(self, metric: str) -> tuple[float, float]:
         """(value, half the width of its 95 % interval over prompts); the half is NaN for a metric of the whole set."""
         values = self.by_prompt(metric)
-        return self.values[metric], _interval(values)[1]
+        return self.values[metric], mean_interval(values)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +332,7 @@ def paired(metric: str, latest: Evaluation, first: Evaluation) -> tuple[float, f
     """(mean change since `first`, half the width of its 95 % interval) over prompts; NaN where there are no pairs."""
     pairs = zip(latest.by_prompt(metric), first.by_prompt(metric), strict=True)
     changes = [after - before for after, before in pairs]
-    return _interval(changes)
+    return mean_interval(changes)
 
 
 def _noise(rule: Rule, latest: Evaluation, first: Evaluation) -> tuple[float, bool | None]:
@@ -347,13 +344,6 @@ def _noise(rule: Rule, latest: Evaluation, first: Evaluation) -> tuple[float, bo
 
 def _both_signs(values: Sequence[float]) -> bool:
     return min(values) < 0 < max(values)
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """mean_interval, and NaN where there is nothing or something that is not finite."""
-    if not values or not all(map(math.isfinite, values)):
-        return math.nan, math.nan
-    return mean_interval(values)
 
 
 def _broken(evaluation: Evaluation) -> str:
@@ -401,18 +391,20 @@ def _with_words(verdict: Verdict, first: Evaluation, latest: Evaluation, best: i
 def check_held_out(trained: Sequence[Any], held_out: Sequence[Any]) -> None:
     """ConfigError where a reward of `guards.rewards` is trained on with the same options. Both: a run file's parts."""
 
-    def named(parts: Iterable[Any], weight: float = 1.0) -> Iterable[tuple[str, dict[str, Any]]]:
-        for part in parts:
-            own = weight * part.weight
-            if part.name is not None and own != 0:
-                yield part.name.lower(), part.options
-            for group in (part.mean_of, part.minimum_of, part.balance):
-                yield from named(group or (), own)
-
-    known = list(named(trained))
-    for reward in named(held_out):
+    known = list(named_parts(trained))
+    for reward in named_parts(held_out):
         if reward in known:
             raise ConfigError(
                 f"guards.rewards: {reward[0]} is trained on, so it cannot guard; name another reward, or the same one "
                 "with another model (options.model)"
             )
+
+
+def named_parts(parts: Iterable[Any], weight: float = 1.0) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(name, options) of every named reward in a run file's parts, groups gone through; those of weight 0 left out."""
+    for part in parts:
+        own = weight * part.weight
+        if part.name is not None and own != 0:
+            yield part.name.lower(), part.options
+        for group in (part.mean_of, part.minimum_of, part.balance):
+            yield from named_parts(group or (), own)

@@ -73,7 +73,7 @@ def load_pipeline(
     else:
         pipe = _from_pretrained(id, floating, {key: value for key, value in settings.items() if value is not None})
     if scheduler is not None:
-        pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
     if isinstance(getattr(pipe, "vae", None), torch.nn.Module) and pipe.vae.dtype != vae:
         pipe.vae.to(vae)
     try:
@@ -312,7 +312,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _scheduler(name: str, old: Any) -> Any:
+def make_scheduler(name: str, old: Any) -> Any:
+    """The diffusers scheduler class `name` with the configuration of `old`. ConfigError for an unknown one."""
     import diffusers
 
     legal = [word for word in dir(diffusers) if word.endswith("Scheduler")]

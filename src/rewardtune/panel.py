@@ -80,9 +80,14 @@ class Panel:
     device: Any = "cpu"
 
     @property
-    def held_out(self) -> set[str]:
+    def held_out(self) -> list[str]:
         """The metrics that are held-out rewards."""
-        return set(self._names()[1].values())
+        return list(self._names()[1].values())
+
+    @property
+    def trained_names(self) -> list[str]:
+        """The metrics that are the trained reward and its parts."""
+        return [] if self.trained is None else ["reward", *self._names()[0].values()]
 
     def metrics(self) -> dict[str, Metric]:
         """Every metric that an evaluation will hold, by name."""
@@ -147,6 +152,29 @@ class Panel:
             pictures=measured.pictures,
             prompts=measured.prompts,
         )
+
+    def leave_out(self, images: Tensor, *, groups: int = 40) -> dict[str, list[float]]:
+        """The metrics of the whole set without each of at most `groups` groups of prompts, for `stats.jackknife`.
+
+        images: as in a call. Empty without features, and for fewer than three prompts.
+        """
+        names = [name for name in ACROSS if name in self.metrics()]
+        prompts = list(dict.fromkeys(self.prompts))
+        if self.features is None or not names or len(prompts) < 3:
+            return {}
+        self.features.to(self.device)
+        found = _finite_features(self.features, as_saved(images), self.batch)
+        self.features.to("cpu")
+        count = min(groups, len(prompts))
+        group_of = {prompt: place % count for place, prompt in enumerate(prompts)}
+        without: dict[str, list[float]] = {name: [] for name in names}
+        for group in range(count):
+            kept = [row for row, prompt in enumerate(self.prompts) if group_of[prompt] != group]
+            over = across([self.prompts[row] for row in kept])
+            for name, measure in zip(ACROSS, (vendi, pairwise_distance), strict=True):
+                if name in without:
+                    without[name].append(mean_over(over, found[kept], measure))
+        return without
 
     def _names(self) -> tuple[dict[str, str], dict[str, str]]:
         """native name -> metric, of the trained reward (with its total) and of the held-out ones."""

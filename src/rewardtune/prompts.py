@@ -21,6 +21,8 @@ from .spelling import nearest
 PLAYGROUND_COUNT = {"train": 2000, "eval": 2000}
 LISTS = Path(__file__).parent / "promptlists"
 COLUMNS = ("prompt", "text", "caption")  # the first of them that a table has
+CATEGORY = "category"
+Row = tuple[str, str]  # prompt and category
 SOURCES = (
     "a .txt, .jsonl, .json, .csv or .parquet file, hf:DATASET:SPLIT:COLUMN, hf:DATASET:FILE, builtin:NAME, "
     "playground:train, or a list"
@@ -42,13 +44,26 @@ def load_prompts(source: str | Path | Sequence[str], *, template: str | None = N
 
     Raises ConfigError naming the file and its line for what is missing, empty or cannot be read.
     """
-    prompts = _load(source, seed)
-    return prompts if template is None else [check_template(template).replace("{}", prompt) for prompt in prompts]
+    return [prompt for prompt, _ in with_categories(source, template=template, seed=seed)]
 
 
-def _load(source: str | Path | Sequence[str], seed: int) -> list[str]:
+def with_categories(
+    source: str | Path | Sequence[str], *, template: str | None = None, seed: int = 0
+) -> list[tuple[str, str]]:
+    """The same prompts, each with its category, "" where there is none.
+
+    That is the column `category` of objects and tables, the name of the file where `hf:DATASET:FILE,FILE` names
+    several, and on the playground the number of objects.
+    """
+    rows = _load(source, seed)
+    if template is None:
+        return rows
+    return [(check_template(template).replace("{}", prompt), category) for prompt, category in rows]
+
+
+def _load(source: str | Path | Sequence[str], seed: int) -> list[Row]:
     if not isinstance(source, str | Path):
-        return _checked_list(source)
+        return [(prompt, "") for prompt in _checked_list(source)]
     kind, colon, rest = str(source).partition(":")
     if colon and kind in ("playground", "builtin", "hf"):
         return {"playground": _playground, "builtin": _builtin, "hf": _hub}[kind](rest, seed)
@@ -72,7 +87,7 @@ def builtin_lists() -> dict[str, Path]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path) -> list[Row]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"prompt file {path} {what}; give a .txt file with one prompt a line, or {SOURCES}")
@@ -81,8 +96,8 @@ def _read(path: Path) -> list[str]:
         raise ConfigError(
             f"prompt file {path}: {path.suffix or 'no suffix'} cannot be read; legal: {', '.join(readers)}"
         )
-    found = [prompt.strip() for prompt in readers[path.suffix.lower()](path)]
-    prompts = [prompt for prompt in found if prompt]
+    found = [(prompt.strip(), category.strip()) for prompt, category in readers[path.suffix.lower()](path)]
+    prompts = [row for row in found if row[0]]
     if not prompts:
         what = f"has only blank lines ({len(found)})" if found else "is empty"
         raise ConfigError(f"prompt file {path} {what}; write one prompt a line")
@@ -104,12 +119,12 @@ def _decode(path: Path) -> str:
         ) from error
 
 
-def _txt(path: Path) -> list[str]:
+def _txt(path: Path) -> list[Row]:
     text = _decode(path).replace("\r\n", "\n").replace("\r", "\n")
-    return text.removesuffix("\n").split("\n") if text else []
+    return [(line, "") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def _jsonl(path: Path) -> list[str]:
+def _jsonl(path: Path) -> list[Row]:
     prompts = []
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if line.strip():
@@ -117,7 +132,7 @@ def _jsonl(path: Path) -> list[str]:
     return prompts
 
 
-def _json(path: Path) -> list[str]:
+def _json(path: Path) -> list[Row]:
     rows = _parse_json(_decode(path), path, 1)
     if not isinstance(rows, list):
         raise ConfigError(f"prompt file {path} holds no list; legal is a list of strings or of objects with a prompt")
@@ -135,38 +150,43 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         raise ConfigError(f"prompt file {path}, line {line}: not valid JSON: {error}") from error
 
 
-def _entry(row: Any, place: str) -> str:
-    """The prompt of one row of a JSON file: a str, or an object with one."""
+def _entry(row: Any, place: str) -> Row:
+    """Prompt and category of one row of a JSON file: a str, or an object with one."""
+    category = ""
     if isinstance(row, dict):
+        named = _category(list(row))
+        category = "" if named is None or row[named] is None else str(row[named])
         row = row[_column(list(row), place)]
     if not isinstance(row, str):
         raise ConfigError(f"{place}: {_short(row)} is no prompt; legal is a string, or an object with one under prompt")
-    return row
+    return row, category
 
 
-def _csv(path: Path) -> list[str]:
+def _csv(path: Path) -> list[Row]:
     place = f"prompt file {path}"
     reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
-    prompts, column, width = [], None, 0
+    prompts, column, named, width = list[Row](), None, None, 0
     try:
         for row in reader:
             if not any(row):
                 continue
             if column is None:
                 column, width = row.index(_column(row, f"{place}, line {reader.line_num}")), len(row)
+                kind = _category(row)
+                named = None if kind is None else row.index(kind)
             elif len(row) != width:
                 raise ConfigError(
                     f"{place}, line {reader.line_num}: {len(row)} columns, but the first line has {width}; "
                     'put prompts with commas in quotes: "a cat, sitting"'
                 )
             else:
-                prompts.append(row[column])
+                prompts.append((row[column], "" if named is None else row[named]))
     except csv.Error as error:
         raise ConfigError(f"{place}, line {reader.line_num}: not valid CSV: {error}") from error
     return prompts
 
 
-def _parquet(path: Path) -> list[str]:
+def _parquet(path: Path) -> list[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -178,10 +198,13 @@ def _parquet(path: Path) -> list[str]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         column = _column(file.schema_arrow.names, place)
+        named = _category(file.schema_arrow.names)
         values = file.read(columns=[column])[column].to_pylist()
+        categories = file.read(columns=[named])[named].to_pylist() if named else [""] * len(values)
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{place} is no parquet file that can be read: {str(error).splitlines()[0]}") from error
-    return _strings(values, f"{place}, column {column}")
+    prompts = _strings(values, f"{place}, column {column}")
+    return [(prompt, "" if kind is None else str(kind)) for prompt, kind in zip(prompts, categories, strict=True)]
 
 
 def _column(names: Sequence[str], place: str) -> str:
@@ -191,6 +214,10 @@ def _column(names: Sequence[str], place: str) -> str:
         columns = ", ".join(name or "''" for name in names) or "none"
         raise ConfigError(f"{place}: no column {', '.join(COLUMNS)}; its columns are {_cut(columns)}: rename one")
     return found[0]
+
+
+def _category(names: Sequence[str]) -> str | None:
+    return next((name for name in names if name.strip().lower() == CATEGORY), None)
 
 
 def _strings(values: Sequence[Any], place: str) -> list[str]:
@@ -221,14 +248,14 @@ def _checked_list(source: Sequence[str]) -> list[str]:
     return prompts
 
 
-def _builtin(name: str, seed: int) -> list[str]:
+def _builtin(name: str, seed: int) -> list[Row]:
     lists = builtin_lists()
     if name not in lists:
         raise ConfigError(f"prompts 'builtin:{name}': no such list{nearest(name, lists)}; legal: {', '.join(lists)}")
     return _read(lists[name])
 
 
-def _playground(rest: str, seed: int) -> list[str]:
+def _playground(rest: str, seed: int) -> list[Row]:
     from . import playground
 
     split, _, layout = rest.partition(":")
@@ -236,25 +263,27 @@ def _playground(rest: str, seed: int) -> list[str]:
         raise ConfigError(
             f"prompts 'playground:{rest}': legal are playground:train, playground:eval, each with :free appended"
         )
-    return playground.prompts(PLAYGROUND_COUNT[split], split=split, seed=seed, layout=layout or "any")
+    found = playground.prompts(PLAYGROUND_COUNT[split], split=split, seed=seed, layout=layout or "any")
+    return [(caption, "two objects" if " and " in caption else "one object") for caption in found]
 
 
-def _hub(rest: str, seed: int) -> list[str]:
+def _hub(rest: str, seed: int) -> list[Row]:
     """`DATASET:SPLIT:COLUMN` by the library datasets, or `DATASET:FILE,FILE,...` by our own readers."""
     pieces = [re.fullmatch(r"\s*(.*?)(?:\[:(\d+)\])?\s*", piece) for piece in rest.partition(":")[2].split(",")]
     files = [piece[1] for piece in pieces if piece]
     counts = [int(piece[2]) if piece[2] else None for piece in pieces if piece]
     parts = rest.split(":")
     if len(parts) == 3 and all(parts) and counts == [None]:
-        return _dataset(*parts)
+        return [(prompt, "") for prompt in _dataset(*parts)]
     if not parts[0] or any(":" in file for file in files) or not all(Path(file).suffix for file in files):
         raise ConfigError(
             f"prompts 'hf:{rest}': write hf:DATASET:SPLIT:COLUMN, for example hf:me/my-prompts:train:prompt, "
             "or hf:DATASET:FILE,FILE[:100], for example hf:ymhao/HPDv2:train.json"
         )
-    prompts = []
+    prompts = list[Row]()
     for file, count in zip(files, counts, strict=True):
-        prompts += _read(_hub_file(parts[0], file))[:count]
+        by_file = Path(file).stem if len(files) > 1 else ""
+        prompts += [(prompt, kind or by_file) for prompt, kind in _read(_hub_file(parts[0], file))[:count]]
     return prompts
 
 

@@ -20,7 +20,17 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load
 DENOISER_FOLDER = "denoiser"  # of full fine-tuning
 DENOISING_FILE = "denoising.safetensors"  # the clean latents of the denoising loss
 UNVERIFIED = "pytorch_lora_weights.unverified"
-KNOWN = ("config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "train.log", "before_after.png")
+EVALS = ("eval", "sweep")  # folders of `rewardtune eval`, `compare` and `sweep`
+KNOWN = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "train.log",
+    "before_after.png",
+    "sweep.json",
+    "sweep.png",
+)
 LOGS = ("metrics.jsonl", "eval.jsonl")  # one JSON line each time; a resume cuts them to the checkpoint's length
 CUT = "cut"  # what a resume set aside
 TRACKERS = "logs"  # what the trackers keep
@@ -127,7 +137,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             checkpoints = checkpoint_folders(self.path).values()
-            for folder in (*checkpoints, *(self.path / name for name in (CUT, "samples", TRACKERS, DENOISER_FOLDER))):
+            for folder in (
+                *checkpoints,
+                *(self.path / name for name in (CUT, "samples", TRACKERS, DENOISER_FOLDER, *EVALS)),
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
             remove_leftovers(self.path)
             for name in REPLACED:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import __version__
 from .config import Part, parse_options
 from .errors import ConfigError, RewardError, RewardTuneError
-from .intervals import mean_interval
 from .pictures import Caption, captions, find_images, open_image
 from .progress import digits, with_interval
 from .rewards.catalogue import OBJECT, REWARDS
+from .stats import mean_interval
 from .tables import text_table
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from .processes import Processes
 from .progress import with_interval
 from .runfolder import RunFolder
 from .spelling import nearest
+from .stats import mean_interval
 from .trackers import Trackers
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Watch:
         assert found is not None
         also = self.panel.held_out
         held_out = {metric: torch.tensor(row) for metric, row in found.pictures.items() if metric in also}
-        scores = {metric: evaluate.interval(value) for metric, value in (values | held_out).items()}
+        scores = {metric: mean_interval(value.double().tolist()) for metric, value in (values | held_out).items()}
         if self.processes.first:
             evaluate.save_images(images, self.folder.path / "samples" / (name or f"step-{step:06d}"))
         if record:

@@ -102,12 +102,12 @@ class Doors:
                     _refuse_hooks(name, module)
                     inner = module._compiled_call_impl or module._call_impl
                     # The outermost call slot of nn.Module: hooks of accelerate, diffusers, FSDP and dynamo stay inside.
-                    _set(stack, module, "_compiled_call_impl", functools.partial(self._network, name, module, inner))
+                    hold(stack, module, "_compiled_call_impl", functools.partial(self._network, name, module, inner))
                     decode: Any = getattr(module, "decode", None)
                     if callable(decode):
-                        _set(stack, module, "decode", functools.partial(self._decode, name, module, decode))
-            _set(stack, scheduler, "step", self._step_door(scheduler.step))
-            _set(stack, scheduler, "set_timesteps", self._count_timesteps(scheduler.set_timesteps))
+                        hold(stack, module, "decode", functools.partial(self._decode, name, module, decode))
+            hold(stack, scheduler, "step", self._step_door(scheduler.step))
+            hold(stack, scheduler, "set_timesteps", self._count_timesteps(scheduler.set_timesteps))
             yield self
 
     # Door 2: networks ---------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def find_denoiser(pipe: Any, name: str | None = None) -> str:
     return names[0]
 
 
-def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+def hold(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an instance attribute past any ``__setattr__``; the stack restores what was there."""
     present = owner.__dict__
     if name in present:
@@ -313,12 +313,12 @@ def quiet(pipe: Any, *, checkers: bool = False) -> Iterator[list[str]]:
         names = () if checkers else ("safety_checker", "watermark")
         aside = [name for name in names if getattr(pipe, name, None) is not None]
         for name in aside:
-            _set(stack, pipe, name, None)
-        _set(stack, pipe, "_progress_bar_config", {**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+            hold(stack, pipe, name, None)
+        hold(stack, pipe, "_progress_bar_config", {**getattr(pipe, "_progress_bar_config", {}), "disable": True})
         for module in pipe.components.values():
             decode: Any = getattr(module, "decode", None)
             if isinstance(module, nn.Module) and callable(decode):
-                _set(stack, module, "decode", functools.partial(_decode_in_own_dtype, module, decode))
+                hold(stack, module, "decode", functools.partial(_decode_in_own_dtype, module, decode))
         yield aside
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardtune import stats
 from rewardtune.prediction import x0_hat
 
 from .captions import KINDS, negative
@@ -55,14 +56,8 @@ class Share:
 def wilson(name: str, outcomes: Iterable[bool | None]) -> Share:
     """The share of True among the outcomes that are not None, with the 95% Wilson score interval."""
     known = [bool(outcome) for outcome in outcomes if outcome is not None]
-    n, hits, z = len(known), sum(known), 1.959964
-    if n == 0:
-        return Share(name=name, hits=0, n=0, share=float("nan"), low=0.0, high=1.0)
-    p, denominator = hits / n, 1 + z * z / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return Share(
-        name=name, hits=hits, n=n, share=p, low=(centre - half) / denominator, high=(centre + half) / denominator
-    )
+    found = stats.wilson(sum(known), len(known))
+    return Share(name=name, hits=sum(known), n=len(known), share=found.value, low=found.low, high=found.high)
 
 
 def sample(pipe: Any, prompts: Sequence[str], *, seed: int = 0, batch: int = 32, steps: int = STEPS) -> Tensor:

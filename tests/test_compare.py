@@ -1,0 +1,204 @@
+"""`eval` and `compare` against what can be recomputed from the pictures on disk, and what they refuse."""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from tiny_runs import made_run, save_tiny, write_run
+
+from rewardtune import rewards
+from rewardtune.cli import main
+from rewardtune.compare import compare_candidates, evaluate_candidates
+from rewardtune.pictures import open_image
+from rewardtune.prompts import with_categories
+from rewardtune.runfolder import LORA_FILE, RunFolder
+from rewardtune.stats import paired_difference, win_rate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """Of the command, with the pictures that it took itself."""
+    folder = tmp_path_factory.mktemp("a")
+    values = {"optim": {"steps": 2, "lr": 3e-2, "batch": 2}, "eval": {"count": 3}}
+    guards = {"rewards": ["symmetry"], "features": "playground"}
+    assert main(["train", str(write_run(folder, model, output_dir=str(folder / "a"), guards=guards, **values))]) == 0
+    return folder / "a"
+
+
+@pytest.fixture(scope="module")
+def other(model, tmp_path_factory):
+    return made_run(tmp_path_factory.mktemp("b") / "b", model, seed=5, reward="symmetry", eval={"count": 3})
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    return evaluate_candidates([str(run), f"{run}@0.5"], seeds=2)
+
+
+def images(folder: Path) -> torch.Tensor:
+    return torch.stack([open_image(file)[0] for file in sorted(folder.glob("*.png"))])
+
+
+def test_the_pictures_are_those_of_the_run_itself(evaluated, run):
+    """The first seed of each prompt: before training the base's, after it the candidate's."""
+    place = run / "eval" / "eval"
+    assert torch.equal(images(place / "base")[::2], images(run / "samples" / "step-000000"))
+    assert torch.equal(images(place / "a")[::2], images(run / "samples" / "final"))
+    assert not torch.equal(images(place / "a")[::2], images(place / "a")[1::2])
+
+
+def test_every_number_is_that_of_the_pictures_on_disk(evaluated, run):
+    document = json.loads((run / "eval" / "eval.json").read_text())
+    assert (document["kind"], document["settings"]["count"], document["settings"]["seeds"]) == ("eval", 3, 2)
+    assert document["settings"]["prompts"] == "a list"
+    assert [c["label"] for c in document["candidates"]] == ["base", "a", "a@0.5"]
+    assert len(document["pictures"]) == 6
+    prompts = [picture["prompt"] for picture in document["pictures"]]
+    assert prompts == [p for p in ["red heart", "blue star", "green moon"] for _ in range(2)]
+    judges = {"brightness": rewards.load("brightness"), "symmetry": rewards.Symmetry()}
+    values = {}
+    for candidate in document["candidates"]:
+        pictures = images(run / "eval" / candidate["folder"])
+        for name, judge in judges.items():
+            expected = judge.native(pictures, prompts).tolist()
+            assert candidate["values"][name] == pytest.approx(expected, rel=1e-5)
+            assert candidate["metrics"][name]["value"] == pytest.approx(fmean(expected), rel=1e-5)
+            assert candidate["metrics"][name]["low"] <= fmean(expected) <= candidate["metrics"][name]["high"]
+            values[candidate["label"], name] = expected
+    roles = {name: measure["role"] for name, measure in document["measures"].items()}
+    assert [roles[name] for name in ("trained_brightness", "reward", "symmetry", "vendi", "brightness")] == [
+        "trained",
+        "trained",
+        "held_out",
+        "guard",
+        "guard",  # the measure of the same name
+    ]
+    assert document["measures"]["symmetry"]["better"] == "less"
+    pairs = {(pair["a"], pair["b"]): pair["all"] for pair in document["pairs"]}
+    assert set(pairs) == {("a", "base"), ("a@0.5", "base")}
+    for (a, b), block in pairs.items():
+        clusters = [0, 0, 1, 1, 2, 2]
+        change = paired_difference(values[a, "symmetry"], values[b, "symmetry"], clusters)
+        assert block["difference"]["symmetry"]["value"] == pytest.approx(change.value, rel=1e-4)
+        assert block["difference"]["symmetry"]["low"] == pytest.approx(change.low, rel=1e-4)
+        wins = win_rate(values[a, "symmetry"], values[b, "symmetry"], clusters, less=True)
+        assert block["win_rate"]["symmetry"]["value"] == wins.value
+        assert "base_pixels" not in block["win_rate"]
+    weights = [(c["weight"], c["base_steps"], c["sampling"]["num_inference_steps"]) for c in document["candidates"]]
+    assert weights == [(None, None, 4), (1.0, None, 4), (0.5, None, 4)]
+    assert (run / "eval" / "eval.png").is_file()
+    notes = " ".join(document["notes"])
+    assert "3 of 3 prompts were trained on" in notes  # eval.prompts is not set: the training prompts serve
+    assert "3 prompts are few" in notes
+
+
+def test_whole_set_metrics_have_jackknife_intervals(evaluated):
+    base = evaluated.candidates[0].metrics["vendi"]
+    assert 1 <= base.value <= 3
+    assert base.low < base.value < base.high
+    assert evaluated.pairs[0].all.difference["vendi"].value == pytest.approx(
+        evaluated.candidates[1].metrics["vendi"].value - base.value
+    )
+    assert math.isnan(evaluated.candidates[0].metrics["black"].low)
+
+
+def test_the_weaker_weight_lies_between(evaluated):
+    apart = {pair.a: pair.all.difference["base_pixels"].value for pair in evaluated.pairs}
+    assert 0 < apart["a@0.5"] < apart["a"]
+
+
+def test_compare_by_category(run, other, tmp_path, capsys):
+    """Two runs of different rewards: every named reward is measured, none of them is held out."""
+    table = tmp_path / "p.csv"
+    table.write_text("prompt,category\nred heart,hearts\nblue star,stars\ngreen star,stars\npink star,stars\n")
+    arguments = ["compare", str(run), str(other), "--prompts", str(table), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "a against b" in out
+    assert "  stars" in out
+    document = json.loads((tmp_path / "out" / "a-vs-b.json").read_text())
+    assert (tmp_path / "out" / "a-vs-b.png").is_file()
+    assert [c["label"] for c in document["candidates"]] == ["base", "a", "b"]
+    (pair,) = document["pairs"]
+    assert (pair["a"], pair["b"], pair["all"]["prompts"]) == ("a", "b", 4)
+    assert {kind: block["prompts"] for kind, block in pair["categories"].items()} == {"hearts": 1, "stars": 3}
+    roles = {name: measure["role"] for name, measure in document["measures"].items()}
+    assert (roles["heldout_brightness"], roles["symmetry"]) == ("trained", "trained")
+    assert "reward" not in roles
+    values = {c["label"]: c["values"]["symmetry"] for c in document["candidates"]}
+    stars = win_rate(values["a"][1:], values["b"][1:], less=True)
+    assert pair["categories"]["stars"]["win_rate"]["symmetry"]["value"] == stars.value
+    assert pair["categories"]["hearts"]["win_rate"]["symmetry"]["low"] is None  # one prompt has no interval
+    assert "vendi" in pair["all"]["difference"]
+    assert "vendi" not in pair["categories"]["stars"]["difference"]
+
+
+def test_a_lora_file_with_everything_named(run, model, tmp_path):
+    file = tmp_path / "style.safetensors"
+    file.write_bytes((run / LORA_FILE).read_bytes())
+    options = {"model": str(model), "steps": 2, "prompts": ["red heart", "blue star"], "output": tmp_path / "out"}
+    found = evaluate_candidates([str(file)], rewards=rewards.Symmetry(), **options)
+    assert [c.label for c in found.candidates] == ["base", "style"]
+    assert found.measures["symmetry"].role == "held_out"
+    assert "vendi" not in found.measures
+    assert any("--features" in note for note in found.notes)
+
+
+def test_a_candidate_against_itself_is_a_tie(run, tmp_path):
+    found = compare_candidates([str(run), f"{run}@1"], output=tmp_path, count=2, steps=2)
+    (pair,) = found.pairs
+    assert pair.all.difference["symmetry"].value == 0
+    assert pair.all.win_rate["symmetry"].value == 0.5
+
+
+def test_what_is_refused(run, model, tmp_path, capsys):
+    lora = str(run / LORA_FILE)
+    bare = tmp_path / "x.safetensors"
+    bare.write_bytes((run / LORA_FILE).read_bytes())
+    for arguments, words in [
+        (["eval", "nowhere"], "no LoRA at nowhere"),
+        (["eval", str(run), "-r", "clipscor"], "did you mean 'clipscore'?"),
+        (["eval", str(run), "-o", "version=2.0"], "no --reward is given"),
+        (["eval", str(run), "-r", ""], "must not be empty"),
+        (["eval", str(run), "--prompts", ""], "prompt file"),
+        (["eval", str(run), "--count", "9"], "there are 3 prompts"),
+        (["eval", str(bare), "--model", str(model)], "add --output FOLDER"),
+        (["eval", str(bare), "--model", str(model), "--output", str(tmp_path)], "add --prompts"),
+        (
+            ["eval", str(bare), "--model", str(model), "--output", str(tmp_path), "--prompts", "playground:eval"],
+            "name some: --reward",
+        ),
+        (["eval", str(run), "--prompts", "playground:train"], "the prompts are 2000"),
+        (["compare", lora], "compare needs two candidates"),
+        (["eval", str(run), "--output", lora], "is a file; name a folder"),
+    ]:
+        assert main(arguments) == 2, arguments
+        assert words in capsys.readouterr().err, arguments
+    assert not list(tmp_path.glob("*/"))  # nothing was sampled
+
+
+def test_categories_of_prompts(tmp_path):
+    rows = with_categories("playground:eval")
+    assert {kind for _, kind in rows} == {"one object", "two objects"}
+    assert all((" and " in text) == (kind == "two objects") for text, kind in rows)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "category": "k"}\n"y"\n{"text": "z", "Category": null}\n')
+    assert with_categories(tmp_path / "a.jsonl", template="a {}") == [("a x", "k"), ("a y", ""), ("a z", "")]
+    for name, words in (("anime", ["p", "q"]), ("photo", ["r"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(words))
+    assert with_categories(f"hf:{tmp_path}:anime.json[:1],photo.json") == [("p", "anime"), ("r", "photo")]
+
+
+def test_overwriting_a_run_removes_its_results(tmp_path):
+    for name in ("run.json", "sweep.json", "sweep.png", "eval/eval.json", "sweep/a/000.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    RunFolder(tmp_path, overwrite=True).open()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
