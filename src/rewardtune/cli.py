@@ -469,6 +469,20 @@ def push(
     print(pushed.url or f"written: {pushed.folder}")
 
 
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or under way.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html, in the folder of a single run.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Before/after pairs shown at most.")] = 48,
+) -> None:
+    """One HTML file about a run, or several side by side: verdict, pictures, curves, guards, settings."""
+    from .report import write_report
+
+    print(write_report(runs, output, pairs=pairs))
+
+
 @app.command()
 def bench(
     experiment: Annotated[
