@@ -494,6 +494,58 @@ def push(
     print(pushed.url or f"written: {pushed.folder}")
 
 
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or under way.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html, in the folder of a single run.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Before/after pairs shown at most.")] = 48,
+) -> None:
+    """One HTML file about a run, or several side by side: verdict, pictures, curves, guards, settings."""
+    from .report import write_report
+
+    print(write_report(runs, output, pairs=pairs))
+
+
+@app.command("sheet")
+def sheet(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of pictures, or a run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, with pictures of the same names.")],
+    output: Annotated[Path, typer.Option(help="The page for the raters.")] = Path("sheet.html"),
+    key: Annotated[Path | None, typer.Option(help="Which is which; default: OUTPUT with .key.json.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Of A's pictures: .txt, .csv or .jsonl; a column category is tallied too.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="What the raters are asked.")] = "Which picture is better?",
+    count: Annotated[int | None, typer.Option(min=1, help="Pairs, drawn at random; default: all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sides and order; default: one nobody can guess.")] = None,
+) -> None:
+    """A page on which people choose between two sets of pictures, blind. Votes: rewardtune tally."""
+    from .report.sheet import make_sheet
+
+    made = make_sheet(a, b, output=output, key=key, prompts=prompts, question=question, count=count, seed=seed)
+    print(f"{made.page}: {made.pairs} pairs, for the raters")
+    print(f"{made.key}: which is which; keep it, and then: rewardtune tally {made.key} VOTES.json ...")
+
+
+@app.command("tally")
+def tally(
+    key: Annotated[Path, typer.Argument(metavar="KEY.json", help="As `rewardtune sheet` wrote it.")],
+    votes: Annotated[list[Path], typer.Argument(metavar="VOTES.json...", help="One file for each rater.")],
+    missing: Annotated[bool, typer.Option("--missing", help="Count what is there where votes are missing.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the tally.")] = None,
+) -> None:
+    """How often B was better than A in the votes on a sheet, with intervals, by category and rater."""
+    from .report.tally import tally as count_votes
+    from .runfolder import write_text
+
+    found = count_votes(key, votes, missing=missing)
+    print(found.as_text())
+    if json_file is not None:
+        write_text(json_file, found.as_json())
+
+
 @app.command()
 def bench(
     experiment: Annotated[

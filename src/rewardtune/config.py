@@ -362,6 +362,8 @@ class Log(_Section):
     """each needs the extra of its name"""
     project: Text = "rewardtune"
     """the project's name in the trackers"""
+    report: bool = True
+    """report.html in the run folder, written during training and at its end; docs/report.md"""
 
 
 class RunConfig(_Section):

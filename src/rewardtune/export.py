@@ -145,18 +145,23 @@ def _known(formats: Sequence[str]) -> list[str]:
 # The run --------------------------------------------------------------------------------------------------------------
 
 
-def open_run(run: str | Path, *, checkpoint: str | int = "best", model: str | None = None) -> Run:
-    """What an export needs of a run folder. ConfigError when the LoRA file or the name of the base model is missing."""
+def open_run(
+    run: str | Path, *, checkpoint: str | int = "best", model: str | None = None, prompts: Sequence[str] | None = None
+) -> Run:
+    """What an export needs of a run folder. prompts: the eval prompts, where they are known; None: they are read again.
+
+    ConfigError when the LoRA file or the name of the base model is missing.
+    """
     folder = Path(run)
     file = _lora_file(folder, checkpoint)
     settings = settings_of(folder, model=model)
-    prompts, notes = _prompts(settings.config)
+    texts, notes = _prompts(settings.config) if prompts is None else (tuple(prompts), ())
     return Run(
         folder=folder,
         file=file,
         model=settings.model,
         scheduler=settings.scheduler,
-        prompts=prompts,
+        prompts=texts,
         call=settings.call,
         facts=settings.facts,
         config=settings.config,

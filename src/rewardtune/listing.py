@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from typing import Any
 
 from . import __version__, methods
 from .config import presets
@@ -117,6 +118,25 @@ def rewards_json() -> str:
     return json.dumps(rows, indent=2, ensure_ascii=False)
 
 
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def versions(device: Any) -> dict[str, str]:
+    """What a run was made with: its packages, and the device by its kind; no paths, no host names."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else torch.device(device).type
+    found = {"rewardtune": __version__, "python": platform.python_version()}
+    return found | {package: _version(package) for package in PACKAGES} | {"device": name}
+
+
 def environment() -> str:
     """Versions, threads and devices; no paths, no host names."""
     import torch
@@ -125,11 +145,7 @@ def environment() -> str:
         f"rewardtune {__version__}",
         f"python {platform.python_version()} on {platform.system()} {platform.machine()}",
     ]
-    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy"):
-        try:
-            lines.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{package} missing")
+    lines += [f"{package} {_version(package)}" for package in (*PACKAGES, "safetensors", "numpy")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines.append(f"cpu cores {cores}, torch threads {torch.get_num_threads()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -106,6 +106,14 @@ class Panel:
             found[name] = metric
         return found
 
+    def roles(self) -> dict[str, dict[str, str]]:
+        """Of every metric what it is, of which there should be more or less, and its role, as JSON keeps them."""
+        roles = dict.fromkeys(self.held_out, "held_out") | dict.fromkeys(self.trained_names, "trained")
+        return {
+            name: {"what": metric.what, "better": metric.better, "role": roles.get(name, "guard")}
+            for name, metric in self.metrics().items()
+        }
+
     def __call__(
         self, images: Tensor, *, base: Tensor, step: int, scores: Mapping[str, Tensor] | None = None
     ) -> Evaluation:

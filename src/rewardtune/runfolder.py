@@ -28,6 +28,7 @@ KNOWN = (
     "eval.jsonl",
     "train.log",
     "before_after.png",
+    "report.html",
     "sweep.json",
     "sweep.png",
 )

@@ -25,6 +25,7 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
 from .gradient import Gradient, doing
+from .listing import versions
 from .methods import Method
 from .models import offloaded_vae
 from .panel import Panel
@@ -32,6 +33,7 @@ from .processes import join
 from .progress import Progress
 from .prompts import load_prompts
 from .regularize import Denoising, DenoisingLoss
+from .report.live import LiveReport
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
 from .runfolder import DENOISING_FILE, LORA_FILE, RunFolder, write_text
@@ -155,6 +157,7 @@ class RewardTuner:
         self.device = sharding.home(pipe, self.denoiser) if self.processes.sharded else self.denoiser.device
         logs = section(Log, log, "log")
         self.trackers = Trackers(logs.trackers, folder=self.folder, project=logs.project, say=self._say)
+        self.report = LiveReport(self.folder, enabled=logs.report, say=self._say)
         if guards is not None and not isinstance(guards, Mapping):
             raise ConfigError(f"guards={guards!r}: give a mapping with rewards, features, rules")
         self.watch = self._watch(dict(guards or {}))
@@ -281,6 +284,8 @@ class RewardTuner:
                 except BaseException as error:
                     self._rescue(state, error)
                     raise
+                finally:
+                    self.report.finish()
             signals.leave(self.folder.path, whole=status != "interrupted")
         return Result(
             status=status,
@@ -345,6 +350,8 @@ class RewardTuner:
             "scheduler": type(self.pipe.scheduler).__name__,
             "reward": str(getattr(self.reward, "name", self.reward)),
             "held_out": sorted(self.watch.panel.held_out),
+            "measures": self.watch.panel.roles(),
+            "eval_prompts": self.eval_prompts,
             "method": str(self.method),
             "T": self.T,
             "call": {key: value for key, value in self.call.items() if isinstance(value, int | float | str)},
@@ -352,6 +359,7 @@ class RewardTuner:
             "prompts": len(self.prompts),
             "processes": self.processes.world,
             "seed": self.seed,
+            "versions": versions(self.device),
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -390,6 +398,7 @@ class RewardTuner:
         if self.step == 0:
             self.folder.set_status("running", before=scores)
             self._say(f"before: {line(scores)}")
+            self.report.look()
             if self.checkpoints.every or self.watch.rules:
                 self._checkpoint(state, settings)
         return scores, images
@@ -481,6 +490,7 @@ class RewardTuner:
             self.kept = self.step if back is None else back
             kept = "the weights are kept" if back is None else f"the weights kept are those of {_step(back)}, the best"
             self.stop = f"{' '.join(v.words for v in verdicts if v.due)}; {kept}"
+        self.report.look()
         return act in (None, "warn") and self.watch.best_step() == self.step
 
     def _take_back(self, state: TrainingState) -> int | None:

@@ -1,0 +1,310 @@
+"""The page of `rewardtune report`, without a browser: what it says, what it must not hold, and who may fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_run import PROMPTS, fake_run
+from test_trainer import plain, tuner
+
+from rewardtune.cli import main
+from rewardtune.errors import ConfigError
+from rewardtune.report import live, write_report
+from rewardtune.report.curves import charts, running_mean, x_axes
+from rewardtune.report.read import read_run
+from rewardtune.report.results import agree, changes, duel, falls, verdict
+from rewardtune.runfolder import RunFolder
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</script><script>alert(1)</script>",
+    "{{ 7 * 7 }} ]]> --> & &amp; <b>",
+    "\ud800 \u202e backwards \x07",
+    "plain",
+]
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def page(*runs: Path, **options: Any) -> tuple[str, Elements]:
+    path = write_report(runs, runs[0].parent / "page.html", **options)
+    html = path.read_text(encoding="utf-8")
+    return html, Elements(html)
+
+
+def data_of(html: str) -> Any:
+    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_a_whole_page(tmp_path):
+    html, elements = page(fake_run(tmp_path / "drtune"))
+    assert "The reward rose, and clipscore, never trained on, got worse." in elements.text
+    sections = [section["id"] for section in elements.named("section") if "id" in section]
+    assert sections == ["pictures", "rewards", "gradients", "guards", "use", "environment"]
+    assert {link["href"] for link in elements.named("a")} == {"#main", "#verdict", *(f"#{name}" for name in sections)}
+    images = elements.named("img")
+    assert all(image["alt"] for image in images)
+    assert len({image["src"] for image in images if "src" in image}) == 2 * len(PROMPTS)
+    for place in ("torch", "2.13.0", "DDIMScheduler", "drtune(K=3, m=8)", "5 min"):
+        assert place in elements.text or place == "5 min"
+    assert "/home/somebody" not in html
+    shown = data_of(html)
+    titles = [chart["title"] for chart in shown["charts"]]
+    assert titles[:3] == ["Trained reward", "symmetry", "clipscore"]
+    assert {"Gradient norm before clipping", "Gradient norm per denoising step", "Trained sampling steps"} <= set(
+        titles
+    )
+    assert {figure.get("id") for figure in elements.named("figure")} >= {chart["id"] for chart in shown["charts"]}
+    assert shown["refresh"] == 0
+
+
+def test_nothing_is_asked_of_the_network(tmp_path):
+    html, elements = page(fake_run(tmp_path / "a"), fake_run(tmp_path / "b", draw=1))
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)
+    policy = next(meta["content"] for meta in elements.named("meta") if meta.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not any("style" in attributes for _, attributes in elements.found)  # the policy would drop them
+
+
+def test_a_hostile_prompt_stays_text(tmp_path):
+    run = fake_run(tmp_path / "run", prompts=HOSTILE, method=HOSTILE[0], error=HOSTILE[1], status="failed")
+    html, elements = page(run)
+    assert len(elements.named("script")) == 2  # the data and ours
+    assert not [image for image in elements.named("img") if "onerror" in image]
+    for prompt in HOSTILE[:4]:
+        assert prompt in elements.text
+    assert "\u202e" not in html
+
+
+def test_the_reward_rose_and_nothing_fell(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", held_out=0.3))
+    said = verdict(run, changes(run))
+    assert said.mood == "good"
+    assert said.headline == "The reward rose, and no held-out reward got worse: all improved."
+
+
+def test_noise_is_no_change(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", gain=0.0, held_out=0.0))
+    said = verdict(run, changes(run))
+    assert said.mood == "unclear"
+    assert "No change of the reward can be told from the noise over 6 prompts." in said.headline
+
+
+def test_without_a_held_out_reward_the_verdict_says_so(tmp_path):
+    measures = {"clipscore": {"what": "", "better": "more", "role": "trained"}}
+    run = fake_run(
+        tmp_path / "run", held_out=0.3, measures=measures | {"reward": {"better": "more", "role": "trained"}}
+    )
+    read = read_run(run)
+    said = verdict(read, changes(read))
+    assert said.mood == "mixed"
+    assert any("No held-out reward was measured" in sentence for sentence in said.sentences)
+
+
+def test_the_numbers_of_the_verdict(tmp_path):
+    """The paired change is that of the file, and less is better where run.json says so."""
+    run = read_run(fake_run(tmp_path / "run"))
+    found = changes(run)
+    first, last = run.looks[0], run.looks[-1]
+    apart = [b - a for a, b in zip(first.pictures["symmetry"], last.pictures["symmetry"], strict=True)]
+    assert found["symmetry"].difference.value == pytest.approx(sum(apart) / len(apart))
+    assert found["symmetry"].sign == 1
+    assert found["symmetry"].won.value == 1.0
+    assert found["clipscore"].sign == -1
+    assert found["vendi"].won is None
+    losses = falls(run, "clipscore")
+    worst = max(range(len(PROMPTS)), key=lambda i: first.pictures["clipscore"][i] - last.pictures["clipscore"][i])
+    assert losses[0][0] == worst
+    assert [loss for _, loss in losses] == sorted((loss for _, loss in losses), reverse=True)
+    assert falls(run, "symmetry") == []
+
+
+def test_seeds_of_a_prompt_are_one_prompt(tmp_path):
+    run = fake_run(tmp_path / "run", prompts=["a", "a", "b", "b", "c", "c"])
+    assert changes(read_run(run))["reward"].prompts == 3
+    assert "seed 2 of 2" in page(run)[1].text
+
+
+def test_axes_and_means(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", steps=4, every=2))
+    assert x_axes(run) == {"steps": [1, 2, 3, 4], "images": [8, 16, 24, 32], "seconds": [2, 4, 6, 8]}
+    looks = next(c for c in charts([run])["rewards"][0]["curves"] if c["style"] == "eval")
+    assert looks["x"] == {"steps": [0, 2, 4], "images": [0, 16, 32], "seconds": [0, 4, 8]}
+    assert looks["low"][0] == looks["high"][0] == looks["y"][0]  # no change from itself
+    assert running_mean([1, 2, 3]) == [1.5, 2, 2.5]
+    trained = next(chart for chart in charts([run])["gradients"] if chart["title"] == "Trained sampling steps")
+    assert sum(trained["bars"][0]["y"]) == 4 * 3
+
+
+def test_a_long_run_is_thinned(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", steps=2000, every=1000))
+    raw = charts([run])["rewards"][0]["curves"][0]
+    assert len(raw["y"]) == 400
+    assert raw["name"] == "training batch, mean of 5 updates"
+    assert raw["x"]["steps"][-1] == 2000
+
+
+def test_several_runs_against_each_other(tmp_path):
+    better, worse = fake_run(tmp_path / "better", gain=0.6), fake_run(tmp_path / "worse", gain=0.1, draw=1)
+    other = fake_run(tmp_path / "other", prompts=["x", "y", "z"])
+    a, b, c = map(read_run, (better, worse, other))
+    assert agree(a, b)
+    assert not agree(a, c)
+    apart, rate = duel(a, b)["symmetry"]
+    assert apart.value < 0
+    assert rate.value == 1.0
+    assert rate.low > 0.5
+    _, elements = page(better, worse, other)
+    assert "A better than B" in elements.text
+    assert "other are those of no other run here" in elements.text
+    assert [table["id"] for table in elements.named("table") if "id" in table] == [
+        "table-runs",
+        "table-methods",
+        "table-duels",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"status": "running", "looks": False, "steps": 0}, "Nothing has been looked at yet."),
+        ({"status": "running", "steps": 3, "every": 40}, "Only the untuned model has been looked at so far."),
+        ({"status": "interrupted", "error": "interrupted at once"}, "interrupted at once"),
+        ({"status": "stopped", "error": "clipscore fell", "kept_step": 10}, "the weights of step 10"),
+        ({"kept_step": 0}, "The untuned model is kept"),
+        ({"looks": False}, "Nothing has been looked at yet."),
+        ({"measures": None, "eval_prompts": None, "versions": None}, "symmetry (trained on) fell"),
+    ],
+)
+def test_runs_in_any_state(tmp_path, facts, words):
+    elements = page(fake_run(tmp_path / "run", **facts))[1]
+    assert words in elements.text
+
+
+def test_a_line_that_is_being_written(tmp_path):
+    run = fake_run(tmp_path / "run", status="running")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "rew')
+    html, elements = page(run)
+    assert data_of(html)["refresh"] > 0
+    assert "is read again every" in elements.text
+
+
+def test_folders_without_a_run(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    fake_run(tmp_path / "runs" / "a", steps=2, every=1)
+    for folder, words in {"none": "no run folder", "empty": "there is no run.json", "runs": "it holds runs"}.items():
+        assert main(["report", str(tmp_path / folder)]) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="given twice"):
+        write_report([tmp_path / "runs" / "a"] * 2)
+
+
+def test_sweep_and_evaluations_are_shown(tmp_path):
+    run = fake_run(tmp_path / "run")
+    ends = {"value": 0.5, "low": 0.4, "high": None}
+    measures = {"clipscore": {"what": "", "better": "more", "role": "held_out"}}
+    points = [{"weight": w, "scored": {"metrics": {"clipscore": ends}}} for w in (0.0, 0.5, 1.0)]
+    sweep = {"kind": "sweep", "measures": measures, "points": points, "suggested": 0.5, "reason": "<because>"}
+    (run / "sweep.json").write_text(json.dumps(sweep))
+    (run / "eval").mkdir()
+    pair = {"a": "run", "b": "base", "all": {"difference": {"clipscore": ends}, "win_rate": {"clipscore": ends}}}
+    candidates = [{"label": "base", "metrics": {"clipscore": ends}}]
+    found = {"kind": "eval", "measures": measures, "candidates": candidates, "pairs": [pair], "notes": ["a note"]}
+    (run / "eval" / "eval.json").write_text(json.dumps(found))
+    (run / "eval" / "foreign.json").write_text("[]")
+    html, elements = page(run)
+    assert "<because>" in elements.text
+    assert next(chart for chart in data_of(html)["charts"] if chart["id"] == "sweep-0")["mark"]["x"] == 0.5
+    assert "run – base" in elements.text
+    assert "a note" in elements.text
+
+
+def test_the_trainer_writes_it_and_says_when_it_is_done(tmp_path, monkeypatch):
+    pages = []
+    write = live.LiveReport._write
+
+    def kept(self: live.LiveReport) -> None:
+        write(self)
+        pages.append((tmp_path / "run" / "report.html").read_text())
+
+    monkeypatch.setattr(live.LiveReport, "_write", kept)
+    monkeypatch.setattr(live, "SHARE", 1e9)
+    tuner(tmp_path / "run", plain()).train(2, lr=1e-3, eval_every=1)
+    assert [data_of(each)["refresh"] > 0 for each in pages] == [True, True, False]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["eval_prompts"]
+
+
+def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no page today")
+
+    monkeypatch.setattr("rewardtune.report.write_report", broken)
+    result = tuner(tmp_path / "run", plain()).train(2, lr=1e-3, eval_every=1)
+    assert result.status == "done"
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("warning: report.html was not written (ValueError: no page today)") == 1
+
+
+def test_it_can_be_switched_off(tmp_path):
+    tuner(tmp_path / "run", plain(), log={"report": False}).train(1, lr=1e-3)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_its_share_of_the_time(tmp_path, monkeypatch):
+    """Looks every 10 s, a page of 0.2 s: after the first one a page is written only where 0.5 % allow it."""
+    now = [0.0]
+    written = []
+
+    def slow(*_: object, **__: object) -> None:
+        written.append(now[0])
+        now[0] += 0.2
+
+    monkeypatch.setattr("rewardtune.report.write_report", slow)
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.set_status("running")
+    report = live.LiveReport(folder, enabled=True, say=print, clock=lambda: now[0])
+    for _ in range(200):
+        report.look()
+        now[0] += 10
+    assert written[0] == 0
+    assert 40 < len(written) < 60
+    assert 0.2 * len(written) < 0.006 * now[0]
+
+
+def test_large_pictures_are_reduced(tmp_path):
+    from PIL import Image
+
+    from rewardtune.report.pictures import data_uri
+
+    noise = (torch.rand(900, 1200, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    uri = data_uri(tmp_path / "large.png")
+    assert uri.startswith("data:image/webp;base64,")
+    assert len(uri) < (tmp_path / "large.png").stat().st_size / 5
