@@ -173,11 +173,11 @@ def test_an_interrupted_command_saves_once_and_goes_on_in_one_process(model, tmp
     """`train -n 2`, Ctrl-C when it trains, then the same run to its end in this process."""
     file = write_run(tmp_path, model, optim={"steps": 2000, "lr": 1e-4, "batch": 4, "micro_batch": 2})
     child, folder = command(file, "-n", 2), tmp_path / "out"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 130, (out, err)
     assert out.count("stopping:") == out.count("--resume latest") == 1
     assert "Traceback" not in err
@@ -193,7 +193,7 @@ def test_a_refused_run_says_one_line(model, tmp_path):
     file = write_run(tmp_path, model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("here")
-    out, err = (child := command(file, "-n", 2)).communicate(timeout=120)
+    out, err = (child := command(file, "-n", 2)).communicate(timeout=300)
     assert (child.returncode, out) == (2, "")
     assert err.startswith(f"rewardtune: output folder {tmp_path / 'out'} exists and is not empty")
     assert err.count("\n") == 1
