@@ -318,6 +318,8 @@ for (const select of document.querySelectorAll("select.order")) {
   const folds = [...document.querySelectorAll("details[id]")];
   const saved = JSON.parse(recall("sessionStorage", name) || "null");
   if (saved) {
+    const pausing = document.getElementById("pausing");
+    if (pausing) pausing.hidden = false;  // before scrolling: it takes a line
     folds.forEach((fold) => { if (fold.id in saved.open) fold.open = saved.open[fold.id]; });
     if (!location.hash || saved.again) window.scrollTo({ top: saved.y, behavior: "instant" });
     try { window.sessionStorage.removeItem(name); } catch (error) { /* forbidden */ }
