@@ -49,8 +49,9 @@ class Browser:
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         os.write(self.to, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        until = time.monotonic() + 60
         while True:
-            answer = self._read(60)
+            answer = self._read(until - time.monotonic())
             if answer.get("id") == self.number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")
@@ -61,7 +62,7 @@ class Browser:
         until = time.monotonic() + seconds
         while b"\0" not in self.buffer:
             if not select.select([self.back], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise TimeoutError(f"the browser said nothing for {seconds} s")
+                raise TimeoutError("the browser did not answer in time")
             data = os.read(self.back, 1 << 20)
             if not data:
                 raise RuntimeError("the browser ended")
@@ -109,6 +110,12 @@ class Page:
             if time.monotonic() - started > seconds:
                 raise TimeoutError(f"never true: {code}")
             time.sleep(0.05)
+
+    def wait(self, method: str, seconds: float = 60) -> None:
+        """Until an event comes that has not come yet; asks the page nothing, so it may navigate meanwhile."""
+        seen, until = len(self.mine(method)), time.monotonic() + seconds
+        while len(self.mine(method)) == seen:
+            self.browser.events.append(self.browser._read(until - time.monotonic()))
 
     def move(self, x: float, y: float) -> None:
         """The mouse to a place of the window."""

@@ -310,7 +310,7 @@ WORDS = {  # the whole line after its place
     "optim: {lr: '1e-4'}": "optim.lr = '1e-4': must be a valid number; remove the quotes",
     "optim: {batch: '8'}": "optim.batch = '8': must be a valid integer; remove the quotes",
     "optim: {batch: '8.5'}": "optim.batch = '8.5': must be a valid integer, e.g. 32",
-    "log: 3": "log = 3: must be a mapping; legal keys: trackers, project",
+    "log: 3": "log = 3: must be a mapping; legal keys: trackers, project, report",
 }
 
 
@@ -370,7 +370,7 @@ def test_the_keys_that_hints_name_exist():
         (Regularize, {"kl": "x"}, "regularize.kl = 'x': must be a valid number, e.g. 0.0"),
         (Regularize, "kl", "regularize = 'kl': must be a mapping; legal keys: kl, denoise"),
         (Regularize, 0, "regularize = 0: must be a mapping; legal keys: kl, denoise"),
-        (Log, [("project", "x")], "log = [('project', 'x')]: must be a mapping; legal keys: trackers, project"),
+        (Log, [("project", "x")], "log = [('project', 'x')]: must be a mapping; legal keys: trackers, project, report"),
         (Guards, {"rules": [{"below": 1}]}, "'guards.rules.0.metric' is missing"),
     ],
 )

@@ -177,7 +177,7 @@ function drawChart(spec, figure) {
     return found;
   }
 
-  function show(at, speak) {
+  function show(at, speak, below) {
     const f = state.frame;
     state.at = at;
     const head = spec.bars ? `sampling step ${at}` : f.on === "steps" ? `step ${at}` : f.on === "weight" ? `weight ${digits(at)}` : f.on === "images" ? `${digits(at)} images` : clock(at);
@@ -194,7 +194,7 @@ function drawChart(spec, figure) {
     const box = plot.getBoundingClientRect(), x = (f.X(at) / WIDTH) * box.width;
     tip.style.left = `${Math.max(0, Math.min(x + 10, box.width - tip.offsetWidth))}px`;
     if (x + 10 + tip.offsetWidth > box.width) tip.style.left = `${Math.max(0, x - 10 - tip.offsetWidth)}px`;
-    tip.style.top = "8px";
+    tip.style.top = below ? `${box.height * 0.5}px` : "8px";  // away from the pointer
     if (speak) live.textContent = [head, ...rows(at).map(({ curve, text }) => `${curve.name}: ${text}`)].join(", ");
   }
 
@@ -208,7 +208,7 @@ function drawChart(spec, figure) {
     const box = state.svg.getBoundingClientRect(), f = state.frame;
     const x = f.x0 + ((((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT)) * (f.x1 - f.x0);
     const all = stops();
-    if (all.length) show(all.reduce((best, each) => (Math.abs(each - x) < Math.abs(best - x) ? each : best)), false);
+    if (all.length) show(all.reduce((best, each) => (Math.abs(each - x) < Math.abs(best - x) ? each : best)), false, event.clientY < box.top + box.height * 0.45);
   }
 
   plot.addEventListener("keydown", (event) => {
@@ -318,6 +318,8 @@ for (const select of document.querySelectorAll("select.order")) {
   const folds = [...document.querySelectorAll("details[id]")];
   const saved = JSON.parse(recall("sessionStorage", name) || "null");
   if (saved) {
+    const pausing = document.getElementById("pausing");
+    if (pausing) pausing.hidden = false;  // before scrolling: it takes a line
     folds.forEach((fold) => { if (fold.id in saved.open) fold.open = saved.open[fold.id]; });
     if (!location.hash || saved.again) window.scrollTo({ top: saved.y, behavior: "instant" });
     try { window.sessionStorage.removeItem(name); } catch (error) { /* forbidden */ }

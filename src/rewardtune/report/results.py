@@ -15,7 +15,7 @@ from ..progress import digits
 from ..stats import Interval, paired_difference, win_rate
 from .read import RunData
 
-WORST = 4  # pictures shown for each metric
+WORST = 6  # pictures shown for each metric
 _ANY = Metric(what="")
 
 
@@ -104,8 +104,8 @@ def percent(found: Interval) -> str:
     """`88 % (53 to 98 %)`."""
     if not math.isfinite(found.value):
         return "–"
-    ends = f" ({100 * found.low:.0f} to {100 * found.high:.0f} %)" if math.isfinite(found.low) else ""
-    return f"{100 * found.value:.0f} %{ends}"
+    ends = f" ({100 * found.low:.0f} to {100 * found.high:.0f}\u00a0%)" if math.isfinite(found.low) else ""
+    return f"{100 * found.value:.0f}\u00a0%{ends}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from ..modelcard import plain
@@ -77,7 +78,11 @@ def make_sheet(
     forget()
     digest = hashlib.sha256(json.dumps([seed, rows, shown]).encode()).hexdigest()[:16]
     data = {"sheet": digest, "question": plain(question), "pairs": shown}
-    facts = {"kind": "sheet-key", "sheet": digest, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    facts: dict[str, Any] = {
+        "kind": "sheet-key",
+        "sheet": digest,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     facts |= {"a": str(a), "b": str(b), "question": question, "seed": seed}
     html = render("sheet", data=data, question=plain(question), count=len(shown))
     write_text(key, json.dumps(facts | {"pairs": rows}, indent=1, ensure_ascii=False) + "\n")

@@ -140,7 +140,7 @@ def _read(path: Path, sheet: str, pairs: Mapping[str, Any]) -> tuple[str, dict[s
         raise ConfigError(f"{path} names no rater")
     chosen: dict[str, str] = {}
     for row in rows:
-        pair, choice = (row.get("pair"), row.get("choice")) if isinstance(row, dict) else (None, None)
+        pair, choice = (str(row.get("pair")), row.get("choice")) if isinstance(row, dict) else ("", None)
         if pair not in pairs:
             raise ConfigError(f"{path}: a vote on {pair!r}, which is no pair of the key")
         if choice not in CHOICES:
