@@ -115,11 +115,26 @@ def at_reward(trace: list[dict[str, float]], level: float, measure: str) -> floa
     return None
 
 
-def common_level(rows: list[dict[str, Any]]) -> float:
-    """The highest reward that every run without regulariser reached, less a tenth of its gain."""
-    plain = [row["trace"] for row in rows if row["setting"] == "none"] or [row["trace"] for row in rows]
-    start = statistics.mean(trace[0]["reward"] for trace in plain)
-    return start + 0.9 * (min(max(point["reward"] for point in trace) for trace in plain) - start)
+def equal_level(rows: list[dict[str, Any]], name: str) -> tuple[float, list[tuple[Any, Any]]]:
+    """The highest reward that all seeds of a setting reach, with and without it; their traces, in pairs."""
+    plain = {row["seed"]: row["trace"] for row in rows if row["setting"] == "none"}
+    pairs = [(plain[row["seed"]], row["trace"]) for row in rows if row["setting"] == name and row["seed"] in plain]
+    return min(max(point["reward"] for point in trace) for pair in pairs for trace in pair), pairs
+
+
+def at_equal(rows: list[dict[str, Any]], name: str) -> list[str]:
+    """Level, then for CLIPScore and diversity: without -> with there, the gain and its 95 % interval over seeds."""
+    from rewardtune.stats import mean_interval
+
+    level, pairs = equal_level(rows, name)
+    cells = [f"{level:.2f}"]
+    for measure in MEASURES[1:]:
+        ends = [[at_reward(trace, level, measure) for trace in pair] for pair in pairs]
+        gains = [after - before for before, after in ends if before is not None and after is not None]
+        without, with_ = (statistics.mean(end[k] or 0.0 for end in ends) for k in (0, 1))
+        mean, half = mean_interval(gains)
+        cells.append(f"{without:.3f} -> {with_:.3f}: {mean:+.3f}" + (f" ± {half:.3f}" if len(gains) > 1 else ""))
+    return cells
 
 
 def spread(values: list[float | None]) -> str:
@@ -130,16 +145,16 @@ def spread(values: list[float | None]) -> str:
     return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)} reach it)"
 
 
-def table(rows: list[dict[str, Any]], level: float) -> Iterator[str]:
-    yield f"| regulariser | seeds | aesthetic | CLIPScore | diversity | CLIPScore at {level:.3f} | diversity there |"
-    yield "|-|-|-|-|-|-|-|"
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| regulariser | seeds | aesthetic | CLIPScore | diversity | at reward | CLIPScore there | diversity there |"
+    yield "|-|-|-|-|-|-|-|-|"
     base = [row["trace"][0] for row in rows]
-    yield "| *before* | | " + " | ".join(spread([b[m] for b in base]) for m in MEASURES) + " | | |"
+    yield "| *before* | | " + " | ".join(spread([b[m] for b in base]) for m in MEASURES) + " | | | |"
     for name in SETTINGS:
         traces = [row["trace"] for row in rows if row["setting"] == name]
         if traces:
             end = [spread([trace[-1][m] for trace in traces]) for m in MEASURES]
-            equal = [spread([at_reward(trace, level, m) for trace in traces]) for m in MEASURES[1:]]
+            equal = ["", "", ""] if name == "none" else at_equal(rows, name)
             yield f"| {name} | {len(traces)} | " + " | ".join(end + equal) + " |"
 
 
@@ -177,17 +192,18 @@ def curve(rows: list[dict[str, Any]]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    updates = sorted({row["updates"] for row in rows})
+    updates = " or ".join(map(str, sorted({row["updates"] for row in rows})))
     lines = [
         "# Regularisers at equal reward",
         "",
         f"`python benchmarks/regularisers.py`: the playground, {updates} updates of {BATCH} at {LR:g}, DRTune",
         "(K=2, m=8) on the aesthetic reward alone; means over held-out prompts with fixed noise, ± standard deviation",
         "over seeds.",
-        "Diversity is the mean pairwise 1 - cos of CLIP image features. The last two columns compare the runs where",
-        "each first reaches the same reward.",
+        "Diversity is the mean pairwise 1 - cos of CLIP image features. The first columns are the runs' ends. The last",
+        "three compare each setting with no regulariser where both first reach the same reward, the highest that all",
+        "of their seeds reach: without -> with, and the gain, paired by seed, with Student's 95 % interval over seeds.",
         "",
-        *table(rows, common_level(rows)),
+        *table(rows),
         "",
         "![CLIPScore and diversity against the reward](regularisers.svg)",
     ]
@@ -198,8 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=80)
-    parser.add_argument("--every", type=int, default=10, help="updates between two evaluations")
+    parser.add_argument("--updates", type=int, default=48)
+    parser.add_argument("--every", type=int, default=8, help="updates between two evaluations")
     parser.add_argument("--count", type=int, default=48, help="held-out prompts")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON, the table and the curve")
