@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import adapters, dryrun, evaluate, guards, launch, models
-from .config import Checkpoints, Guards, Part, PromptSource, RunConfig
+from .config import Checkpoints, Guards, Log, Part, PromptSource, RunConfig
 from .diversity import Features
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
@@ -412,7 +412,12 @@ def _pipeline(config: RunConfig, pipe: Any, known: _Known, findings: Findings) -
     attempt = findings.attempt
     nowhere = Path(tempfile.gettempdir()) / f"rewardtune-check-{os.getpid()}"  # never made
     bare = config.model_copy(
-        update={"guards": Guards(), "checkpoints": Checkpoints(best=None), "output_dir": str(nowhere)}
+        update={
+            "guards": Guards(),
+            "checkpoints": Checkpoints(best=None),
+            "log": Log(report=False),
+            "output_dir": str(nowhere),
+        }
     )
     prompts = known.prompts or ["a picture"]
 
