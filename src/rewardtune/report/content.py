@@ -283,7 +283,11 @@ def _snippet(run: RunData) -> dict[str, Any]:
 
     command = f'rewardtune sample {run.folder} --prompt "..."'
     try:
-        return {"command": command, "python": snippet(open_run(run.folder, prompts=run.prompts), repo=str(run.folder)), "note": ""}
+        return {
+            "command": command,
+            "python": snippet(open_run(run.folder, prompts=run.prompts), repo=str(run.folder)),
+            "note": "",
+        }
     except RewardTuneError as error:
         return {"command": command, "python": None, "note": local(run, str(error))}
 
