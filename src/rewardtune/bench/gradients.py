@@ -38,7 +38,7 @@ def run(work: Work) -> None:
 
 
 def measure(cell: Cell, device: str) -> dict[str, Any]:
-    """{"batch": pictures, "full": {K: norm}, "stopped": {K: norm}}: L2 norms over all parameters, means over batches."""
+    """{"batch": pictures, "full": {K: norm}, "stopped": {K: norm}}: L2 norms of all parameters, means over batches."""
     import tempfile
     from dataclasses import replace
 
