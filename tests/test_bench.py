@@ -150,6 +150,38 @@ def test_the_paper_s_table_is_whole():
         assert values[-1] == (min if less else max)(values), f"DRTune is bold for {reward} in the paper"
 
 
+@pytest.mark.parametrize(
+    ("reached", "verdict"),
+    [
+        ([10, 11, 12], "holds"),
+        ([17, 18, 19], "fails"),  # fewer iterations, and by no means half of them
+        ([10, 15, 19], "cannot be told here"),
+    ],
+)
+def test_half_of_the_iterations_is_told_from_a_few_less(reached, verdict, tmp_path):
+    """AlignProp ends at 1 after 20 updates; with stop-gradient the curve is there after `reached`."""
+    work = Work(setting=setting_of("playground"), folder=tmp_path)
+    for method in ("AlignProp", "AlignProp + sg"):
+        for cell in work.search(method, "hpsv2"):
+            work.rows.add(row(cell, "hpsv2", cell.lr))
+        for seed, updates in enumerate(reached):
+            end = 20 if method == "AlignProp" else updates
+            rate = work.lr(method, "hpsv2")
+            cell = work.cell(method, "hpsv2", seed, lr=rate, T=None, options=(), count=work.setting.counted)
+            trace = [{"updates": u, "scores": {"hpsv2": value}} for u, value in ((0, 0.0), (end, 1.0))]
+            work.rows.add({"cell": json.loads(cell.key), "trace": trace})
+    told = ablations._iterations(ablations.FIG6, work, work.rows, "hpsv2")
+    assert told.verdict == verdict
+    assert told.figure == f"{sum(reached) / 60:.4g} of them"
+
+
+def test_a_rate_that_broke_the_run_is_not_chosen(tmp_path):
+    work = Work(setting=setting_of("playground"), folder=tmp_path)
+    for cell, reward in zip(work.search("DRTune", "hpsv2"), (float("nan"), 0.1), strict=True):
+        work.rows.add(row(cell, "hpsv2", reward))
+    assert work.lr("DRTune", "hpsv2") == work.setting.lrs[1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_page_can_be_made_before_anything_ran(name, tmp_path):
     page = bench(name, results=tmp_path, only_report=True, plots=False)
@@ -250,4 +282,5 @@ def test_quick_settings_are_small_and_apart():
     for name in ("playground", "sd15"):
         whole, small = SETTINGS[name], SETTINGS[f"{name}-quick"]
         assert small.budget < whole.budget
+        assert small.search_budget == small.budget / 2
         assert len(small.seeds) == len(small.lrs) == 1

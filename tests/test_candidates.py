@@ -79,6 +79,16 @@ def test_equal_labels_are_written_out(run, tmp_path):
     assert [c.label for c in candidates([str(run), str(other), f"{run}@0.5"])] == [str(run), str(other), "a@0.5"]
 
 
+def test_a_run_called_base_is_not_the_base_model(run, tmp_path):
+    other = tmp_path / "base"
+    other.mkdir()
+    for name in (LORA_FILE, "config.yaml"):
+        (other / name).write_bytes((run / name).read_bytes())
+    (found,) = candidates([str(other)])
+    assert found.place is not None
+    assert found.label == f"{tmp_path.name}/base"
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_weights_and_mixes_have_base_and_tuned_as_their_ends(kind, run, full, pipe):
     """Of a LoRA and of a whole denoiser; the pipeline is the base model's again after each."""

@@ -255,7 +255,7 @@ def _label(spec: str, place: Path) -> str:
     """The spec with the last name of its path; a checkpoint keeps the name of its run."""
     run = place.parent if place.name in (LORA_FILE, DENOISER_FOLDER) else None
     name = place.stem if run is None else run.resolve().name
-    if run is not None and name.startswith("checkpoint-"):
+    if run is not None and (name.startswith("checkpoint-") or name == BASE):  # a run may be called like the base model
         name = f"{run.resolve().parent.name}/{name}"
     if Path(spec).exists():
         return name

@@ -182,7 +182,7 @@ def compare_candidates(
     folder = _folder(found, output)
     by_spec = {candidate.spec: candidate.label for candidate in found}
     asked = [by_spec[spec] for spec in specs]
-    name = name or (kind if kind == "eval" else _slug("-vs-".join(asked)))
+    name = name or (kind if kind == "eval" else slug("-vs-".join(asked)))
     setup = prepare(
         found,
         rewards=rewards,
@@ -201,7 +201,7 @@ def compare_candidates(
         settings=setup.facts | {"model": found[0].settings.model.id},
         measures=setup.measures,
         pictures=_pictures(setup),
-        candidates=[scored(one, setup, folder=f"{name}/{_slug(one.candidate.label)}") for one in measured],
+        candidates=[scored(one, setup, folder=f"{name}/{slug(one.candidate.label)}") for one in measured],
         pairs=[_pair(by_label[a], by_label[b], setup) for a, b in against],
         notes=setup.notes,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -424,7 +424,7 @@ def measure(
                 f"{candidate.label} gives pictures of {tuple(images.shape[-2:])} pixels and the base model of "
                 f"{tuple(base.shape[-2:])}; compare candidates of one size"
             )
-        evaluate.save_images(images, folder / _slug(candidate.label))
+        evaluate.save_images(images, folder / slug(candidate.label))
         if setup.panel.rewards is not None:
             setup.panel.rewards.to(setup.panel.device)  # the panel leaves it on the CPU
         results.append(
@@ -521,7 +521,7 @@ def to_json(document: Mapping[str, Any]) -> str:
     return json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
     return re.sub(r"[^\w.@=+-]+", "-", label).strip(".-") or "candidate"
 
 

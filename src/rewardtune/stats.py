@@ -163,6 +163,13 @@ def win_rate(
     sign = -1 if less else 1
     wins = [_win(sign * first, sign * second) for first, second in zip(a, b, strict=True)]
     means = by_prompt(wins, range(len(wins)) if prompts is None else prompts)
+    return share_interval(means, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def share_interval(
+    means: Sequence[float], *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean of shares won, one for each prompt: Wilson's where every prompt is won or lost, else the bootstrap."""
     if len(means) > 1 and set(means) <= {0.0, 1.0}:
         return wilson(round(sum(means)), len(means), confidence=confidence)
     return bootstrap_mean(means, confidence=confidence, resamples=resamples, seed=seed)

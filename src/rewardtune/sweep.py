@@ -28,6 +28,7 @@ from .compare import (
     save_grid,
     scored,
     shown,
+    slug,
     titled,
     to_json,
     with_base,
@@ -142,7 +143,7 @@ def judge(measured: Sequence[Measured], setup: Setup, weights: Sequence[float], 
         points.append(
             Point(
                 weight=weight,
-                scored=scored(one, setup, folder=f"sweep/{one.candidate.label}"),
+                scored=scored(one, setup, folder=f"sweep/{slug(one.candidate.label)}"),
                 to_base=apart,
                 worse=[name for name in guarded if _worse(name, one, base, setup.measures[name], tolerance)],
             )

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..progress import digits
 from ..tables import markdown_table
 from .claims import HEADINGS, Claim, better
 from .rows import Cell
 from .setting import Setting
+from .table1 import spread
 from .work import Work
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)  # K over T
@@ -38,7 +38,7 @@ def run(work: Work) -> None:
 
 
 def measure(cell: Cell, device: str) -> dict[str, Any]:
-    """{"full": {K: norm}, "stopped": {K: norm}}: L2 norms over all trained parameters, means over the batches."""
+    """{"batch": pictures, "full": {K: norm}, "stopped": {K: norm}}: L2 norms of all parameters, means over batches."""
     import tempfile
     from dataclasses import replace
 
@@ -68,7 +68,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
                 for parameter in parameters:
                     parameter.grad = None
             found.setdefault(name, {})[str(K)] = statistics.mean(norms)
-    return {"cell": json.loads(cell.key), **found}
+    return {"cell": json.loads(cell.key), "batch": tuner.micro_batch, **found}
 
 
 def claims(rows: Sequence[dict[str, Any]], T: int) -> list[Claim]:
@@ -93,13 +93,14 @@ def report(work: Work) -> str:
     s = work.setting
     rows = [row for row in (work.rows.get(cell_of(s, seed)) for seed in s.seeds) if row is not None]
     body = [
-        [str(K), *(_spread([row[name][str(K)] for row in rows]) for name in ("full", "stopped"))] for K in counts(s.T)
+        [str(K), *(spread([row[name][str(K)] for row in rows]) for name in ("full", "stopped"))] for K in counts(s.T)
     ]
+    batch = rows[0].get("batch", s.batch) if rows else s.batch  # micro-batches: what is on the device at once
     lines = [
         "# The norm of the gradient against K (Fig. 7)",
         "",
         f"`rewardtune bench fig7 --setting {s.name}`: {len(rows)} of {len(s.seeds)} seeds. DRaFT-K, untuned model,",
-        f"T = {s.T}, {REWARD}, mean over {BATCHES} batches of {s.batch}; ± standard deviation over seeds.",
+        f"T = {s.T}, {REWARD}, mean over {BATCHES} batches of {batch}; ± standard deviation over seeds.",
         "",
         markdown_table(["K", "norm without stop-gradient", "norm with it"], body),
         "",
@@ -108,13 +109,6 @@ def report(work: Work) -> str:
         "![gradient norm](fig7.png)",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _spread(numbers: Sequence[float]) -> str:
-    if not numbers:
-        return "not run"
-    deviation = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
-    return digits(statistics.mean(numbers)) + deviation
 
 
 def picture(work: Work) -> Path:

@@ -49,7 +49,7 @@ def bench(
     if lrs:
         chosen = replace(chosen, lrs=tuple(lrs))
     if budget is not None:
-        chosen = replace(chosen, budget=budget, search_budget=budget / 2)
+        chosen = replace(chosen, budget=budget)
     work = Work(
         setting=chosen,
         folder=results / setting,

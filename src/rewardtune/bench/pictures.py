@@ -24,7 +24,8 @@ def report(work: Work, name: str) -> str:
         lr = work.lr(method, reward)
         if lr is not None:
             cells[method] = work.cell(method, reward, seed, lr=lr)
-    strips = {m: work.picture(cell) for m, cell in cells.items() if work.picture(cell).exists()}
+    run = {m: work.picture(cell) for m, cell in cells.items() if work.rows.get(cell) is not None}
+    strips = {m: path for m, path in run.items() if path.exists()}
     prompts = final_prompts(work.setting, cells[BASE])[:SHOWN]
     lines = [
         f"# Pictures for {reward} (Fig. {name[-1]})",

@@ -45,7 +45,7 @@ class Setting:
     """Everything that the runs share.
 
     preset, changes: the run file and what is changed in it. T, batch: of the chain and of an update.
-    budget: denoiser evaluations of one run; search_budget: of a run that chooses a learning rate among `lrs`.
+    budget: denoiser evaluations of one run; half of them for a run that chooses a learning rate among `lrs`.
     count: final prompts of Table 1, counted: of the ablations, looked: of the curves (`looks` after the first);
     searched: to choose on. extra: parts measured besides; features: for diversity.
     """
@@ -58,7 +58,6 @@ class Setting:
     tasks: dict[str, Task]
     lrs: tuple[float, ...]
     budget: float
-    search_budget: float
     count: int = 400
     counted: int = 128
     looked: int = 32
@@ -68,6 +67,11 @@ class Setting:
     search_seed: int = 7
     extra: list[dict[str, Any]] = field(default_factory=list)
     features: str | None = None
+
+    @property
+    def search_budget(self) -> float:
+        """Denoiser evaluations of a run that chooses a learning rate."""
+        return self.budget / 2
 
 
 METHODS = ("ReFL-10", "ReFL-20", "DRaFT-LV", "DRaFT-10", "AlignProp", "DRTune")
@@ -131,7 +135,6 @@ PLAYGROUND = Setting(
     },
     lrs=(3e-4, 9e-4),
     budget=8e3,
-    search_budget=4e3,
     extra=[{"name": "symmetry"}, *map(_small, ("clipscore", "hpsv2", "pickscore", "aesthetic"))],
     features="playground",
 )
@@ -165,9 +168,8 @@ SD15 = Setting(
     },
     lrs=(2e-5,),  # the paper's one rate for all; more of them are searched
     # 2 hours on 4 A100 are 28,800 GPU seconds; an evaluation at 512 pixels with guidance in half precision takes about
-    # 40 ms there (an estimate: measure yours with `rewardtune bench cost`, and set --budget)
+    # 40 ms there (an estimate: `evaluation` in cost.json is yours, in seconds: set --budget by it)
     budget=720e3,
-    search_budget=180e3,
     extra=[{"name": "symmetry"}, {"name": "clipscore"}],
 )
 

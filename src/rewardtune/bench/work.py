@@ -1,6 +1,7 @@
 """The missing cells of an experiment, dealt out to processes and devices; the learning rate chosen for each method."""
 
 import json
+import math
 import os
 import sys
 import threading
@@ -109,7 +110,8 @@ class Work:
         found = [(self.rows.get(cell), cell.lr) for cell in cells]
         if any(row is None for row, _ in found):
             return None
-        return max((row["scores"]["reward"][0], lr) for row, lr in found if row is not None)[1]
+        rewards = [(row["scores"]["reward"][0], lr) for row, lr in found if row is not None]
+        return max((reward if math.isfinite(reward) else -math.inf, lr) for reward, lr in rewards)[1]
 
     def cell(self, method: str, reward: str, seed: int, *, lr: float, T: int | None = None, **given: Any) -> Cell:
         """A final run."""

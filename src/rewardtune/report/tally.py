@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..stats import Interval, bootstrap_mean, by_prompt, wilson
+from ..stats import Interval, by_prompt, share_interval, wilson
 from ..tables import text_table
 from .page import finite
 from .read import read_json
@@ -158,7 +158,12 @@ def _share(ballots: Sequence[tuple[str, Mapping[str, Any], str]]) -> Share:
     means = by_prompt(values, [row["prompt"] or row["pair"] for _, row, _ in ballots])
     counts = Counter(found)
     return Share(
-        prompts=len(means), votes=len(values), a=counts["A"], b=counts["B"], ties=counts["tie"], rate=_interval(means)
+        prompts=len(means),
+        votes=len(values),
+        a=counts["A"],
+        b=counts["B"],
+        ties=counts["tie"],
+        rate=share_interval(means),
     )
 
 
@@ -167,13 +172,6 @@ def _won(row: Mapping[str, Any], choice: str) -> str:
     if choice == "tie":
         return "tie"
     return str(row["left"]) if choice == "left" else {"A": "B", "B": "A"}[row["left"]]
-
-
-def _interval(means: Sequence[float]) -> Interval:
-    """As `stats.win_rate` has it: Wilson's where every prompt is simply won or lost, else the bootstrap."""
-    if len(means) > 1 and set(means) <= {0.0, 1.0}:
-        return wilson(round(sum(means)), len(means))
-    return bootstrap_mean(means) if means else Interval(value=math.nan, low=math.nan, high=math.nan)
 
 
 def agree(units: Sequence[Sequence[str]]) -> tuple[float, float]:
