@@ -173,7 +173,10 @@ def test_what_is_refused(run, model, tmp_path, capsys):
         (["eval", str(bare), "--model", str(model)], "add --output FOLDER"),
         (["eval", str(bare), "--model", str(model), "--output", str(tmp_path)], "add --prompts"),
         (
-            ["eval", str(bare), "--model", str(model), "--output", str(tmp_path), "--prompts", "playground:eval"],
+            [
+                *("eval", str(bare), "--model", str(model), "--output", str(tmp_path)),
+                *("--prompts", "playground:eval", "--count", "2"),
+            ],
             "name some: --reward",
         ),
         (["eval", str(run), "--prompts", "playground:train"], "the prompts are 2000"),

@@ -390,7 +390,7 @@ def test_exit_codes_of_the_command(tmp_path, monkeypatch, capsys):
 
     def command(strike, *more):
         with monkeypatch.context() as patch:
-            patch.setattr(gradient_module.Gradient, "add", lambda g, step, first: (strike(), own(g, step, first))[1])
+            patch.setattr(gradient_module.Gradient, "add", lambda g, *given: (strike(), own(g, *given))[1])
             try:
                 return cli.main(["train", str(file), *more])
             except SystemExit as left:
