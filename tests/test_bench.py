@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from rewardtune import methods
+from rewardtune import evaluate, methods
 from rewardtune.bench import ablations, gradients, plots, table1
-from rewardtune.bench.cells import BASE, law_of, open_cell, run_cell
+from rewardtune.bench.cells import BASE, final_prompts, law_of, open_cell, run_cell
 from rewardtune.bench.claims import better
 from rewardtune.bench.cost import Cost, spent, updates_within
 from rewardtune.bench.main import NAMES, bench
@@ -16,6 +16,7 @@ from rewardtune.bench.rows import Cell, Rows
 from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
 from rewardtune.bench.work import Work
 from rewardtune.errors import ConfigError
+from rewardtune.gradient import derive_seed
 from rewardtune.stats import student
 
 COST = Cost(replay=2.0, nested=2.5, evaluation=0.01, head=1.0)
@@ -254,6 +255,16 @@ def test_a_run_is_that_of_the_trainer(cell, tmp_path):
     assert made["trace"][-1]["evaluations"] == made["evaluations"] <= 60
     assert {"symmetry", "clipscore", "hpsv2", "reward", "pairwise_distance"} <= made["scores"].keys()
     assert made["moved"]["0"] > 0
+    # what the tables show is the tuned model's: sampled once more, with the LoRA not fused
+    prompts = final_prompts(setting_of(cell.setting), cell)
+    seeds = [derive_seed("bench", "final", index) for index in range(len(prompts))]
+    images = evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call)
+    tuned = float(tuner.reward.parts(images, prompts)[0].mean())
+    assert made["scores"]["reward"][0] == pytest.approx(tuned, rel=1e-3)
+    tuner.denoiser.disable_adapters()
+    untuned = evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call)
+    assert float((images - untuned).abs().max()) > 1e-3
+    assert float(tuner.reward.parts(untuned, prompts)[0].mean()) != pytest.approx(tuned, rel=1e-3)
     assert (tmp_path / "strip.png").exists()
     json.dumps(made)
 

@@ -107,7 +107,7 @@ def sample(tuner: "RewardTuner", setting: Setting, cell: Cell) -> "Tensor":
 
     prompts = final_prompts(setting, cell)
     if tuner.parameters and tuner.denoiser.dtype == torch.float32:
-        tuner.denoiser.fuse_lora()  # the same pictures to rounding, in two thirds of the time
+        tuner.denoiser.fuse_lora()  # the same pictures to rounding, in less time
     seeds = [derive_seed("bench", cell.judged, index) for index in range(len(prompts))]
     return evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call, batch=min(16, 2 * tuner.micro_batch))
 
