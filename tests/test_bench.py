@@ -9,7 +9,7 @@ import pytest
 from rewardtune import evaluate, methods
 from rewardtune.bench import ablations, gradients, plots, table1
 from rewardtune.bench.cells import BASE, final_prompts, law_of, open_cell, run_cell
-from rewardtune.bench.claims import better
+from rewardtune.bench.claims import best, better
 from rewardtune.bench.cost import Cost, spent, updates_within
 from rewardtune.bench.main import NAMES, bench
 from rewardtune.bench.rows import Cell, Rows
@@ -90,6 +90,36 @@ def test_a_verdict_follows_the_paired_interval():
     assert better("ours", [], [0.0], less=False, names=("a", "b")).verdict == "not run"
 
 
+def test_the_best_beats_every_rival_and_fails_beyond_the_noise_of_many():
+    ours = {0: 1.0, 1: 1.1, 2: 1.2}
+
+    def told(**rivals):
+        return best("ours", ours, rivals, less=False, name="a")
+
+    worse, equal = {0: 0.5, 1: 0.61, 2: 0.7}, {0: 0.9, 1: 1.3, 2: 1.1}
+    assert told(b=worse, c={0: 0.2, 1: 0.3, 2: 0.41}).verdict == "holds"
+    assert "the nearest, b," in told(b=worse, c={0: 0.2, 1: 0.3, 2: 0.41}).figure
+    assert told(b=worse, c=equal).verdict == "cannot be told here"
+    assert told(b=worse, c={0: 1.5, 1: 1.6, 2: 1.71}).verdict == "fails"
+    # below one of five rivals at 95 %, but not at 99 %
+    slightly = {0: 1.07, 1: 1.2, 2: 1.33}
+    assert better("b", list(slightly.values()), list(ours.values()), less=False, names=("b", "a")).verdict == "holds"
+    assert told(b=slightly, c=worse, d=worse, e=worse, f=worse).verdict == "cannot be told here"
+    assert told(b=worse, c={}).verdict == "not run"
+    assert told(b=worse, c={5: 1.0}).verdict == "not run"  # no seed in common
+    assert best("ours", {0: 1.0}, {"b": {0: 0.0}}, less=False, name="a").verdict == "cannot be told here"
+
+
+def test_a_run_has_one_row_whichever_figure_asks_for_it(tmp_path):
+    work = Work(setting=setting_of("playground"), folder=tmp_path)
+    own = work.cell("DRTune", "hpsv2", 0, lr=1e-3, count=128)
+    figures = [ablations.ABLATIONS[name] for name in ("fig8", "fig9", "spacing", "earlystop")]
+    variants = [v for a in figures for v in a.variants if v.method == "DRTune" and v.T in (None, work.setting.T)]
+    cells = [work.cell(v.method, "hpsv2", 0, lr=1e-3, count=128, T=v.T, options=v.options) for v in variants]
+    assert cells.count(own) == 4
+    assert len(set(cells)) == len(cells) - 3
+
+
 def look(evaluations, symmetry, clipscore):
     scores = {"symmetry": symmetry, "clipscore": clipscore, "reward": clipscore - symmetry}
     return {"updates": evaluations // 10, "evaluations": evaluations, "cpu_seconds": evaluations / 2, "scores": scores}
@@ -135,12 +165,42 @@ def test_table_1_says_who_wins_and_what_is_missing(tmp_path):
     line = next(x for x in page.splitlines() if x.startswith("| DRTune"))
     assert line == "| DRTune | 0.101 ± 0.001 | not run |"
     claim = next(x for x in page.splitlines() if "symmetry: DRTune is better than every" in x)
-    assert "the best other, ReFL-10," in claim  # 0.3 is the next
+    assert "the nearest, ReFL-10," in claim  # 0.3 is the next
     assert claim.endswith("| holds |")
     assert next(x for x in page.splitlines() if "hpsv2: DRTune" in x).endswith("| not run |")
     assert "| ReFL-10 | 0.7512 | 39.18 |" in page  # the paper's own
     assert "at 98% of the untuned CLIPScore DRTune is more symmetric than DRaFT-LV" in page
     assert "| DRTune | >0.0009 | not run |" in page
+
+
+def ablated(a, tmp_path, value):
+    """Rows of an ablation: `value(variant)` and a little for the seed."""
+    work = Work(setting=setting_of("playground"), folder=tmp_path)
+    for method in a.searched():
+        for cell in work.search(method, a.reward):
+            work.rows.add(row(cell, a.reward, cell.lr))
+    for variant in a.variants:
+        for cell in a.cells(work, variant):
+            work.rows.add(row(cell, a.reward, value(variant) + 0.001 * cell.seed + 0.0001 * (cell.seed == 2)))
+    return {claim.says: claim for claim in a.told(a, work, work.rows)}
+
+
+def test_claims_of_the_sweeps_follow_the_rows(tmp_path):
+    found = ablated(
+        ablations.FIG8, tmp_path / "8", lambda v: {0.1: 0.5, 0.2: 0.6}.get(v.x, 0.3) if v.T == 20 else 1 - v.x
+    )
+    assert {says: claim.verdict for says, claim in found.items()} == {
+        "K = 0.1 T is best at T = 10": "holds",
+        "K = 0.1 T is best at T = 20": "fails",
+        "K = 0.1 T is best at T = 40": "holds",
+    }
+    assert "the nearest, T=20, K=4," in found["K = 0.1 T is best at T = 20"].figure
+
+
+def test_claims_of_pairs_follow_the_rows(tmp_path):
+    found = ablated(ablations.SPACING, tmp_path, lambda v: {"random": 0.5, "equally spaced": 0.6}.get(v.label, 0.55))
+    assert [claim.verdict for claim in found.values()] == ["holds", "fails"]
+    assert "equally spaced 0.6" in found["equally spaced steps beat random ones"].figure
 
 
 def test_the_paper_s_table_is_whole():
@@ -211,6 +271,13 @@ def test_searched_prompts_are_neither_trained_nor_judged_on():
     assert all(" heart" in prompt for prompt in lists["final"])
 
 
+def test_a_list_for_training_and_judging_is_split():
+    lists = setting_of("sd15").tasks["objectness"].prompts(search=48, final=100)
+    assert len(lists["final"]) >= 20
+    assert len(lists["train"]) >= 40
+    assert not set(lists["final"]) & {*lists["train"], *lists["search"]}
+
+
 def lists_of(reward):
     return setting_of("playground").tasks[reward].prompts(search=48, final=400)
 
@@ -231,7 +298,7 @@ def test_growth_of_the_gradient_norm_is_told():
 
 def test_a_plot_is_drawn(tmp_path):
     found = {"a": [[(0, 1), (1, 2)], [(0, 1.5), (1.1, 2.5)]], "nothing": []}
-    path = plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t", level=("untuned", 1.0))
+    path = plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert plots._mean(found["a"]) == [(0, 1.25), (1.05, 2.25)]
 

@@ -14,10 +14,10 @@ from typing import Any
 from ..progress import digits
 from ..stats import mean_interval
 from ..tables import markdown_table
-from .claims import HEADINGS, Claim, Verdict, better
+from .claims import HEADINGS, Claim, Verdict, best, better
 from .rows import Cell, Rows
 from .setting import method_of
-from .table1 import spread, values
+from .table1 import by_seed, spread, values
 from .work import Work
 
 MOST_OF = 0.75  # of the iterations: below it "about half" holds, above it it fails
@@ -104,14 +104,10 @@ class Ablation:
         return better(says, *numbers, less=task.less, names=(ours, theirs))
 
     def best_of(self, work: Work, rows: Rows, says: str, ours: str, others: Sequence[str]) -> Claim:
-        """ours beats the best of the others."""
+        """ours beats each of the others."""
         task = work.setting.tasks[self.reward]
-        found = {label: values(self.rows(work, rows, self.of(label)), task.native) for label in others}
-        if not all(found.values()):
-            return Claim(says=says)
-        sign = 1 if task.less else -1
-        best = min(found, key=lambda label: sign * sum(found[label]) / len(found[label]))
-        return self.pair(work, rows, says, ours, best)
+        found = {v: by_seed(self.rows(work, rows, self.of(v)), task.native) for v in (ours, *others)}
+        return best(says, found.pop(ours), found, less=task.less, name=ours)
 
 
 def _rate(work: Work, variant: Variant, reward: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import launch
 from ..config import MethodChoice, Part, RunConfig, load_config
+from ..errors import RewardTuneError
 from ..methods import Method
 from .cost import Cost, spent, updates_within
 from .rows import Cell
@@ -80,6 +81,7 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
         if updates:
             launch.train_as(config, tuner)
             trace = _trace(Path(temporary) / "run", used)
+            trace["cost"] = {"replay": cost.replay, "nested": cost.nested}
     images = sample(tuner, setting, cell)
     if pictures is not None:
         save_strip(images[:SHOWN], pictures)
@@ -159,6 +161,8 @@ def _trace(folder: Path, used: list[float]) -> dict[str, Any]:
     """Looks with what had been used up by then, and means over the updates."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     looks = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    if len(records) != len(used) - 1:
+        raise RewardTuneError(f"the run ended after {len(records)} of {len(used) - 1} updates: no row is made of it")
     seconds, cpu = (list(accumulate((r[name] for r in records), initial=0.0)) for name in ("seconds", "cpu_seconds"))
     norms: dict[str, list[float]] = {}
     for record in records:

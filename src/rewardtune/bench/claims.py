@@ -4,8 +4,9 @@ Runs are paired by seed (the same prompts and noise in training and in the final
 Student's over the differences of seeds, at 95 %. Written before the results were seen.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from ..progress import digits
@@ -28,12 +29,10 @@ class Claim:
 HEADINGS = ["claim of the paper", "here", "95 % interval over seeds", "verdict"]
 
 
-def better(
-    says: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool, names: tuple[str, str], needs: int = 2
-) -> Claim:
+def better(says: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool, names: tuple[str, str]) -> Claim:
     """`ours` is better than `theirs`, both by seed in one order; less: smaller is better.
 
-    Fewer than `needs` seeds: not run, or told as what they are, and no verdict.
+    No seed: not run; one seed: told as what it is, and no verdict.
     """
     n = min(len(ours), len(theirs))
     if n == 0:
@@ -41,7 +40,42 @@ def better(
     gains = [(b - a if less else a - b) for a, b in zip(ours, theirs, strict=False)]
     mean, half = mean_interval(gains)
     figure = f"{names[0]} {digits(sum(ours[:n]) / n)}, {names[1]} {digits(sum(theirs[:n]) / n)}"
-    if n < needs:
+    if n < 2:
         return Claim(says=says, figure=figure, spread="one seed", verdict="cannot be told here")
     verdict: Verdict = "holds" if mean - half > 0 else "fails" if mean + half < 0 else "cannot be told here"
     return Claim(says=says, figure=figure, spread=f"gain {digits(mean)} ± {digits(half)} ({n} seeds)", verdict=verdict)
+
+
+def best(
+    says: str, ours: Mapping[int, float], rivals: Mapping[str, Mapping[int, float]], *, less: bool, name: str
+) -> Claim:
+    """`ours` is better than each rival; values by seed. One rival that was not run leaves the claim "not run".
+
+    holds: above every rival at 95 % (all have to be beaten, so no correction is due). fails: below one of them, at
+    95 % for the whole family (Bonferroni). Shown: the rival that comes nearest.
+    """
+    if not ours or not rivals or not all(ours.keys() & values.keys() for values in rivals.values()):
+        return Claim(says=says)
+    gains = {
+        rival: [(values[seed] - ours[seed]) * (1 if less else -1) for seed in sorted(ours.keys() & values.keys())]
+        for rival, values in rivals.items()
+    }
+    nearest = min(gains, key=lambda rival: fmean(gains[rival]))
+    common = sorted(ours.keys() & rivals[nearest].keys())
+    told = better(
+        says,
+        [ours[seed] for seed in common],
+        [rivals[nearest][seed] for seed in common],
+        less=less,
+        names=(name, f"the nearest, {nearest},"),
+    )
+    if min(map(len, gains.values())) < 2:
+        return replace(told, verdict="cannot be told here")
+    intervals = [mean_interval(values) for values in gains.values()]
+    family = [mean_interval(values, confidence=1 - 0.05 / len(rivals)) for values in gains.values()]
+    verdict: Verdict = (
+        "holds" if all(mean - half > 0 for mean, half in intervals)
+        else "fails" if any(mean + half < 0 for mean, half in family)
+        else "cannot be told here"
+    )  # fmt: skip
+    return replace(told, verdict=verdict)

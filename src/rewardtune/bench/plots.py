@@ -31,9 +31,8 @@ def lines(
     y: str,
     title: str,
     log: bool = False,
-    level: tuple[str, float] | None = None,
 ) -> Path:
-    """found: label -> one list of (x, y) for each seed. level: a named horizontal line, the untuned model's value."""
+    """found: label -> one list of (x, y) for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,8 +45,6 @@ def lines(
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=1)
         mean = _mean(seeds)
         axes.plot(*zip(*mean, strict=True), color=colour, marker=mark, markersize=5, linewidth=2, label=label)
-    if level is not None:
-        axes.axhline(level[1], color="grey", linestyle="--", linewidth=1, label=level[0])
     axes.set(xlabel=x, ylabel=y, title=title)
     if log:
         axes.set_yscale("log")

@@ -33,8 +33,12 @@ class Task:
         """train, search (the last `search` of the training source, never trained on) and final, held out from both."""
         having = re.compile(rf"\b{re.escape(self.having or '')}\b")
         train, held_out = ([p for p in load_prompts(s) if having.search(p)] for s in (self.train, self.final))
+        train = list(dict.fromkeys(train))
         seen = set(train)
-        held_out = [p for p in held_out if p not in seen] or held_out  # a list that serves both, as the paper's books
+        held_out = [p for p in held_out if p not in seen]
+        if not held_out:  # a list that serves both, as the paper's books: every third is held out
+            held_out, train = train[::3], [p for k, p in enumerate(train) if k % 3]
+            search = min(search, len(train) // 4)
         if len(train) <= search:
             raise ConfigError(f"{self.train} has {len(train)} prompts, but {search} are set aside to choose on")
         return {"train": train[:-search], "search": train[-search:], "final": held_out[:final]}

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..runfolder import write_text
 from .cost import Cost
 from .rows import Cell, Rows
-from .setting import Setting
+from .setting import Setting, method_of
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,12 @@ class Work:
         self.rows = Rows(self.folder / "rows.jsonl")
 
     def picture(self, cell: Cell) -> Path:
-        name = f"{cell.reward}_{cell.method}_{cell.seed}".lower().replace(" ", "-").replace(",", "").replace("+", "and")
+        name = (
+            f"{cell.reward}_{cell.method}_lr{cell.lr:g}_{cell.seed}".lower()
+            .replace(" ", "-")
+            .replace(",", "")
+            .replace("+", "and")
+        )
         return self.folder / "pictures" / f"{name}.png"
 
     def cost(self) -> Cost:
@@ -114,14 +119,17 @@ class Work:
         return max((reward if math.isfinite(reward) else -math.inf, lr) for reward, lr in rewards)[1]
 
     def cell(self, method: str, reward: str, seed: int, *, lr: float, T: int | None = None, **given: Any) -> Cell:
-        """A final run."""
+        """A final run. Options equal to the method's own are left out: one run has one row, whoever asks for it."""
         s = self.setting
         settings = {"T": T or s.T, "budget": s.budget, "count": s.count} | given
-        return Cell(setting=s.name, reward=reward, method=method, lr=lr, seed=seed, **settings)
+        cell = Cell(setting=s.name, reward=reward, method=method, lr=lr, seed=seed, **settings)
+        own = cell.options and dict(cell.options) == method_of(method, cell.T)["options"]
+        return replace(cell, options=()) if own else cell
 
     def _shown(self, cell: Cell) -> Path | None:
-        first = cell.seed == self.setting.seeds[0] and cell.judged == "final"
-        return self.picture(cell) if first and cell.T == self.setting.T and not cell.options else None
+        s = self.setting
+        table1 = cell == self.cell(cell.method, cell.reward, s.seeds[0], lr=cell.lr) and cell.judged == "final"
+        return self.picture(cell) if table1 else None
 
     def _pool(self, devices: Sequence[str]) -> ProcessPoolExecutor:
         """One process a device; one BLAS thread each where several share a CPU."""
