@@ -345,9 +345,10 @@ def test_the_untuned_model_is_judged_as_it_is(cell):
 
 def test_missing_runs_are_made_once(cell, tmp_path):
     said = []
-    work = Work(setting=setting_of(cell.setting), folder=tmp_path, devices=("cpu",), say=said.append)
+    setting = replace(setting_of(cell.setting), count=2)
+    work = Work(setting=setting, folder=tmp_path, devices=("cpu",), say=said.append)
     (tmp_path / "cost.json").write_text(json.dumps(asdict(COST)))
-    base = replace(cell, method=BASE, lr=0.0, T=20)
+    base = work.cell(BASE, "symmetry", 0, lr=0.0)
     work.do([base, base])
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
     assert work.picture(base).exists()
