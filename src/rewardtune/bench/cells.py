@@ -111,7 +111,7 @@ def sample(tuner: "RewardTuner", setting: Setting, cell: Cell) -> "Tensor":
     if tuner.parameters and tuner.denoiser.dtype == torch.float32:
         tuner.denoiser.fuse_lora()  # the same pictures to rounding, in less time
     seeds = [derive_seed("bench", cell.judged, index) for index in range(len(prompts))]
-    return evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call, batch=min(16, 2 * tuner.micro_batch))
+    return evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call, batch=min(16, 4 * tuner.micro_batch))
 
 
 def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") -> dict[str, list[float]]:
