@@ -234,15 +234,20 @@ def test_sweep_and_evaluations_are_shown(tmp_path):
     (run / "sweep.json").write_text(json.dumps(sweep))
     (run / "eval").mkdir()
     pair = {"a": "run", "b": "base", "all": {"difference": {"clipscore": ends}, "win_rate": {"clipscore": ends}}}
+    pair["categories"] = {"two <b>shapes</b>": {"difference": {"clipscore": ends | {"value": 0.75}}, "win_rate": {}}}
     candidates = [{"label": "base", "metrics": {"clipscore": ends}}]
     found = {"kind": "eval", "measures": measures, "candidates": candidates, "pairs": [pair], "notes": ["a note"]}
     (run / "eval" / "eval.json").write_text(json.dumps(found))
     (run / "eval" / "foreign.json").write_text("[]")
+    (run / "eval" / "hurt.json").write_text(json.dumps(found | {"candidates": 3}))
     html, elements = page(run)
     assert "<because>" in elements.text
     assert next(chart for chart in data_of(html)["charts"] if chart["id"] == "sweep-0")["mark"]["x"] == 0.5
     assert "run – base" in elements.text
     assert "a note" in elements.text
+    assert "two <b>shapes</b>" in elements.text
+    assert "+0.75" in elements.text
+    assert "eval/hurt.json cannot be read" in elements.text
 
 
 def test_the_trainer_writes_it_and_says_when_it_is_done(tmp_path, monkeypatch):

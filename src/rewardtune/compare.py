@@ -23,7 +23,7 @@ from . import __version__, stats
 from .candidates import BASE, Candidate, candidates, load_base, opened
 from .config import Part, RunConfig
 from .errors import ConfigError
-from .guards import Evaluation, Metric, named_parts
+from .guards import Evaluation, Measure, Metric, named_parts
 from .progress import digits
 from .prompts import load_prompts, with_categories
 from .runfolder import write_text
@@ -40,15 +40,6 @@ MOST = 400  # prompts, where nobody says how many
 FEW = 12  # prompts, of which tests/test_stats.py finds less than 93 % coverage for skewed scores
 SHOWN = 24  # prompts in the grid of pictures
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """One metric. role: trained (by a candidate's run), held_out, or guard. better: more, less, or "" for neither."""
-
-    what: str
-    better: str
-    role: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,15 @@ class Metric:
     zero: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One metric as a panel measured it. role: trained (by a run), held_out, or guard. better: as in `Metric`."""
+
+    what: str
+    better: str
+    role: str
+
+
 METRICS = {
     "vendi": Metric(what="Vendi score over prompts, 1 to their number", better="more", paired=False),
     "pairwise_distance": Metric(what="mean 1 - cosine of two prompts' pictures", better="more", paired=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,13 @@ class Caption:
     category: str = ""
 
 
+def by_number(path: Path) -> list[str | int]:
+    """Sorts names as people do: 2.png, 10.png; 999.png, 1000.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
 def find_images(sources: Sequence[str], *, skip: bool = False) -> list[Path]:
-    """The pictures that files, folders (by suffix, sorted by name, without sub-folders) and globs name, each once.
+    """The pictures that files, folders (by suffix, in the order of `by_number`) and globs name, each once.
 
     Raises ConfigError for a source without a picture and for a file that is none; with `skip` only if all are none.
     """
@@ -38,7 +44,7 @@ def find_images(sources: Sequence[str], *, skip: bool = False) -> list[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            paths = sorted(inside for inside in path.iterdir() if inside.suffix.lower() in SUFFIXES)
+            paths = sorted((p for p in path.iterdir() if p.suffix.lower() in SUFFIXES), key=by_number)
             reason = f"the folder has no {', '.join(SUFFIXES)}; for sub-folders write '{source.rstrip('/')}/**/*.png'"
         else:
             matches = [source] if path.exists() else sorted(glob.glob(source, recursive=True))

@@ -18,7 +18,6 @@ from . import __version__
 from .candidates import candidates, load_base
 from .compare import (
     Contrast,
-    Measure,
     Measured,
     Scored,
     Setup,
@@ -35,7 +34,7 @@ from .compare import (
 )
 from .config import Part
 from .errors import ConfigError
-from .guards import ACROSS, WITHIN
+from .guards import ACROSS, WITHIN, Measure
 from .runfolder import write_text
 from .tables import text_table
 

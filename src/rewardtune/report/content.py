@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -106,7 +106,7 @@ def _run(run: RunData, name: str, found: dict[str, Change]) -> dict[str, Any]:
         "rules": _rules(run),
         "events": _events(run),
         "sweep": _sweep(run),
-        "evals": [_eval(key, one) for key, one in run.evals.items()],
+        "evals": [_eval_or_note(key, one) for key, one in run.evals.items()],
         "snippet": _snippet(run),
         "config": _config(run),
         "environment": _environment(run),
@@ -235,6 +235,14 @@ def _sweep(run: RunData) -> dict[str, Any] | None:
     return {"reason": clean(run.sweep.get("reason", "")), "suggested": run.sweep.get("suggested"), "charts": found}
 
 
+def _eval_or_note(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return _eval(name, found)
+    except (KeyError, TypeError, AttributeError, ValueError):  # of another version, or damaged
+        note = f"eval/{name}.json cannot be read as an evaluation: made by another version, or damaged"
+        return {"name": name, "what": "", "metrics": [], "candidates": [], "pairs": [], "notes": [note]}
+
+
 def _eval(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """The tables of one eval/NAME.json: its candidates' values, and the pairs."""
     measures = found.get("measures", {})
@@ -247,13 +255,12 @@ def _eval(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     ]
     pairs = []
     for pair in found.get("pairs", ()):
-        for key in shown:
-            whole = pair.get("all", {})
-            rate, apart = whole.get("win_rate", {}).get(key), whole.get("difference", {}).get(key)
+        blocks = {"all": pair.get("all", {}), **pair.get("categories", {})}
+        for (kind, block), key in product(blocks.items(), shown):
+            rate, apart = block.get("win_rate", {}).get(key), block.get("difference", {}).get(key)
             if rate or apart:
-                pairs.append(
-                    [f"{pair.get('a')} – {pair.get('b')}", key, _ends(apart, sign=True), _ends(rate, rate=True)]
-                )
+                ends = _ends(apart, sign=True), _ends(rate, rate=True)
+                pairs.append([f"{pair.get('a')} – {pair.get('b')}", clean(kind), key, *ends])
     facts = found.get("settings", {})
     return {
         "name": name,

@@ -14,20 +14,12 @@ from typing import Any
 
 from ..config import RunConfig, load_config
 from ..errors import ConfigError, RewardTuneError
-from ..guards import METRICS, Evaluation, Rule, make_rules
+from ..guards import METRICS, Evaluation, Measure, Rule, make_rules
+from ..pictures import by_number
 from ..prompts import load_prompts
 
 # Of runs whose run.json does not tell yet: the shipped rewards of which less is better.
 LESS = ("symmetry", "compressibility", "objectness")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """One metric of the eval pictures. better: more, less or empty. role: trained, held_out or guard."""
-
-    what: str
-    better: str
-    role: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +65,7 @@ class RunData:
         folders = [samples / f"step-{step:06d}"]
         if not self.running and after is not None and after.step == step:
             folders.append(samples / "final")
-        found = (sorted(folder.glob("[0-9]*.png")) for folder in folders)
+        found = (sorted(folder.glob("[0-9]*.png"), key=by_number) for folder in folders)
         return next((files for files in found if files), [])
 
 

@@ -105,7 +105,7 @@ def _matched(first: Path, second: Path) -> tuple[list[str], dict[str, Path], dic
     """(names without suffix, in order; name -> file of each folder). ConfigError where one has what the other lacks."""
     if first.resolve() == second.resolve():
         raise ConfigError(f"{first} is given twice; give two different folders")
-    ours, theirs = ({path.stem: path for path in find_images([str(folder)])} for folder in (first, second))
+    ours, theirs = (_by_name(folder) for folder in (first, second))
     for here, there, mine, other in ((first, second, ours, theirs), (second, first, theirs, ours)):
         if missing := sorted(mine.keys() - other.keys()):
             raise ConfigError(
@@ -118,7 +118,18 @@ def _matched(first: Path, second: Path) -> tuple[list[str], dict[str, Path], dic
         with Image.open(ours[name]) as one, Image.open(theirs[name]) as two:
             if one.size != two.size:
                 raise ConfigError(f"{ours[name]} has {one.size} pixels, {theirs[name]} {two.size}: sizes would tell")
-    return sorted(ours), ours, theirs
+    return list(ours), ours, theirs
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in find_images([str(folder)]):
+        if path.stem in found:
+            raise ConfigError(
+                f"{found[path.stem]} and {path} have the same name; which of them is meant? Move one away"
+            )
+        found[path.stem] = path
+    return found
 
 
 def _captions(paths: Sequence[Path], folder: Path, prompts: Path | None) -> list[Caption]:
