@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 AUDITED := clipscore pickscore hpsv2 aesthetic
 
-.PHONY: demo test test-slow lint bench paper playground-tables parity clean help
+.PHONY: demo test test-slow lint bench bench-trl paper playground-tables parity clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,14 @@ bench: .venv/installed  ## Speed over the floor, memory against K; the rewards' 
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/reward_hacking.py
 	$(BIN)/python benchmarks/regularisers.py
+
+bench-trl: .venv/installed build/trl/installed  ## The same updates by TRL 0.19's AlignPropTrainer, in an environment of its own
+	$(BIN)/python benchmarks/against_trl.py
+
+build/trl/installed: benchmarks/trl_requirements.txt
+	$(PYTHON) -m venv build/trl/venv
+	build/trl/venv/bin/python -m pip install -q -r benchmarks/trl_requirements.txt
+	touch $@
 
 playground-tables: .venv/installed  ## The playground measured: its quality, its world, its rewards and their taste
 	$(BIN)/python -m rewardtune.playground.quality
