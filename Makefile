@@ -21,8 +21,8 @@ test-slow: .venv/installed  ## The long checks: training over several seeds, ful
 	$(PYTEST) -m slow
 
 lint: .venv/installed  ## Format, lint and type check
-	$(BIN)/ruff format --check src tests benchmarks examples parity
-	$(BIN)/ruff check src tests benchmarks examples parity
+	$(BIN)/ruff format --check src tests benchmarks examples parity mkdocs_hooks.py
+	$(BIN)/ruff check src tests benchmarks examples parity mkdocs_hooks.py
 	$(BIN)/mypy
 
 docs: .venv/docs  ## The documentation site, in build/site; a dead link or an address of another server is an error

@@ -9,6 +9,7 @@
 import html
 import posixpath
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -90,7 +91,7 @@ def _spaced(text: str) -> str:
     """An empty line before each list and table that follows a line of text."""
     lines = text.split("\n")
     out = lines[:1]
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         begins = re.match(r"(- |1\. |\|)", line)
         goes_on = not before.strip() or before.startswith((" ", "#")) or re.match(r"(- |\d+\. |\|)", before)
         out += ["", line] if begins and not goes_on else [line]

@@ -2,7 +2,7 @@
 
 Each update of a method costs what it samples and trains; the one that costs less gets more updates. Both start from
 the same weights, see the same prompts and noise, and are judged on the same held-out prompts, by the trained reward
-and by a CLIPScore that neither was trained on. One run each says little: repeat it with other seeds before you believe it.
+and by a CLIPScore that neither was trained on. One run each says little: repeat it with other seeds.
 
 python examples/compare_methods.py [CALLS] [FOLDER]; 6,000 calls a method take some minutes on a laptop.
 """

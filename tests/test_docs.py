@@ -5,7 +5,7 @@ not show stands in a comment before it, and so does the reason where a block is 
 
     <!-- setup: ... -->     Python that is run before the block
     <!-- slow: why -->      the block is run with the slow tests only
-    <!-- not run: why -->   the block is only checked: it compiles, its imports exist, rewardtune's calls take its arguments
+    <!-- not run: why -->   the block is only checked: it compiles, imports exist, calls of rewardtune fit
 
 Commands of bash blocks are parsed; those of CHEAP are run as well, and all of a block that is marked slow.
 """
@@ -37,7 +37,9 @@ SMALL = ["sampling.steps=4", "method.options={K: 1, m: 2}", "optim.steps=1", "op
 # A run file's required keys, for fragments that lack them.
 REQUIRED = {"model": "playground", "reward": "symmetry", "prompts": ["a red heart"], "output_dir": "runs/fragment"}
 DIRECTIVE = re.compile(r"<!-- (setup|slow|not run):\s(.*?)-->\n", flags=re.DOTALL)
-FENCE = re.compile(r"((?:<!-- (?:setup|slow|not run):\s(?:(?!-->).)*-->\n)*)^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"((?:<!-- (?:setup|slow|not run):\s(?:(?!-->).)*-->\n)*)^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def blocks(page: Path) -> list[Block]:
                 not_run=directives.get("not run", ""),
             )
         )
-    if len(re.findall(r"<!-- (?:setup|slow|not run):", text)) != said or text.count("\n```") + text.startswith("```") != 2 * len(found):
+    if len(re.findall(r"<!-- (?:setup|slow|not run):", text)) != said or text.count("\n```") + text.startswith(
+        "```"
+    ) != 2 * len(found):
         raise ValueError(f"{page}: a comment for a block stands before none, or a fence is not closed")
     return found
 
@@ -201,7 +205,13 @@ def test_what_begins_with_rewardtune_is_a_command(block: Block):
 
 
 def test_the_check_of_commands_can_fail():
-    for wrong in ("rewardtune trian run.yaml", "make tea", "python benchmarks/none.py", "pip install rewardtune[none]", "sudo x"):
+    for wrong in (
+        "rewardtune trian run.yaml",
+        "make tea",
+        "python benchmarks/none.py",
+        "pip install rewardtune[none]",
+        "sudo x",
+    ):
         with pytest.raises((ValueError, AssertionError)):
             check_command(shlex.split(wrong))
     with pytest.raises(Exception, match="No such option"):
@@ -280,3 +290,35 @@ def test_page_runs_with_its_long_blocks(page: Path, tmp_path, monkeypatch, finis
         shutil.copytree(finished, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
     run_page(page, slow=True)
+
+
+# -- coming from TRL ------------------------------------------------------------------------------------------------
+
+# The fields of AlignPropConfig and the arguments of AlignPropTrainer, TRL 0.19.1.
+TRL_CONFIG = """
+exp_name run_name seed log_with log_image_freq tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name
+logdir num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from sample_num_steps sample_eta
+sample_guidance_scale train_batch_size train_use_8bit_adam train_learning_rate train_adam_beta1 train_adam_beta2
+train_adam_weight_decay train_adam_epsilon train_gradient_accumulation_steps train_max_grad_norm negative_prompts
+truncated_backprop_rand truncated_backprop_timestep truncated_rand_backprop_minmax push_to_hub
+"""
+TRL_TRAINER = ["config", "reward_function", "prompt_function", "sd_pipeline", "image_samples_hook"]
+
+
+def test_every_argument_of_trl_has_its_row():
+    page = (ROOT / "docs" / "from-trl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)", page, flags=re.MULTILINE)
+    assert [row for row in rows if row != "AlignPropTrainer"] == [*TRL_TRAINER, *TRL_CONFIG.split()]
+
+
+def test_run_file_keys_of_the_tables_exist():
+    """Dotted keys of the pages that translate or advise, such as `optim.clip`, are keys of the run file."""
+    from rewardtune.schema import keys_table
+
+    legal = set(re.findall(r"^\| `([\w.]+)`", keys_table(), flags=re.MULTILINE))
+    sections = {key.partition(".")[0] for key in legal if "." in key}
+    for name in ("from-trl", "faq", "choose-method", "choose-reward", "reward-hacking", "memory"):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for key in re.findall(r"`(\w+\.[\w.]+)[`:]", page):
+            if key.partition(".")[0] in sections and not key.startswith("method.options.") and key != "eval.jsonl":
+                assert key in legal, f"{name}.md: {key}"
