@@ -60,13 +60,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    r"""Formulas, which arithmatex hands on as \(...\) and \[...\], as MathML."""
+    r"""Formulas, which arithmatex hands on as \(...\) and \[...\], as MathML; in tables \| is the sign |, as on GitHub."""
     found = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
     def rendered(match: re.Match[str]) -> str:
         block = match[1] == "div"
         return convert(html.unescape(match[2]).strip(), display="block" if block else "inline")
 
+    content = re.sub(r"<td.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), content, flags=re.DOTALL)
     return found.sub(rendered, content)
 
 
