@@ -60,7 +60,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    r"""Formulas, which arithmatex hands on as \(...\) and \[...\], as MathML; in tables \| is the sign |, as on GitHub."""
+    r"""Formulas, which arithmatex hands on as \(...\) and \[...\], as MathML; \| in a table is |, as on GitHub."""
     found = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
     def rendered(match: re.Match[str]) -> str:
