@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 AUDITED := clipscore pickscore hpsv2 aesthetic
 
-.PHONY: demo test test-slow lint bench bench-trl paper playground-tables parity clean help
+.PHONY: demo test test-slow lint docs bench bench-trl paper playground-tables parity clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -21,9 +21,13 @@ test-slow: .venv/installed  ## The long checks: training over several seeds, ful
 	$(PYTEST) -m slow
 
 lint: .venv/installed  ## Format, lint and type check
-	$(BIN)/ruff format --check src tests benchmarks examples parity
-	$(BIN)/ruff check src tests benchmarks examples parity
+	$(BIN)/ruff format --check src tests benchmarks examples parity mkdocs_hooks.py
+	$(BIN)/ruff check src tests benchmarks examples parity mkdocs_hooks.py
 	$(BIN)/mypy
+
+docs: .venv/docs  ## The documentation site, in build/site; a dead link or an address of another server is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTEST) -n 0 tests/test_site.py
 
 bench: .venv/installed  ## Speed over the floor, memory against K; the rewards' scales, loopholes and JPEG; an hour of tuned seeds
 	$(BIN)/python benchmarks/step.py
@@ -64,6 +68,10 @@ build/parity/installed: parity/requirements.txt parity/official.txt
 
 clean:  ## Remove the environment
 	rm -rf .venv
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rewardtune needs Python >= 3.11: make PYTHON=python3.11")'

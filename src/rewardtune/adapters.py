@@ -48,9 +48,9 @@ def attach(
 
     kind: "lora"; "dora", which trains the norm of every output of a layer besides its direction (Liu et al. 2024,
     arXiv 2402.09353, eq. 5); "full", all weights (the base model must be loaded in float32).
-    rank, alpha, targets, seed: see :func:`add_lora`; "full" does not use them.
+    rank, alpha, targets, seed: see `add_lora`; "full" does not use them.
     The pictures do not change: exactly with lora and full, up to round-off with dora.
-    Raises ConfigError for an unknown kind, and where the denoiser does not fit. :func:`detach` undoes it.
+    Raises ConfigError for an unknown kind, and where the denoiser does not fit. `detach` undoes it.
     """
     if kind == "lora":
         return add_lora(denoiser, rank, alpha=alpha, targets=targets, seed=seed)
@@ -62,7 +62,7 @@ def attach(
 
 
 def detach(denoiser: Any) -> None:
-    """Take the adapter of :func:`attach` off and freeze the denoiser; what full fine-tuning has changed stays."""
+    """Take the adapter of `attach` off and freeze the denoiser; what full fine-tuning has changed stays."""
     if ADAPTER in getattr(denoiser, "peft_config", {}):
         denoiser.unload_lora()
     denoiser.requires_grad_(False)

@@ -1,7 +1,7 @@
-"""The published methods: each draws a :class:`~rewardtune.plan.Plan` from ``(T, rng)``, as Algorithm 1 of the paper.
+"""The published methods: each draws a `Plan` from ``(T, rng)``, as Algorithm 1 of the paper.
 
 Below, the paper's time is used: t = T is the noisiest step, t = 1 the last; ``U{a..b}`` is uniform on integers, both
-ends included. Every published method is one function from ``(T, rng, t_min)`` to ``t_train``; :class:`Method` adds
+ends included. Every published method is one function from ``(T, rng, t_min)`` to ``t_train``; `Method` adds
 what they share: the early stop, the gradient at the input, the translation to step indices.
 
 Errata of the DRTune paper that this file settles (each has its test):
@@ -38,7 +38,7 @@ class Method:
     Attributes:
         name: as users type it.
         times: ``(T, rng, t_min) -> t_train`` in the paper's time.
-        input_gradient: see :class:`~rewardtune.plan.Plan`.
+        input_gradient: see `Plan`.
         m: range of the early stop, t_min ~ U{1..m}; None runs every chain to its end.
         renoise: chains restarted from the re-noised x_0 (DRaFT-LV's n); None starts from noise.
         settings: what the user chose, for logs.

@@ -47,7 +47,7 @@ def load_pipeline(
         config: diffusers folder or hub id with the configuration of a single file; None = guessed from its keys.
         dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, cuda:1, mps.
         quantize: `int8` or `nf4` holds the denoiser's weights in 8 or 4 bits (CUDA, extra `quantize`).
-        compile: torch.compile of the denoiser's repeated blocks (see :func:`compile_blocks`).
+        compile: torch.compile of the denoiser's repeated blocks (see `compile_blocks`).
         gradient_checkpointing: the denoiser keeps its blocks' inputs only, and computes them twice for a gradient.
         vae_dtype: float32 or bfloat16; None = float32 beside a float16 model (its pictures would turn black), else
             the model's own.

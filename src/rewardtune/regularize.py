@@ -44,7 +44,7 @@ class Denoising:
 
     Attributes:
         weight: its weight beside the negated reward.
-        images: folder of pictures with captions (see :func:`read_captions`); None: pictures that the base model samples
+        images: folder of pictures with captions (see `read_captions`); None: pictures that the base model samples
             before training.
         count: size of the set of pictures (of a folder at most so many are taken).
         noise_range: share t / T of the sampler's steps, t = T the noisiest. The first step of all is left out: what the

@@ -28,7 +28,7 @@ ROUND_OFF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 @contextmanager
 def cached_text(pipe: Any, *, max_bytes: int = MAX_BYTES) -> Iterator["TextCache"]:
-    """Put a :class:`TextCache` before `pipe.encode_prompt` for the block; afterwards the pipeline is as it was.
+    """Put a `TextCache` before `pipe.encode_prompt` for the block; afterwards the pipeline is as it was.
 
     A pipeline without `encode_prompt` works as ever; `notes` says that nothing is cached.
     """

@@ -1,9 +1,9 @@
 """Recorded network calls, kept so that each can be replayed with a graph, one at a time.
 
 While a pipeline samples, every network runs under no_grad. A call that matters for the gradient is kept as a
-:class:`Call`: its arguments by reference and what the outcome depends on besides them (RNG, autocast, dtype,
+`Call`: its arguments by reference and what the outcome depends on besides them (RNG, autocast, dtype,
 attention processors). Its output is handed on as a fresh leaf, so the only graph that grows is the arithmetic of the
-scheduler and the guidance. :meth:`Call.replay` runs the call again with a graph, refuses if the outcome is not what was
+scheduler and the guidance. `replay` runs the call again with a graph, refuses if the outcome is not what was
 recorded, and back-propagates the cotangent that has arrived at the leaf.
 """
 

@@ -18,11 +18,11 @@ from rewardtune.plan import Plan
 def rollout(
     pipe: Any, plan: Plan, *, denoiser: str | None = None, seed: int | None = None, **call: Any
 ) -> Iterator[Tape]:
-    """Sample ``pipe(**call)`` under ``plan`` and hand out its images as a leaf, ready for :meth:`Tape.backward`.
+    """Sample ``pipe(**call)`` under ``plan`` and hand out its images as a leaf, ready for `backward`.
 
     Args:
         pipe: any diffusers text-to-image pipeline; it is not changed.
-        plan: its ``T`` must be the number of scheduler steps of this call (:func:`count_steps`).
+        plan: its ``T`` must be the number of scheduler steps of this call (`count_steps`).
         denoiser: component that is tuned; by default ``unet`` or ``transformer``.
         seed: seeds the global generators for the duration (some pipelines draw from them) and restores them.
         call: arguments of ``pipe(...)``: prompt, num_inference_steps, guidance_scale, generator, height, width ...

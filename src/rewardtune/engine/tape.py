@@ -76,7 +76,7 @@ class Tape:
     ) -> Sweep:
         """Reverse sweep: adds the gradient of ``loss`` to ``.grad`` of the denoiser's trained parameters.
 
-        The loss's gradient stops at :attr:`images`; from there each recorded call is replayed, last to first. A tape
+        The loss's gradient stops at `images`; from there each recorded call is replayed, last to first. A tape
         can be swept once. If anything fails, the parameters' ``.grad`` is as before.
 
         With ``kl`` the gradient is that of ``loss + kl * D``, D being the mean of ``(F(x) - F_ref(x))^2`` over the
@@ -86,7 +86,7 @@ class Tape:
         and with ``input_gradient > 0`` a second vector-Jacobian product: D reaches parameters, never an earlier call.
 
         Args:
-            loss: scalar, a function of :attr:`images`; it is descended, so negate a reward. None sweeps what the
+            loss: scalar, a function of `images`; it is descended, so negate a reward. None sweeps what the
                 caller's own ``chunk_loss.backward()`` calls have gathered in ``images.grad``.
             allow_zero: accept a gradient that is zero at the images (a hinge that is satisfied); nothing but the KL
                 term is replayed.
