@@ -1,0 +1,406 @@
+"""The newer methods against their published formulas, written out here and differentiated by plain autograd.
+
+The chain is sampled once by the pipeline itself, without a gradient; `Chain.F(i, x)` asks the network again, with the
+arguments of step i and guidance, for any latent x that carries a graph. Nothing of the engine is used for the formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import judge
+import oracle
+import pytest
+import tiny
+import torch
+
+from rewardtune import methods
+from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.plan import Plan
+from rewardtune.prediction import span
+from rewardtune.stretches import Leap, Leaps, Rescaled
+
+T = 6
+GUIDANCE = 3.0
+Tensor = torch.Tensor
+
+
+# The chain, and the network as a function of the latent ---------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """x[0..T] and the timesteps of a sampled chain; constants."""
+
+    pipe: Any
+    call: dict
+    x: list[Tensor]
+    calls: list[tuple[tuple, dict]]
+    timesteps: list[Tensor]
+
+    def F(self, i: int, x: Tensor) -> Tensor:
+        """The raw output at step i, guided, for the latent x."""
+        args, kwargs = self.calls[i]
+        both = torch.cat([x, x])
+        if "hidden_states" in kwargs:
+            args, kwargs = (), {**kwargs, "hidden_states": both}
+        else:
+            args = (both, *args[1:])
+        unconditional, conditional = tiny.denoiser_of(self.pipe)(*args, **kwargs)[0].chunk(2)
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+    @property
+    def sigmas(self) -> list[float]:
+        return [float(s) for s in self.pipe.scheduler.sigmas]
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        return oracle.decode(self.pipe, x0, self.call)
+
+
+def sampled(pipe: Any, call: dict) -> Chain:
+    network, scheduler = tiny.denoiser_of(pipe), pipe.scheduler
+    forward, step = network.forward, scheduler.step
+    chain = Chain(pipe, tiny.fresh(call), [], [], [])
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        chain.calls.append((args, kwargs))
+        return forward(*args, **kwargs)
+
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        chain.timesteps.append(args[1])
+        chain.x.append(args[2])
+        return step(*args, **kwargs)
+
+    stepped.__wrapped__ = step  # pipelines look into the signature
+    network.forward, scheduler.step = watched, stepped
+    torch.manual_seed(0)
+    try:
+        chain.x.append(pipe(**tiny.fresh(call), output_type="latent")[0])
+    finally:
+        del network.forward, scheduler.step
+    if tuple(chain.x[-1].shape) != tuple(chain.x[0].shape):
+        raise AssertionError("not the layout of the sampler")
+    return chain
+
+
+def gradient(chain: Chain, x0: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    pictures = chain.pictures(x0)
+    loss = torch.stack([oracle.generic_loss(picture[None]) for picture in pictures])
+    loss = (loss if weights is None else loss * weights.detach()).mean()
+    return oracle.gradients(tiny.trainable(chain.pipe), loss)
+
+
+def sg(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def through(real: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of the real chain, the gradient of the surrogate."""
+    return surrogate + sg(real - surrogate)
+
+
+def eased(x: Tensor, alpha: float) -> Tensor:
+    return alpha * x + (1 - alpha) * sg(x)
+
+
+@pytest.fixture(params=["sd3, flow", "sd, epsilon"])
+def case(request):
+    name, make = request.param, {"sd3, flow": tiny.stable_diffusion_3, "sd, epsilon": tiny.stable_diffusion}
+    with tiny.double(*make[name](steps=T)) as (pipe, call):
+        yield pipe, call, Level(pipe, flow=name.startswith("sd3"))
+
+
+class Level:
+    """u_i, in which F is the velocity of c_i x: sigma for flow matching; sigma / alpha for epsilon, with c = 1/alpha."""
+
+    def __init__(self, pipe: Any, *, flow: bool) -> None:
+        self.pipe, self.flow = pipe, flow
+
+    def u(self, chain: Chain, i: int) -> float:
+        if self.flow:
+            return chain.sigmas[i]
+        alpha = self.alpha(chain, i)
+        return math.sqrt(1 - alpha**2) / alpha
+
+    def c(self, chain: Chain, i: int) -> float:
+        return 1.0 if self.flow else 1 / self.alpha(chain, i)
+
+    def alpha(self, chain: Chain, i: int) -> float:
+        scheduler = self.pipe.scheduler
+        if i == len(chain.timesteps):
+            return float(scheduler.final_alpha_cumprod) ** 0.5
+        return float(scheduler.alphas_cumprod[int(chain.timesteps[i])]) ** 0.5
+
+    def moved(self, chain: Chain, x: Tensor, i: int, j: int, velocity: Tensor) -> Tensor:
+        """x_i carried to level j with a constant velocity: x_i + (s_j - s_i) F for flow matching, DDIM for epsilon."""
+        return self.landed(chain, x, i, j, (self.u(chain, j) - self.u(chain, i)) * velocity)
+
+    def landed(self, chain: Chain, x: Tensor, i: int, j: int, moved: Tensor) -> Tensor:
+        return (x * self.c(chain, i) + moved) / self.c(chain, j)
+
+
+# Oracles --------------------------------------------------------------------------------------------------------------
+
+
+def check(pipe: Any, call: dict, plan: Plan, exact: dict[str, Tensor], *, bound: float = 1e-8) -> None:
+    pictures, found, result = judge.engine_gradient(pipe, plan, call)
+    assert torch.equal(pictures, judge.plain_images(pipe, call)) or plan.known_noise  # the reward sees the real x_0
+    assert oracle.difference(found, exact) < bound, plan.draw()
+    assert set(result.grad_norms) == set(plan.executed)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_flowbp_sparse(case, rho: float):
+    pipe, call, level = case
+    plan = methods.flowbp_sparse(3, rho=rho)(T, Random(2))
+    chain = sampled(pipe, call)
+    u = [level.u(chain, i) for i in range(T + 1)]
+    g = 1 + rho * (sum(abs(u[i + 1] - u[i]) for i in range(T)) / sum(abs(u[i + 1] - u[i]) for i in plan.train) - 1)
+    x = chain.x[0]
+    for i in range(T):
+        velocity = chain.F(i, sg(chain.x[i]))
+        velocity = sg(velocity) + g * (velocity - sg(velocity)) if i in plan.train else sg(velocity)
+        x = level.moved(chain, x, i, i + 1, velocity)
+    check(pipe, call, plan, gradient(chain, through(chain.x[T], x)))
+
+
+def test_flowbp_sparse_without_rescaling_is_drtune_without_early_stop(case):
+    """rho = 0: the same gradient as the paper's with these steps, input detached and no stop."""
+    pipe, call, _ = case
+    plan = methods.flowbp_sparse(3, rho=0.0)(T, Random(5))
+    one = judge.engine_gradient(pipe, plan, call)[1]
+    two = judge.engine_gradient(pipe, Plan(T=T, train=plan.train), call)[1]
+    assert oracle.difference(one, two) < 1e-12
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.7])
+def test_flowbp_bridge(case, rho: float):
+    pipe, call, level = case
+    plan = methods.flowbp_bridge(4, alpha=0.5, rho=rho)(T, Random(4))
+    (j,) = plan.linked
+    assert min(plan.train) < j < T
+    chain = sampled(pipe, call)
+    u = [level.u(chain, i) for i in range(T + 1)]
+    g = 1 + rho * (sum(abs(u[i + 1] - u[i]) for i in range(T)) / sum(abs(u[i + 1] - u[i]) for i in plan.train) - 1)
+
+    def composed(x: Tensor, begin: int, end: int, at_j: Tensor | None) -> Tensor:
+        for i in range(begin, end):
+            velocity = chain.F(i, sg(chain.x[i]) if at_j is None or i != j else at_j)
+            velocity = sg(velocity) + g * (velocity - sg(velocity)) if i in plan.train else sg(velocity)
+            x = level.moved(chain, x, i, i + 1, velocity)
+        return x
+
+    x_j = through(chain.x[j], composed(chain.x[0], 0, j, None))
+    x_0 = through(chain.x[T], composed(x_j, j, T, eased(x_j, 0.5)))
+    check(pipe, call, plan, gradient(chain, x_0))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("tau", [0.1, 0.5, None])
+def test_leapalign(case, seed: int, tau: float | None):
+    pipe, call, level = case
+    plan = methods.leapalign(tau=tau)(T, Random(seed))
+    k, j = sorted(plan.train)
+    chain = sampled(pipe, call)
+    leapt = level.moved(chain, chain.x[k], k, j, chain.F(k, chain.x[k]))
+    x_j = through(chain.x[j], leapt)
+    end = level.moved(chain, x_j, j, T, chain.F(j, eased(x_j, 0.3)))
+    d_j, d_0 = ((a - b).abs().mean(dim=(1, 2, 3)) for a, b in ((leapt, chain.x[j]), (end, chain.x[T])))
+    weights = None if tau is None else 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
+    check(pipe, call, plan, gradient(chain, through(chain.x[T], end), weights))
+
+
+def test_the_leaps_of_these_tests_are_long_and_miss():
+    """Otherwise a factor of 1 and a weight of 1 / (2 tau) would pass."""
+    with tiny.double(*tiny.stable_diffusion_3(steps=T)) as (pipe, call):
+        plan = methods.leapalign()(T, Random(1))
+        k, j = sorted(plan.train)
+        assert j - k > 1 or T - j > 1
+        plain = judge.engine_gradient(pipe, Plan(T=T, train=plan.train, input_gradient=0.3), call)[1]
+        leapt = judge.engine_gradient(pipe, methods.leapalign(tau=None)(T, Random(1)), call)[1]
+        weighed = judge.engine_gradient(pipe, plan, call)[1]
+        assert oracle.difference(leapt, plain) > 0.1
+        assert oracle.difference(weighed, leapt) > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_flowbp_lagrange(case, seed: int):
+    pipe, call, level = case
+    plan = methods.flowbp_lagrange(latest=0.6, tau=0.3)(T, Random(seed))
+    (j,) = plan.linked
+    k = min(plan.train)
+    chain = sampled(pipe, call)
+
+    def leap(x: Tensor, begin: int, end: int, first: Tensor) -> Tensor:
+        count = min(3, end - begin)
+        nodes = sorted({begin + round(n * (end - 1 - begin) / max(1, count - 1)) for n in range(count)})
+        u = torch.tensor([level.u(chain, i) for i in nodes], dtype=torch.float64)
+        # the polynomial through the points, by its Vandermonde system, and its integral
+        powers = torch.arange(len(nodes), dtype=torch.float64)
+        a, b = level.u(chain, begin), level.u(chain, end)
+        integral = (b ** (powers + 1) - a ** (powers + 1)) / (powers + 1)
+        h = torch.linalg.solve(torch.stack([u**p for p in powers]), integral)
+        total = torch.zeros_like(x)
+        for place, i in enumerate(nodes):
+            velocity = first if i == begin else chain.F(i, sg(chain.x[i]))
+            if place == 1:
+                velocity = sg(velocity) + 0.25 * (velocity - sg(velocity))
+            total = total + h[place] * (velocity if place < 2 else sg(velocity))
+        return level.landed(chain, x, begin, end, total)
+
+    leapt = leap(chain.x[k], k, j, chain.F(k, chain.x[k]))
+    x_j = through(chain.x[j], leapt)
+    end = leap(x_j, j, T, chain.F(j, eased(x_j, 0.1)))
+    d_j, d_0 = ((a - b).abs().mean(dim=(1, 2, 3)) for a, b in ((leapt, chain.x[j]), (end, chain.x[T])))
+    weights = 1 / (d_j.clamp(min=0.3) + d_0.clamp(min=0.3))
+    check(pipe, call, plan, gradient(chain, through(chain.x[T], end), weights))
+
+
+@pytest.mark.parametrize("make", [tiny.stable_diffusion_3, tiny.stable_diffusion, tiny.stable_diffusion_v])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_srpo(make, seed: int):
+    """x_s from the chain's own noise and x_0; one step; the rest of the noise taken off in closed form."""
+    with tiny.double(*make(steps=T)) as (pipe, call):
+        plan = methods.srpo()(T, Random(seed))
+        s = plan.start
+        chain = sampled(pipe, call)
+        noise, x_0 = chain.x[0], chain.x[T]
+        if make is tiny.stable_diffusion_3:
+            sigma, after = chain.sigmas[s], chain.sigmas[s + 1]
+            x = sg(sigma * noise + (1 - sigma) * x_0)
+            x = x + (after - sigma) * chain.F(s, x)
+            recovered = (x - after * noise) / (1 - after)
+        else:
+            abars = pipe.scheduler.alphas_cumprod
+            a, b = (float(abars[int(chain.timesteps[i])]) if i < T else None for i in (s, s + 1))
+            b = float(pipe.scheduler.final_alpha_cumprod) if b is None else b
+            x = sg(a**0.5 * x_0 + (1 - a) ** 0.5 * noise)
+            F = chain.F(s, x)
+            if make is tiny.stable_diffusion_v:
+                clean, eps = a**0.5 * x - (1 - a) ** 0.5 * F, a**0.5 * F + (1 - a) ** 0.5 * x
+            else:
+                clean, eps = (x - (1 - a) ** 0.5 * F) / a**0.5, F
+            x = b**0.5 * clean + (1 - b) ** 0.5 * eps
+            recovered = x if s + 1 == T else (x - (1 - b) ** 0.5 * noise) / b**0.5
+        pictures, found, _ = judge.engine_gradient(pipe, plan, call)
+        assert torch.allclose(pictures, chain.pictures(recovered).detach(), atol=1e-9)
+        assert oracle.difference(found, gradient(chain, recovered)) < 1e-8
+
+
+def test_v_prediction_weighs_by_the_angle():
+    """Where the level is the angle, dx/du = F: the levels of a step are atan(sigma / alpha) before and after it."""
+    pipe, call = tiny.stable_diffusion_v(steps=T)
+    chain = sampled(pipe, call)
+    level = Level(pipe, flow=False)
+    for i in range(T):
+        found = span(pipe.scheduler, chain.timesteps[i])
+        assert (found.start, found.end) == pytest.approx([math.acos(level.alpha(chain, n)) for n in (i, i + 1)])
+
+
+def test_euler_has_the_levels_of_its_own_sigmas():
+    pipe, call = tiny.stable_diffusion_xl(steps=T)
+    plan = methods.leapalign(tau=None)(T, Random(1))
+    k, j = sorted(plan.train)
+    judge.engine_gradient(pipe, plan, call)
+    s = [float(x) for x in pipe.scheduler.sigmas]
+    spans = []
+    pipe.scheduler.set_timesteps(T)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        pipe.scheduler._step_index = i
+        spans.append(span(pipe.scheduler, t))
+    expected = {k: (s[j] - s[k]) / (s[k + 1] - s[k]), j: (s[T] - s[j]) / (s[j + 1] - s[j])}
+    assert plan.weight.factors(spans, plan.executed) == pytest.approx(expected)
+
+
+def test_samplers_in_which_a_call_stands_for_no_stretch_are_refused():
+    pipe, call = tiny.stable_diffusion(steps=T)
+    tiny.set_scheduler(pipe, "DPMSolverMultistepScheduler")
+    with pytest.raises(PreflightError, match="DDIMScheduler"):
+        judge.engine_gradient(pipe, methods.flowbp_sparse()(T, Random(0)), call)
+
+
+# Laws -----------------------------------------------------------------------------------------------------------------
+
+
+def draws(method: methods.Method, T: int, n: int = 300) -> list[Plan]:
+    return [method(T, Random(seed)) for seed in range(n)]
+
+
+def test_sparse_draws_K_steps_late_ones_more_often():
+    seen = Counter(i for plan in draws(methods.flowbp_sparse(1, late_bias=2.0), 4, 6000) for i in plan.train)
+    for i in range(4):
+        p = (i + 1) ** 2 / 30
+        assert abs(seen[i] - 6000 * p) < 4 * math.sqrt(6000 * p * (1 - p))
+    assert {len(plan.train) for plan in draws(methods.flowbp_sparse(4), 10)} == {4}
+
+
+@pytest.mark.parametrize(("T", "K"), [(2, 2), (3, 2), (5, 5), (12, 4), (25, 5)])
+def test_bridge_has_a_call_on_both_sides_and_j_itself(T: int, K: int):
+    for plan in draws(methods.flowbp_bridge(K), T):
+        (j,) = plan.linked
+        assert len(plan.train) == K
+        assert j in plan.train
+        assert min(plan.train) < j
+        assert plan.gradient_into(j) == 0.5
+        assert all(plan.gradient_into(i) == 0 for i in plan.train - {j})
+
+
+def test_leapalign_draws_every_pair():
+    seen = Counter(tuple(sorted(plan.train)) for plan in draws(methods.leapalign(), 5, 4000))
+    assert len(seen) == 10
+    assert all(abs(count - 400) < 4 * math.sqrt(4000 * 0.09) for count in seen.values())
+
+
+@pytest.mark.parametrize("T", [2, 3, 6, 25])
+def test_lagrange_keeps_j_near_the_end(T: int):
+    for plan in draws(methods.flowbp_lagrange(), T):
+        first, second = plan.weight.leaps
+        assert T - second.supports[0] <= max(1, round(0.4 * T))
+        assert (first.target, second.target) == (second.supports[0], T)
+        for leap in (first, second):
+            assert leap.supports[-1] == leap.target - 1
+            assert len(leap.supports) == min(3, leap.target - leap.supports[0])
+
+
+def test_srpo_reaches_every_step_but_the_first():
+    assert {plan.start for plan in draws(methods.srpo(), 6)} == {1, 2, 3, 4, 5}
+
+
+def test_one_support_is_an_euler_step_and_three_integrate_a_parabola():
+    from rewardtune.prediction import Span
+
+    levels = [1.0, 0.8, 0.55, 0.3, 0.0]
+    spans = [Span(a, b) for a, b in pairwise(levels)]
+    assert Leap(4, (0,)).weights(spans) == pytest.approx({0: -1.0})
+    weights = Leap(4, (0, 1, 3)).weights(spans)
+    assert sum(h * levels[i] ** 2 for i, h in weights.items()) == pytest.approx(-1 / 3)
+    assert Leaps((Leap(4, (0, 1, 3)),), other=0.25).factors(spans, [1]) == pytest.approx({1: 0.25 * weights[1] / -0.25})
+    assert Rescaled(1.0).factors(spans, [0, 3]) == pytest.approx({0: 2.0, 3: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: methods.flowbp_sparse(9)(4, Random(0)), "K=9 does not fit into the T=4"),
+        (lambda: methods.flowbp_sparse(rho=-1.0), "rho=-1"),
+        (lambda: methods.flowbp_bridge(1), "K >= 2"),
+        (lambda: methods.leapalign()(1, Random(0)), "T=1"),
+        (lambda: methods.leapalign(1.5), "0 .. 1"),
+        (lambda: methods.leapalign(tau=0), "tau=0"),
+        (lambda: methods.srpo()(1, Random(0)), "T=1"),
+        (lambda: methods.draft_plus(kl=-1.0), "kl=-1"),
+        (lambda: methods.rsa_ft(methods.refl(), image=-1.0), "robust_image=-1"),
+        (lambda: Plan(T=4, train=frozenset({1}), linked=frozenset({2})), "linked"),
+        (lambda: Plan(T=4, train=frozenset({1}), weight=Rescaled(1.0), end=2), "whole chain"),
+        (lambda: Plan(T=4, train=frozenset({1}), known_noise=True), "known_noise"),
+    ],
+)
+def test_bad_settings_say_what_is_legal(make, words: str):
+    with pytest.raises(ConfigError, match=words), contextlib.nullcontext():
+        make()
