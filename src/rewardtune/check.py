@@ -482,7 +482,7 @@ def _guards(tuner: "RewardTuner", config: RunConfig, known: _Known) -> tuple[boo
 
 def _adapter(tuner: "RewardTuner", config: RunConfig) -> tuple[bool, str]:
     tuner.parameters = adapters.attach(tuner.denoiser, seed=tuner.seed, **tuner.adapter)
-    if config.regularize.kl:
+    if config.regularize.kl or tuner.method.kl:
         check_reference(tuner.denoiser)
     count = sum(parameter.numel() for parameter in tuner.parameters)
     return True, f"{config.adapter.kind} with {count / 1e6:,.2f} M trained weights"

@@ -306,7 +306,7 @@ class RewardTuner:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
             if self.processes.sharded:
                 sharding.shard(self.denoiser, self.parameters, self.device, world=self.processes.world)
-            if self.regularize.kl:
+            if self.regularize.kl or self.method.kl:
                 check_reference(self.denoiser)
             call = evaluate.for_prompts(self.prompts[:1], self.call)
             self.T = count_steps(self.pipe, **call)
