@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,11 +21,20 @@ import oracle
 import pytest
 import tiny
 import torch
+import yaml
 
-from rewardtune import methods
+from rewardtune import evaluate, methods, rewards
+from rewardtune.bench.cost import Cost
+from rewardtune.bench.setting import NEWER, method_of
+from rewardtune.config import MethodChoice, load_config
 from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.gradient import Gradient, derive_seed
+from rewardtune.launch import make_method, make_reward
 from rewardtune.plan import Plan
-from rewardtune.prediction import span
+from rewardtune.prediction import Span, span
+from rewardtune.processes import join
+from rewardtune.prompts import batch_prompts
+from rewardtune.rewards.base import as_reward
 from rewardtune.stretches import Leap, Leaps, Rescaled
 
 T = 6
@@ -117,7 +128,7 @@ def case(request):
 
 
 class Level:
-    """u_i, in which F is the velocity of c_i x: sigma for flow matching; sigma / alpha for epsilon, with c = 1/alpha."""
+    """u_i, in which F is the velocity of c_i x: sigma for flow matching; sigma / alpha for epsilon, c = 1 / alpha."""
 
     def __init__(self, pipe: Any, *, flow: bool) -> None:
         self.pipe, self.flow = pipe, flow
@@ -325,6 +336,163 @@ def test_samplers_in_which_a_call_stands_for_no_stretch_are_refused():
         judge.engine_gradient(pipe, methods.flowbp_sparse()(T, Random(0)), call)
 
 
+# What methods add to the gradient of an update ------------------------------------------------------------------------
+
+
+def curved(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward whose gradient differs from picture to picture and from place to place."""
+    weight = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
+    return (weight * images).mean((1, 2, 3)) + (weight.flip(-1) * torch.sin(5 * images)).mean((1, 2, 3))
+
+
+def update(pipe: Any, method: methods.Method, *, batch: int = 2, micro_batch: int = 2) -> Gradient:
+    return Gradient(
+        pipe=pipe,
+        reward=as_reward(curved),
+        method=method,
+        prompts=tiny.PROMPTS,
+        parameters=list(tiny.trainable(pipe).values()),
+        T=4,
+        seed=0,
+        batch=batch,
+        micro_batch=micro_batch,
+        call={"num_inference_steps": 4, "guidance_scale": GUIDANCE},
+    )
+
+
+def computed(pipe: Any, gradient: Gradient) -> dict[str, Tensor]:
+    for p in gradient.parameters:
+        p.grad = None
+    gradient.compute(0, join())
+    found = {name: p.grad.clone() for name, p in tiny.trainable(pipe).items()}
+    for p in gradient.parameters:
+        p.grad = None
+    return found
+
+
+def call_of(gradient: Gradient) -> dict:
+    """The call of update 0, as `pipe(**call)`."""
+    prompts = batch_prompts(gradient.prompts, seed=0, step=0, size=gradient.batch)
+    seeds = [derive_seed(0, 0, index) for index in range(gradient.batch)]
+    return evaluate.for_prompts(prompts, gradient.call) | {"generator": evaluate.generators(seeds)}
+
+
+@pytest.mark.parametrize(("image", "weights"), [(0.3, 0.0), (0.0, 0.5), (0.3, 0.5)])
+def test_rsa_ft(image: float, weights: float):
+    """The gradient at theta + rho G / |G| of -r(I - rho g / |g|), by autograd through the whole chain."""
+    pipe, call = tiny.stable_diffusion(steps=4)
+    with tiny.double(pipe, call):
+        base = methods.draft(2)
+        gradient = update(pipe, methods.rsa_ft(base, image=image, weights=weights), micro_batch=1)
+        parameters = tiny.trainable(pipe)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        found = computed(pipe, gradient)
+        assert all(torch.equal(p, before[name]) for name, p in parameters.items())  # put back to the bit
+
+        def literal() -> dict[str, Tensor]:
+            pictures = oracle.images(pipe, train={2, 3}, input_gradient=1.0, call=call_of(gradient))
+            leaf = pictures.detach().requires_grad_()
+            (g,) = torch.autograd.grad(curved(leaf, []).sum(), leaf)
+            offset = image * torch.stack([each / each.norm() for each in g])
+            moved = (sg(pictures) - offset).clamp(0, 1)
+            return oracle.gradients(parameters, -curved(pictures + sg(moved - pictures), []).mean())
+
+        exact = literal()
+        if weights:
+            norm = torch.cat([g.flatten() for g in exact.values()]).norm()
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p += weights * exact[name] / norm
+            exact = literal()
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(before[name])
+        assert oracle.difference(found, exact) < 1e-7
+        assert oracle.difference(computed(pipe, update(pipe, base)), exact) > 1e-2  # the worst case is another gradient
+
+
+def test_draft_plus():
+    """DRaFT-1 + kl * mean((F - F_ref)^2) at the trained call."""
+    pipe, call = tiny.stable_diffusion(steps=4)
+    with tiny.double(pipe, call):
+        gradient = update(pipe, methods.draft_plus(1, kl=0.3))
+        chain = sampled(pipe, call_of(gradient))
+        args, kwargs = chain.calls[3]
+        pipe.unet.disable_adapters()
+        reference = pipe.unet(*args, **kwargs)[0].detach()
+        pipe.unet.enable_adapters()
+        D = (pipe.unet(*args, **kwargs)[0] - reference).square().mean()
+        x_0 = Level(pipe, flow=False).moved(chain, chain.x[3], 3, 4, chain.F(3, chain.x[3]))
+        reward = curved(chain.pictures(x_0), []).mean()
+        exact = oracle.gradients(tiny.trainable(pipe), -reward + 0.3 * D)
+        assert oracle.difference(computed(pipe, gradient), exact) < 1e-7
+        assert oracle.difference(computed(pipe, update(pipe, methods.draft(1))), exact) > 1e-2
+
+
+def test_the_relative_reward_is_that_of_the_combined_text():
+    """SRPO: f_image . ((1 + k) f_positive - f_negative), for a reward that is a similarity of features."""
+
+    def features(prompts: Sequence[str]) -> Tensor:
+        rows = [torch.randn(12, generator=torch.Generator().manual_seed(sum(map(ord, p)))) for p in prompts]
+        return torch.nn.functional.normalize(torch.stack(rows).double(), dim=-1)
+
+    def similarity(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+        return (torch.nn.functional.normalize(pooled, dim=-1) * features(prompts)).sum(-1)
+
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    reward = rewards.relative(similarity, "Real. {}", "Oily. {}", k=0.5)
+    f = torch.nn.functional.normalize(torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1), dim=-1)
+    text = 1.5 * features(["Real. a", "Real. b"]) - features(["Oily. a", "Oily. b"])
+    score, natives = reward.parts(images, ["a", "b"])
+    assert torch.allclose(score, (f * text).sum(-1))
+    found, exact = (torch.autograd.grad(s.sum(), images, retain_graph=True)[0] for s in (score, (f * text).sum(-1)))
+    assert torch.allclose(found, exact)
+    assert torch.allclose(natives["similarity"], similarity(images, ["Real. a", "Real. b"]))
+
+
+# Where they are named -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NEWER, "DRaFT-10 + RSA-FT"])
+def test_the_bench_names_them_and_counts_what_they_cost(name: str):
+    choice = method_of(name, 20)
+    law = make_method(MethodChoice(**choice))
+    plan = law(20, Random(0))
+    cost = Cost(replay=3.0, nested=4.0, evaluation=1.0, head=0.0)
+    expected = {
+        "DRaFT+": 20 + 4 * 4 + 4 * 3,  # K = 4, and F_ref with a second product
+        "LeapAlign": 20 + 3 + 4,
+        "FlowBP-Sparse": 20 + 4 * 3,
+        "FlowBP-Bridge": 20 + 4 * 3 + 4,
+        "SRPO": 20 + 1 + 3,
+        "DRaFT-10 + RSA-FT": 2 * (20 + 4 * 4),
+        "FlowBP-Lagrange": 20 + 3 * len(plan.executed) + 1,
+        "DRTune + RSA-FT": 2 * (plan.steps_run + 3 * len(plan.executed)),
+    }
+    assert cost.of_update(law, plan) == expected[name]
+
+
+def test_a_run_file_names_them(tmp_path: Path):
+    run = {
+        "model": "playground",
+        "output_dir": str(tmp_path / "out"),
+        "prompts": ["a"],
+        "reward": [{"name": "brightness", "relative": {"positive": "Real. {}", "negative": "Oily. {}"}, "hinge": 2.0}],
+        "method": {"name": "leapalign", "options": {"tau": None}, "rsa_ft": {"weights": 0.0}},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    config = load_config(path)
+    law = make_method(config.method)
+    assert (law.name, law.robust_image, law.robust_weights, law.passes) == ("leapalign", 0.01, 0.0, 1)
+    assert make_reward(config.reward).name == "hinge(relative(brightness), 2)"
+    run["reward"][0]["relative"]["positive"] = "Real."
+    path.write_text(yaml.safe_dump(run))
+    with pytest.raises(ConfigError, match="where the prompt goes"):
+        load_config(path)
+
+
 # Laws -----------------------------------------------------------------------------------------------------------------
 
 
@@ -373,8 +541,6 @@ def test_srpo_reaches_every_step_but_the_first():
 
 
 def test_one_support_is_an_euler_step_and_three_integrate_a_parabola():
-    from rewardtune.prediction import Span
-
     levels = [1.0, 0.8, 0.55, 0.3, 0.0]
     spans = [Span(a, b) for a, b in pairwise(levels)]
     assert Leap(4, (0,)).weights(spans) == pytest.approx({0: -1.0})

@@ -190,9 +190,8 @@ def plan(
     from .launch import make_method
 
     law = make_method(MethodChoice(name=method, options=parse_options(option or [])))
-    print(
-        f"{law}, T={steps}, noise on the left: . sampled  # trained  > jump to x0-hat  - never run  @ linked  = leapt over"
-    )
+    legend = ". sampled  # trained  > jump to x0-hat  - never run  @ linked  = leapt over"
+    print(f"{law}, T={steps}, noise on the left: {legend}")
     for draw in range(draws):
         drawn = law(steps, random.Random(f"plan {seed} {draw}"))
         trained = ", ".join(str(i) for i in drawn.executed)

@@ -49,7 +49,7 @@ class Gradient:
     """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time.
 
     offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
-    kl: weight of the distance to the base model, besides the method's own; denoising: the denoising loss, if it is asked for.
+    kl: weight of the distance to the base model, besides the method's own; denoising: the denoising loss, if asked for.
     """
 
     pipe: Any
