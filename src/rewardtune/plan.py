@@ -80,6 +80,11 @@ class Plan:
             )
 
     @property
+    def needs_prediction(self) -> bool:
+        """Whether the reward sees an x0-hat of the sampler's."""
+        return self.end is not None and not self.known_noise
+
+    @property
     def last(self) -> int:
         """The last step that runs."""
         return self.T - 1 if self.end is None else self.end
