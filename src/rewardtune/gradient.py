@@ -178,11 +178,11 @@ class _Moved(torch.autograd.Function):
     """Other values, the gradient of the first argument."""
 
     @staticmethod
-    def forward(_: Any, images: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, images: Tensor, values: Tensor) -> Tensor:
         return values
 
     @staticmethod
-    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 

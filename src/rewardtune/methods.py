@@ -345,7 +345,8 @@ def _in_steps(T: int, steps: Iterable[int], **fields: Any) -> Answers:
 
 def _late_biased(steps: range, count: int, bias: float, rng: Random, *, origin: int = 0) -> list[int]:
     """`count` distinct steps, each drawn among those left with probability proportional to (i - origin + 1)^bias."""
-    left, drawn = list(steps), []
+    left = list(steps)
+    drawn: list[int] = []
     for _ in range(count):
         drawn.append(rng.choices(left, [(i - origin + 1) ** bias for i in left])[0])
         left.remove(drawn[-1])

@@ -13,6 +13,7 @@ The rules below are frozen data that a plan carries; the engine asks them when t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rewardtune.prediction import Span
@@ -98,7 +99,8 @@ class Leaps:
         """Weight of each picture (B,): those whose leaps land near the real chain count for more. None is 1."""
         if self.tau is None:
             return None
-        return 1 / sum(leap.error(spans, states, final).clamp_min(self.tau) for leap in self.leaps)
+        errors = torch.stack([leap.error(spans, states, final) for leap in self.leaps])
+        return errors.clamp_min(self.tau).sum(0).reciprocal()
 
 
 def _lagrange(points: Sequence[float], start: float, target: float) -> list[float]:

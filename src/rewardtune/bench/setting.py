@@ -116,7 +116,8 @@ def method_of(name: str, T: int) -> dict[str, Any]:
         legal = ", ".join(found)
         raise ConfigError(f"unknown method {name!r}{nearest(name, found)}; legal: {legal}, each also as X + RSA-FT")
     kind, options = found[base]
-    return {"name": kind, "options": options} | ({"rsa_ft": {}} if robust else {})
+    choice: dict[str, Any] = {"name": kind, "options": options}
+    return {**choice, "rsa_ft": {}} if robust else choice
 
 
 def _small(name: str, **options: Any) -> dict[str, Any]:
