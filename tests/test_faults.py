@@ -160,7 +160,11 @@ FAULTS = {
     "NaN from the denoiser": (break_denoiser, TrainingStopped, "step 3: the pictures hold NaN"),
     "NaN from the VAE": (break_picture(float("nan")), TrainingStopped, "step 3: the pictures hold NaN"),
     "black pictures": (break_picture(-1e4), TrainingStopped, "step 3: all pictures are black"),
-    "the reward raises": (break_reward("raise"), RewardTuneError, "step 3: reward .* raised ValueError: the network is"),
+    "the reward raises": (
+        break_reward("raise"),
+        RewardTuneError,
+        "step 3: reward .* raised ValueError: the network is",
+    ),
     "memory, sampling": (break_function(gradient_module, "rollout"), TrainingStopped, r"memory \(step 3, sampling"),
     "memory, reward": (break_reward("memory"), TrainingStopped, r"out of memory \(step 3, the reward: .* 20.00 MiB"),
     "memory, replay": (break_function(Tape, "backward"), TrainingStopped, r"out of memory \(step 3, the replay"),

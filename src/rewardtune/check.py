@@ -448,8 +448,7 @@ def _pipeline(config: RunConfig, pipe: Any, known: _Known, findings: Findings) -
     counted = attempt("steps", lambda: _steps(tuner, call))
     plans = attempt("plan", lambda: _plans(tuner)) if counted is not None and known.method is not None else None
     if attached is not None and counted is not None:
-        stops = any(plan.end is not None for plan in plans or [])
-        attempt("preflight", lambda: _preflight(tuner, call, stops), phase=f"{dryrun.STEP} 0", config=config)
+        attempt("preflight", lambda: _preflight(tuner, call, plans or []), phase=f"{dryrun.STEP} 0", config=config)
     if config.regularize.denoise.weight and known.images and attached is not None and counted is not None:
         attempt("regularize.denoise", lambda: _denoising(tuner, config))
     pictures = None
@@ -482,7 +481,7 @@ def _guards(tuner: "RewardTuner", config: RunConfig, known: _Known) -> tuple[boo
 
 def _adapter(tuner: "RewardTuner", config: RunConfig) -> tuple[bool, str]:
     tuner.parameters = adapters.attach(tuner.denoiser, seed=tuner.seed, **tuner.adapter)
-    if config.regularize.kl:
+    if config.regularize.kl or tuner.method.kl:
         check_reference(tuner.denoiser)
     count = sum(parameter.numel() for parameter in tuner.parameters)
     return True, f"{config.adapter.kind} with {count / 1e6:,.2f} M trained weights"
@@ -500,8 +499,9 @@ def _plans(tuner: "RewardTuner") -> tuple[list[Any], str]:
     return plans, f"{first.draw()} is the first update's: {first.steps_run} steps run, {len(first.executed)} trained"
 
 
-def _preflight(tuner: "RewardTuner", call: dict[str, Any], stops: bool) -> tuple[Any, str]:
-    facts = preflight(tuner.pipe, early_stop=stops, **call)
+def _preflight(tuner: "RewardTuner", call: dict[str, Any], plans: list[Any]) -> tuple[Any, str]:
+    stops, levels = any(p.needs_prediction for p in plans), any(p.weight is not None for p in plans)
+    facts = preflight(tuner.pipe, early_stop=stops, levels=levels, **call)
     return facts, "; ".join(["the pipeline opens exactly", *facts.notes])
 
 

@@ -177,7 +177,7 @@ def app_(
 
 @app.command()
 def plan(
-    method: Annotated[str, typer.Argument(help="refl, draft, draft_lv, alignprop, drtune")],
+    method: Annotated[str, typer.Argument(help="One of `rewardtune ls methods`.")],
     steps: Annotated[int, typer.Option(help="Scheduler steps of a chain (T).")],
     draws: Annotated[int, typer.Option(help="How many plans to draw.")] = 5,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="e.g. -o K=5 -o m=20")] = None,
@@ -190,7 +190,8 @@ def plan(
     from .launch import make_method
 
     law = make_method(MethodChoice(name=method, options=parse_options(option or [])))
-    print(f"{law}, T={steps}, noise on the left: . sampled  # trained  > jump to x0-hat  - never run")
+    legend = ". sampled  # trained  > jump to x0-hat  - never run  @ linked  = leapt over"
+    print(f"{law}, T={steps}, noise on the left: {legend}")
     for draw in range(draws):
         drawn = law(steps, random.Random(f"plan {seed} {draw}"))
         trained = ", ".join(str(i) for i in drawn.executed)

@@ -91,6 +91,24 @@ class Standardise(_Section):
     """measured once on the untuned model"""
 
 
+class Relative(_Section):
+    """SRPO's reward: how much better a picture fits the prompt in wanted words than in unwanted ones."""
+
+    positive: Text
+    """the prompt with what is wanted, `{}` being the prompt, e.g. `Realistic photo. {}`"""
+    negative: Text
+    """the prompt with what is not wanted"""
+    k: float = Field(default=0.0, ge=0)
+    """score = (1 + k) r(positive) - r(negative)"""
+
+    @field_validator("positive", "negative")
+    @classmethod
+    def _has_place(cls, value: str) -> str:
+        if value.count("{}") != 1:
+            raise ValueError("must hold {} once, where the prompt goes")
+        return value
+
+
 class Part(_Section):
     """A reward by name, or a group of rewards; at most one of hinge, target, standardise is put on it."""
 
@@ -106,6 +124,8 @@ class Part(_Section):
     """factor in the sum; 0: only logged"""
     options: dict[str, Any] = {}
     """settings of the named reward"""
+    relative: Relative | None = None
+    """the reward of the prompt in other words, minus that in others still (SRPO)"""
     hinge: float | None = None
     """-relu(level - r): pushes up to this level and no further"""
     target: float | None = None
@@ -139,13 +159,25 @@ class Part(_Section):
         return {key: value for key, value in handler(self).items() if value not in (None, {})}
 
 
+class Robust(_Section):
+    """RSA-FT, put on any method: the gradient at the worst case nearby."""
+
+    image: float = Field(default=1e-2, ge=0)
+    """how far each picture is moved down the reward, as the L2 norm over its values; 0: not"""
+    weights: float = Field(default=1e-2, ge=0)
+    """how far the trained weights are moved up the loss, as the L2 norm over all of them; 0: not. An update then costs
+    twice as much"""
+
+
 class MethodChoice(_Section):
     """How the reward's gradient goes through the sampling chain."""
 
     name: Text = "drtune"
-    """drtune, refl, draft, draft_lv, alignprop"""
+    """one of `rewardtune ls methods`; docs/methods.md"""
     options: dict[str, Any] = {}
     """the method's arguments, e.g. {K: 5, m: 20}; see `rewardtune ls methods`"""
+    rsa_ft: Robust | None = None
+    """RSA-FT put on the method; null: not"""
 
 
 class PromptSource(_Section):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .engine import Sweep, rollout
+from .engine import Sweep, Tape, rollout
 from .errors import RewardError, RewardTuneError, TrainingStopped, out_of_memory
 from .evaluate import for_prompts, generators
 from .methods import Method
@@ -49,7 +49,7 @@ class Gradient:
     """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time.
 
     offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
-    kl: weight of the distance to the base model; denoising: the denoising loss, if it is asked for.
+    kl: weight of the distance to the base model, besides the method's own; denoising: the denoising loss, if asked for.
     """
 
     pipe: Any
@@ -76,7 +76,46 @@ class Gradient:
 
     def compute(self, step: int, processes: Processes) -> list[Part]:
         """All micro-batches of update `step`, dealt out to the processes: the gradient of the whole batch stands in
-        `.grad` everywhere, the parts come in the order of the batch. An error of one process is raised in all."""
+        `.grad` everywhere, the parts come in the order of the batch. An error of one process is raised in all.
+
+        With RSA-FT's worst case at the weights it is the gradient there; the parts are of the weights as they are.
+        """
+        parts = self._compute(step, processes)
+        if self.method.robust_weights:
+            with self._worst_weights(), doing(f"step {step}, the pass at the worst weights"):
+                self._compute(step, processes)
+        return parts
+
+    @contextmanager
+    def _worst_weights(self) -> Iterator[None]:
+        """RSA-FT: the weights moved up the loss by `robust_weights` along the gradient; `.grad` is cleared."""
+        grads = [p.grad for p in self.parameters]
+        norm = torch.stack([g.double().norm() for g in grads if g is not None] or [torch.zeros(())]).norm()
+        kept = [p.detach().clone() for p in self.parameters]
+        step = self.method.robust_weights / float(norm) if float(norm) > 0 else 0.0
+        try:
+            with torch.no_grad():
+                for p, g in zip(self.parameters, grads, strict=True):
+                    if g is not None:
+                        p.add_(g, alpha=step)
+                    p.grad = None
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self.parameters, kept, strict=True):
+                    p.copy_(value)
+
+    def _worst_images(self, tape: Tape) -> Tensor:
+        """RSA-FT: the pictures moved down the reward by `robust_image` (L2 norm of each); a constant offset."""
+        leaf = tape.images.detach().requires_grad_()
+        score = self.reward(leaf, tape.prompts)
+        if not score.requires_grad:
+            return tape.images
+        (up,) = torch.autograd.grad(score.sum(), leaf)
+        norm = up.flatten(1).norm(dim=1).clamp_min(torch.finfo(up.dtype).tiny).view(-1, 1, 1, 1)
+        return _Moved.apply(tape.images, (leaf.detach() - self.method.robust_image * up / norm).clamp(0, 1))
+
+    def _compute(self, step: int, processes: Processes) -> list[Part]:
         chunks = self.chunks()
         own: list[Part] = []
         error: Exception | None = None
@@ -114,20 +153,37 @@ class Gradient:
                 with asking(step):
                     with torch.random.fork_rng(devices=[]):  # a reward may shift its images at random, by this one
                         torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
-                        total, natives = self.reward.parts(tape.images, tape.prompts)
+                        if self.method.robust_image:
+                            images = self._worst_images(tape)
+                            torch.default_generator.manual_seed(derive_seed(self.seed, "reward", step, first))
+                        else:
+                            images = tape.images
+                        total, natives = self.reward.parts(images, tape.prompts)
                     check_scores({"the reward": total} | natives, step)
                     if total.requires_grad:
                         (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
             if self.offload_reward:
                 self.reward.to("cpu")
             with _at(step), doing(f"step {step}, the replay of the trained steps"):
-                sweep = tape.backward(allow_zero=True, kl=self.kl * len(part) / self.batch)
+                sweep = tape.backward(allow_zero=True, kl=(self.kl + self.method.kl) * len(part) / self.batch)
         denoise = None
         if self.denoising is not None:
             with _at(step), doing(f"step {step}, the denoising loss"):
                 denoise = self.denoising.add(step, first=first, size=len(part), batch=self.batch)
         scores = {name: value.detach().float().cpu() for name, value in (natives | {"reward": total}).items()}
         return Part(size=len(part), scores=scores, natives=list(natives), sweep=sweep, denoise=denoise)
+
+
+class _Moved(torch.autograd.Function):
+    """Other values, the gradient of the first argument."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 @contextmanager

@@ -138,9 +138,12 @@ def make_method(choice: MethodChoice) -> Method:
             hint = nearest(option, legal)
             raise ConfigError(f"method {choice.name} has no option {option!r}{hint}; legal: {', '.join(legal)}")
     try:
-        return factory(**choice.options)
+        method = factory(**choice.options)
     except TypeError as error:
         raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
+    if choice.rsa_ft is not None:
+        method = methods.rsa_ft(method, image=choice.rsa_ft.image, weights=choice.rsa_ft.weights)
+    return method
 
 
 def make_reward(parts: list[Part], *, weight: float = 1.0) -> "Reward":
@@ -170,6 +173,8 @@ def _one(part: Part, loaded: dict[str, "Reward"]) -> "Reward":
         reward = rewards.balance(_total(part.balance, loaded))
     else:
         reward = _named(str(part.name), part.options, loaded)
+    if part.relative is not None:
+        reward = rewards.relative(reward, **part.relative.model_dump())
     if part.hinge is not None:
         return rewards.hinge(reward, part.hinge)
     if part.target is not None:

@@ -24,10 +24,13 @@ def _rewards() -> list[tuple[str, str]]:
 
 
 def _methods() -> list[tuple[str, str]]:
-    return [
-        (f"{name}{inspect.signature(factory)}".partition(" ->")[0], (factory.__doc__ or "").strip().splitlines()[0])
-        for name, factory in methods.ALL.items()
-    ]
+    def row(head: str, factory: Callable[..., Any]) -> tuple[str, str]:
+        options = [p for p in inspect.signature(factory).parameters.values() if p.default is not p.empty]
+        shown = ", ".join(f"{p.name}={'null' if p.default is None else p.default}" for p in options)
+        return f"{head}({shown})", (factory.__doc__ or "").strip().splitlines()[0]
+
+    wrapper = row("rsa_ft", methods.rsa_ft)
+    return [*(row(name, factory) for name, factory in methods.ALL.items()), (f"method.{wrapper[0]}", wrapper[1])]
 
 
 def _presets() -> list[tuple[str, str]]:

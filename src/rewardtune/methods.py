@@ -22,13 +22,24 @@ Errata of the DRTune paper that this file settles (each has its test):
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Any
 
 from rewardtune.errors import ConfigError
 from rewardtune.plan import Plan
+from rewardtune.stretches import Leap, Leaps, Rescaled
 
-TrainedTimes = Callable[[int, Random, int], Iterable[int]]
+
+@dataclass(frozen=True)
+class Answers:
+    """A draw of a method that answers more than which calls are trained: ``t_train``, and fields of the plan."""
+
+    times: Iterable[int]
+    fields: Mapping[str, Any]
+
+
+TrainedTimes = Callable[[int, Random, int], Iterable[int] | Answers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +48,12 @@ class Method:
 
     Attributes:
         name: as users type it.
-        times: ``(T, rng, t_min) -> t_train`` in the paper's time.
+        times: ``(T, rng, t_min) -> t_train`` in the paper's time, or `Answers`.
         input_gradient: see `Plan`.
         m: range of the early stop, t_min ~ U{1..m}; None runs every chain to its end.
         renoise: chains restarted from the re-noised x_0 (DRaFT-LV's n); None starts from noise.
+        kl: weight of the distance to the base model that belongs to the method (DRaFT+), added to that of the run.
+        robust_image, robust_weights: radius of RSA-FT's worst case at the image and at the weights; 0 is none.
         settings: what the user chose, for logs.
     """
 
@@ -49,12 +62,22 @@ class Method:
     input_gradient: float
     m: int | None
     renoise: int | None = None
+    kl: float = 0.0
+    robust_image: float = 0.0
+    robust_weights: float = 0.0
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least_one("m", self.m)
         if not 0.0 <= self.input_gradient <= 1.0:
             raise ConfigError(f"{self.name}: input_gradient={self.input_gradient} is outside 0 .. 1")
+        for name in ("kl", "robust_image", "robust_weights"):
+            _not_negative(name, getattr(self, name))
+
+    @property
+    def passes(self) -> int:
+        """How often an update's gradient is computed: RSA-FT's worst case at the weights takes a second one."""
+        return 2 if self.robust_weights else 1
 
     def __call__(self, T: int, rng: Random) -> Plan:
         """Draw a plan for a chain of ``T`` steps (Algorithm 1, lines 2-10).
@@ -66,15 +89,17 @@ class Method:
             raise ConfigError(f"T={T}: a chain has at least 1 step")
         _fits(self.name, "m", self.m, T if self.renoise is None else T - 1, T)
         t_min = rng.randint(1, self.m) if self.m is not None else 1
-        trained = {t for t in self.times(T, rng, t_min) if t >= t_min} or {t_min}  # erratum 3
-        return Plan(
-            T=T,
-            train=frozenset(T - t for t in trained),
-            input_gradient=self.input_gradient,
-            end=T - t_min if self.m is not None else None,
-            start=T - t_min if self.renoise is not None else None,
-            draws=self.renoise or 1,
-        )
+        drawn = self.times(T, rng, t_min)
+        times = drawn.times if isinstance(drawn, Answers) else drawn
+        trained = {t for t in times if t >= t_min} or {t_min}  # erratum 3
+        fields: dict[str, Any] = {
+            "input_gradient": self.input_gradient,
+            "end": T - t_min if self.m is not None else None,
+            "start": T - t_min if self.renoise is not None else None,
+            "draws": self.renoise or 1,
+        }
+        more = drawn.fields if isinstance(drawn, Answers) else {}
+        return Plan(T=T, train=frozenset(T - t for t in trained), **{**fields, **more})
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.settings.items())})"
@@ -162,18 +187,204 @@ def drtune(K: int = 5, m: int | None = 20, *, spacing: str = "chain", input_grad
     return _method("drtune", times, input_gradient, m, K=K, spacing=spacing)
 
 
+# Newer methods, in steps i = T - t, as a plan counts ------------------------------------------------------------------
+
+
+def draft_plus(K: int | None = 1, *, kl: float = 0.1, input_gradient: float = 1.0, m: int | None = None) -> Method:
+    """DRaFT+ (NVIDIA NeMo-Aligner, 2024): DRaFT-K + kl * mean((F - F_ref)^2) at the trained calls.
+
+    The distance to the base model is the one of ``regularize.kl`` (docs/regularize.md) and adds to it. NeMo puts the
+    term on the steps that are trained, as we do; its weight there depends on the reward's scale, so choose your own.
+    """
+    base = draft(K, input_gradient=input_gradient, m=m)
+    return replace(base, name="draft_plus", kl=kl, settings={**base.settings, "kl": kl})
+
+
+def flowbp_sparse(K: int = 4, *, late_bias: float = 1.0, rho: float = 0.5) -> Method:
+    """FlowBP-Sparse (Wang et al. 2026): K calls drawn near the image, input detached, the reward sees the real x_0.
+
+    K distinct steps, drawn one after the other with p_i proportional to (i + 1)^late_bias. Their gradient is multiplied
+    by g = 1 + rho (sum_all |dsigma| / sum_trained |dsigma| - 1): rho = 1 makes up for the steps that are not trained.
+    Defaults: the authors' settings for SD3.5-M with 25 steps. Other schedules than flow matching: `stretches.py`.
+    """
+    _at_least_one("K", K)
+    _not_negative("rho", rho)
+
+    def times(T: int, rng: Random, t_min: int) -> Answers:
+        _fits("flowbp_sparse", "K", K, T, T)
+        steps = _late_biased(range(T), K, late_bias, rng)
+        return _in_steps(T, steps, weight=Rescaled(rho))
+
+    settings = {"K": K, "late_bias": late_bias, "rho": rho}
+    return Method(name="flowbp_sparse", times=times, input_gradient=0.0, m=None, settings=settings)
+
+
+def flowbp_bridge(K: int = 5, *, alpha: float = 0.5, late_bias: float = 4.0, rho: float = 0.0) -> Method:
+    """FlowBP-Bridge (Wang et al. 2026): Sparse on both sides of a call j that hands alpha of the gradient on.
+
+    j is the later of two distinct steps drawn uniformly. Of the K calls a share j / T lies before j, at least one; the
+    others after it, j itself among them. All inputs are detached but j's: alpha x_j + (1 - alpha) sg(x_j).
+    Defaults: the authors' settings for SD3.5-M with 25 steps.
+    """
+    if not isinstance(K, int) or K < 2:
+        raise ConfigError(f"K={K!r}: legal are whole numbers K >= 2, one call on each side of the bridge")
+    _not_negative("rho", rho)
+
+    def times(T: int, rng: Random, t_min: int) -> Answers:
+        _fits("flowbp_bridge", "K", K, T, T)
+        j = max(rng.sample(range(T), 2))
+        before = min(max(round(K * j / T), 1, K - (T - j)), j, K - 1)
+        steps = [
+            *_late_biased(range(j), before, late_bias, rng),
+            j,
+            *_late_biased(range(j + 1, T), K - before - 1, late_bias, rng, origin=j + 1),
+        ]
+        return _in_steps(T, steps, weight=Rescaled(rho), linked=frozenset({j}))
+
+    settings = {"K": K, "alpha": alpha, "late_bias": late_bias, "rho": rho}
+    return Method(name="flowbp_bridge", times=times, input_gradient=alpha, m=None, settings=settings)
+
+
+def leapalign(alpha: float = 0.3, *, tau: float | None = 0.1) -> Method:
+    """LeapAlign (Liang et al., CVPR 2026): two calls k and j, the gradient leaps from k to j and from j to the image.
+
+        x^_j = x_k + (s_j - s_k) F(x_k),  x_j' = x^_j + sg(x_j - x^_j)
+        x^_0 = x_j' - s_j F(alpha x_j' + (1 - alpha) sg(x_j')),  the reward sees x^_0 + sg(x_0 - x^_0)
+
+    s is sigma; k < j are two distinct steps, uniform. Pictures weigh 1 / (max(d_j, tau) + max(d_0, tau)), d being the
+    mean absolute error of each leap; ``tau=None`` weighs them alike. Schedules beyond flow matching: `stretches.py`.
+    """
+    _positive_or_none("tau", tau)
+
+    def times(T: int, rng: Random, t_min: int) -> Answers:
+        k, j = sorted(rng.sample(range(_two("leapalign", T)), 2))
+        leaps = Leaps((Leap(j, (k,)), Leap(T, (j,))), tau=tau)
+        return _in_steps(T, (k, j), weight=leaps, linked=frozenset({j}))
+
+    settings = {"alpha": alpha, "tau": tau}
+    return Method(name="leapalign", times=times, input_gradient=alpha, m=None, settings=settings)
+
+
+def flowbp_lagrange(
+    alpha: float = 0.1, *, order: int = 3, other: float = 0.25, tau: float | None = 0.2, latest: float = 0.4
+) -> Method:
+    """FlowBP-Lagrange (Wang et al. 2026): LeapAlign whose leaps integrate the velocities of several steps.
+
+    Each leap is the integral of the Lagrange polynomial through F at `order` steps of it, evenly spaced, its first and
+    last step included (fewer where it is shorter). Trained are its first step and the second support, whose gradient is
+    scaled by `other`; only j's input hands a gradient on, scaled by alpha. The chain's T steps are cut into
+    [k's past, k to j, j to the end] by Dirichlet(2, 6, 2.5), at least 1 step each, and j is at most latest * T steps
+    before the end. Pictures weigh as in LeapAlign. Defaults: the authors' settings for SD3.5-M with 25 steps.
+    """
+    _at_least_one("order", order)
+    _not_negative("other", other)
+    _positive_or_none("tau", tau)
+
+    def times(T: int, rng: Random, t_min: int) -> Answers:
+        k, j = _cut_by_dirichlet(_two("flowbp_lagrange", T), latest, rng)
+        leaps = Leaps((Leap(j, _spread(k, j, order)), Leap(T, _spread(j, T, order))), other=other, tau=tau)
+        steps = [i for leap in leaps.leaps for i in leap.supports[:2]]
+        return _in_steps(T, steps, weight=leaps, linked=frozenset({j}))
+
+    settings = {"alpha": alpha, "order": order, "other": other, "tau": tau, "latest": latest}
+    return Method(name="flowbp_lagrange", times=times, input_gradient=alpha, m=None, settings=settings)
+
+
+def srpo() -> Method:
+    """SRPO's Direct-Align (Shen et al. 2025): one call anywhere in the chain, x_0 recovered with the known noise.
+
+    The finished, detached x_0 is noised to a step s ~ U{1..T-1} with the chain's own first noise; the sampler takes
+    that step with a trained call; the noise that is left is known and taken off: x_0 = (x_{s+1} - sigma noise) / alpha.
+    So the picture stays close to the real one at any s.
+    SRPO's reward, (1 + k) r(image, positive prompt) - r(image, negative prompt), is `rewards.relative`.
+    Not taken over: jumps over more than a step, the discount by s, the inverted branch.
+    """
+
+    def times(T: int, rng: Random, t_min: int) -> Answers:
+        s = rng.randint(1, _two("srpo", T) - 1)
+        return _in_steps(T, (s,), start=s, end=s, known_noise=True)
+
+    return Method(name="srpo", times=times, input_gradient=0.0, m=None)
+
+
+def rsa_ft(method: Method, *, image: float = 1e-2, weights: float = 1e-2) -> Method:
+    """RSA-FT (CVPR 2026): any method, with the gradient taken at the worst case nearby, for the image and the weights.
+
+    The reward is asked at I - image * g / ||g||, g = dr/dI, the norm over each picture. The update's gradient is taken
+    at theta + weights * G / ||G||, G being the gradient of the loss over all trained weights: a second pass over the
+    same plan and noise, so an update costs twice as much. 0 switches either off.
+    """
+    settings = {**method.settings, "rsa_image": image, "rsa_weights": weights}
+    return replace(method, robust_image=image, robust_weights=weights, settings=settings)
+
+
 ALL: dict[str, Callable[..., Method]] = {
     "refl": refl,
     "draft": draft,
     "draft_lv": draft_lv,
     "alignprop": alignprop,
     "drtune": drtune,
+    "draft_plus": draft_plus,
+    "flowbp_sparse": flowbp_sparse,
+    "flowbp_bridge": flowbp_bridge,
+    "flowbp_lagrange": flowbp_lagrange,
+    "leapalign": leapalign,
+    "srpo": srpo,
 }
 
 
 def _method(name: str, times: TrainedTimes, input_gradient: float, m: int | None, **settings: object) -> Method:
     shown = {**settings, "m": m, "input_gradient": input_gradient}
     return Method(name=name, times=times, input_gradient=input_gradient, m=m, settings=shown)
+
+
+def _in_steps(T: int, steps: Iterable[int], **fields: Any) -> Answers:
+    """Trained steps i, and fields of the plan."""
+    return Answers([T - i for i in steps], fields)
+
+
+def _late_biased(steps: range, count: int, bias: float, rng: Random, *, origin: int = 0) -> list[int]:
+    """`count` distinct steps, each drawn among those left with probability proportional to (i - origin + 1)^bias."""
+    left = list(steps)
+    drawn: list[int] = []
+    for _ in range(count):
+        drawn.append(rng.choices(left, [(i - origin + 1) ** bias for i in left])[0])
+        left.remove(drawn[-1])
+    return sorted(drawn)
+
+
+def _spread(start: int, target: int, count: int) -> tuple[int, ...]:
+    """At most `count` steps of start .. target - 1, evenly spaced, both ends included, `start` first."""
+    last = target - 1 - start
+    if last + 1 <= count:
+        return tuple(range(start, target))
+    return tuple(dict.fromkeys(start + round(n * last / (count - 1)) for n in range(count))) if count > 1 else (start,)
+
+
+def _cut_by_dirichlet(T: int, latest: float, rng: Random) -> tuple[int, int]:
+    """k < j of FlowBP-Lagrange: T - j, j - k and k are the parts of a Dirichlet draw, rounded."""
+    drawn = [rng.gammavariate(a, 1.0) for a in (2.5, 6.0, 2.0)]
+    end, gap, _ = (max(1, round(T * x / sum(drawn))) for x in drawn)
+    end = min(end, max(1, round(latest * T)), T - 1)
+    return max(0, T - end - gap), T - end
+
+
+def _two(method: str, T: int) -> int:
+    if T < 2:
+        raise ConfigError(f"{method}: T={T}, but a chain of at least 2 steps is needed")
+    return T
+
+
+def _not_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{name}={value!r}: legal are numbers of 0 or more")
+
+
+def _positive_or_none(name: str, value: float | None) -> None:
+    if value is not None:
+        _not_negative(name, value)
+        if value == 0:
+            raise ConfigError(f"{name}=0: legal are numbers above 0, and null for none")
 
 
 def _choose(what: str, given: str, legal: Mapping[str, TrainedTimes]) -> TrainedTimes:

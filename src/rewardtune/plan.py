@@ -9,8 +9,12 @@ The paper counts ``t = T - i``: t = T is the noisiest, t = 1 the last.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rewardtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rewardtune.stretches import Leaps, Rescaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,11 @@ class Plan:
         start: chains begin at this step from the finished, detached x_0 of a first chain, re-noised; None starts
             from noise. This is DRaFT-LV.
         draws: how many such chains are started, each with fresh noise; 1 unless ``start`` is set.
+        linked: trained steps whose input carries ``input_gradient``, the others' being detached; None is all.
+        weight: how much each call weighs, by the noise level it stands for (`stretches.py`); None is 1. The reward
+            sees the real end of the chain, with the gradient of the path that these weights describe.
+        known_noise: x_0 is re-noised with the chain's own first noise, which is thus known; at ``end`` the sampler
+            takes its step, and what noise is left is taken off exactly. The reward sees that (Direct-Align).
 
     Raises:
         ConfigError: if a field is out of range or no trained step would run.
@@ -37,6 +46,9 @@ class Plan:
     end: int | None = None
     start: int | None = None
     draws: int = 1
+    linked: frozenset[int] | None = None
+    weight: "Leaps | Rescaled | None" = None
+    known_noise: bool = False
 
     def __post_init__(self) -> None:
         T = self.T
@@ -56,10 +68,21 @@ class Plan:
         outside = sorted(i for i in self.train if not 0 <= i < T)
         if outside:
             raise ConfigError(f"trained steps {outside} are not steps of this chain: legal are 0 .. {T - 1} (T={T})")
+        if self.linked is not None and not self.linked <= self.train:
+            raise ConfigError(f"linked={sorted(self.linked)} are not all trained: train={sorted(self.train)}")
+        if self.weight is not None and (self.end is not None or self.start is not None):
+            raise ConfigError(f"weight needs a whole chain from noise: given start={self.start}, end={self.end}")
+        if self.known_noise and (self.start is None or self.end is None):
+            raise ConfigError(f"known_noise needs a start and an end: given start={self.start}, end={self.end}")
         if not self.executed:
             raise ConfigError(
                 f"no trained step would run: train={sorted(self.train)}, start={self.start}, end={self.end}, T={T}"
             )
+
+    @property
+    def needs_prediction(self) -> bool:
+        """Whether the reward sees an x0-hat of the sampler's."""
+        return self.end is not None and not self.known_noise
 
     @property
     def last(self) -> int:
@@ -72,6 +95,10 @@ class Plan:
         first = self.start or 0
         return tuple(sorted(i for i in self.train if first <= i <= self.last))
 
+    def gradient_into(self, step: int) -> float:
+        """The share of the gradient that goes on through the input of this step's call."""
+        return self.input_gradient if self.linked is None or step in self.linked else 0.0
+
     @property
     def steps_run(self) -> int:
         """Steps of which the network is evaluated while sampling, the first chain of a DRaFT-LV plan included."""
@@ -82,11 +109,26 @@ class Plan:
     def draw(self) -> str:
         """The chain as text, noise on the left: ``.`` sampled, ``#`` trained, ``>`` jump to x0-hat, ``-`` never runs.
 
+        ``@`` is trained with a linked input, where only some are; ``=`` is a step that a leap crosses.
         With ``start`` set, ``~`` marks the steps of the first chain that the re-noised ones do not repeat.
         """
         trained, first = set(self.executed), self.start or 0
+        leaps = getattr(self.weight, "leaps", ())
+        idle = "=" if leaps else "."
+        begin = leaps[0].supports[0] if leaps else 0
         cells = "".join(
-            "~" if i < first else "-" if i > self.last else "#" if i in trained else "." for i in range(self.T)
+            "~"
+            if i < first
+            else "-"
+            if i > self.last
+            else "@"
+            if i in (self.linked or ())
+            else "#"
+            if i in trained
+            else "."
+            if i < begin
+            else idle
+            for i in range(self.T)
         )
         if self.end is not None:
             cells = cells[: self.end + 1] + ">" + cells[self.end + 1 :]

@@ -5,6 +5,8 @@ uses these otherwise. Each formula is tested against the scheduler's own value a
 What has no x0-hat (IPNDM, consistency-model samplers) is refused here, and only an early stop needs it.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,6 +98,59 @@ def x0_hat(scheduler: Any, sample: Tensor, output: Tensor, *, timestep: Tensor |
             "v_prediction, sample, flow_prediction. Use a method without early stop (m=None)."
         )
     return _threshold(scheduler, (x - sigma * F) / alpha)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The noise levels of one step: in `level`, the raw output F is the velocity of `scale * x`."""
+
+    start: float
+    end: float
+    start_scale: float = 1.0
+    end_scale: float = 1.0
+
+    @property
+    def length(self) -> float:
+        return self.end - self.start
+
+
+#: Deterministic samplers of one network call a step whose step is linear in F: a call stands for one stretch there.
+PLAIN = ("DDIMScheduler", "DDIMParallelScheduler", "FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler")
+
+
+def span(scheduler: Any, timestep: Tensor | float | int) -> Span:
+    """Levels before and after the coming ``scheduler.step``: sigma (flow), sigma / alpha (epsilon), the angle (v).
+
+    Raises:
+        PreflightError: for a sampler in which one call does not stand for one stretch, or another kind of prediction.
+    """
+    name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", "epsilon")
+    if name == "FlowMatchEulerDiscreteScheduler":
+        i = step_index(scheduler, timestep)
+        return Span(float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1]))
+    if name not in PLAIN or kind not in ("epsilon", "v_prediction"):
+        raise PreflightError(
+            f"{name} with prediction_type={kind!r}: a method that weighs its calls by the noise level (leapalign, "
+            f"flowbp_...) needs one of {', '.join(PLAIN)}, predicting a velocity, epsilon or v. Set "
+            "sampling.scheduler, or use another method"
+        )
+    if name == "EulerDiscreteScheduler":  # x = x0 + sigma eps
+        i = step_index(scheduler, timestep)
+        ratios = [float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1])]
+        if kind == "epsilon":
+            return Span(*ratios)
+        return Span(*(math.atan(r) for r in ratios), *(math.cos(math.atan(r)) for r in ratios))
+    t = int(timestep)
+    before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    abars = (
+        scheduler.alphas_cumprod[t],
+        scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod,
+    )
+    alphas = [math.sqrt(float(abar)) for abar in abars]
+    ratios = [math.sqrt(1 - float(abar)) / max(alpha, 1e-12) for abar, alpha in zip(abars, alphas, strict=True)]
+    if kind == "epsilon":
+        return Span(*ratios, *(1 / max(alpha, 1e-12) for alpha in alphas))
+    return Span(*(math.atan(r) for r in ratios))
 
 
 def step_index(scheduler: Any, timestep: Tensor | float | int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .config import Part, Rule, RunConfig, Standardise, section_in
+from .config import Part, Relative, Rule, RunConfig, Standardise, section_in
 
 
 def json_schema() -> dict[str, Any]:
@@ -58,7 +58,12 @@ def keys_table() -> str:
         ("", RunConfig),
         *((f"{key}.", model) for key, model in _sections(RunConfig)),
     ]
-    sections += [("reward.N.", Part), ("reward.N.standardise.", Standardise), ("guards.rules.N.", Rule)]
+    sections += [
+        ("reward.N.", Part),
+        ("reward.N.relative.", Relative),
+        ("reward.N.standardise.", Standardise),
+        ("guards.rules.N.", Rule),
+    ]
     blocks = []
     for prefix, model in sections:
         properties = (schema if model is RunConfig else schema["$defs"][model.__name__])["properties"]

@@ -306,13 +306,13 @@ class RewardTuner:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
             if self.processes.sharded:
                 sharding.shard(self.denoiser, self.parameters, self.device, world=self.processes.world)
-            if self.regularize.kl:
+            if self.regularize.kl or self.method.kl:
                 check_reference(self.denoiser)
             call = evaluate.for_prompts(self.prompts[:1], self.call)
             self.T = count_steps(self.pipe, **call)
             plans = [self.method(self.T, random.Random(draw)) for draw in range(8)]  # refuses K > T and m > T
-            stops = any(plan.end is not None for plan in plans)
-            facts = preflight(self.pipe, early_stop=stops, **call)
+            stops, levels = any(p.needs_prediction for p in plans), any(p.weight is not None for p in plans)
+            facts = preflight(self.pipe, early_stop=stops, levels=levels, **call)
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)

@@ -29,19 +29,23 @@ BASE = "untuned"  # the method of a cell that trains nothing
 
 
 def law_of(cell: Cell) -> Method:
+    return launch.make_method(MethodChoice(**_choice(cell)))
+
+
+def _choice(cell: Cell) -> dict[str, Any]:
+    """`method` of the cell's run file."""
     choice = method_of(cell.method, cell.T)
-    return launch.make_method(MethodChoice(name=choice["name"], options=dict(cell.options) or choice["options"]))
+    return {**choice, "options": dict(cell.options) or choice["options"]}
 
 
 def config_of(
     cell: Cell, setting: Setting, *, prompts: dict[str, list[str]], folder: str, device: str, updates: int
 ) -> RunConfig:
     """The run file of a cell."""
-    choice = {"name": law_of(cell).name, "options": dict(cell.options) or method_of(cell.method, cell.T)["options"]}
     held_out = prompts[cell.judged][: setting.looked if cell.judged == "final" else 1]
     every = max(1, -(-updates // setting.looks)) if cell.judged == "final" else None
     changes: dict[str, Any] = {
-        "method": choice,
+        "method": _choice(cell),
         "reward": setting.tasks[cell.reward].parts,
         "prompts": {"source": prompts["train"]},
         "sampling.steps": cell.T,

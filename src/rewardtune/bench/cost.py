@@ -33,15 +33,26 @@ class Cost:
 
     def of(self, plan: Plan) -> float:
         """Evaluations of one picture under `plan`."""
-        replay = self.nested if plan.input_gradient > 0 else self.replay
-        return plan.steps_run + replay * len(plan.executed) * plan.draws
+        replays = sum(self.nested if plan.gradient_into(i) > 0 else self.replay for i in plan.executed)
+        return plan.steps_run + replays * plan.draws
+
+    def of_update(self, method: Method, plan: Plan) -> float:
+        """The same with what the method adds: a distance to the base model, a second pass.
+
+        The distance takes a forward of the base model for each trained call, and where the input carries gradient a
+        second vector-Jacobian product, as dear as the backward of a call.
+        """
+        extra = 0.0
+        if method.kl:
+            extra = sum(self.replay if plan.gradient_into(i) > 0 else 1.0 for i in plan.executed) * plan.draws
+        return method.passes * (self.of(plan) + extra)
 
 
 def spent(method: Method, T: int, *, seed: int, batch: int, cost: Cost, updates: int) -> list[float]:
     """Evaluations used up after 0, 1, ... `updates` updates; the plans are those that training draws."""
     total = [0.0]
     for step in range(updates):
-        total.append(total[-1] + batch * cost.of(method(T, random.Random(f"plan {seed} {step}"))))
+        total.append(total[-1] + batch * cost.of_update(method, method(T, random.Random(f"plan {seed} {step}"))))
     return total
 
 
@@ -49,7 +60,7 @@ def updates_within(budget: float, method: Method, T: int, *, seed: int, batch: i
     """The most updates that cost at most `budget` evaluations, and at least one."""
     step, used = 0, 0.0
     while True:
-        used += batch * cost.of(method(T, random.Random(f"plan {seed} {step}")))
+        used += batch * cost.of_update(method, method(T, random.Random(f"plan {seed} {step}")))
         if used > budget:
             return max(step, 1)
         step += 1

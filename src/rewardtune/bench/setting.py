@@ -78,6 +78,7 @@ class Setting:
         return self.budget / 2
 
 
+NEWER = ("DRaFT+", "LeapAlign", "FlowBP-Sparse", "FlowBP-Bridge", "FlowBP-Lagrange", "SRPO", "DRTune + RSA-FT")
 METHODS = ("ReFL-10", "ReFL-20", "DRaFT-LV", "DRaFT-10", "AlignProp", "DRTune")
 
 
@@ -102,11 +103,21 @@ def method_of(name: str, T: int) -> dict[str, Any]:
         "AlignProp + sg": ("alignprop", {"input_gradient": 0.0}),
         "AlignProp + stop": ("alignprop", {"m": two_fifths}),
         "AlignProp + sg + stop": ("alignprop", {"input_gradient": 0.0, "m": two_fifths}),
+        # newer methods, as their authors set them
+        "DRaFT+": ("draft_plus", {"K": fifth}),
+        "LeapAlign": ("leapalign", {}),
+        "FlowBP-Sparse": ("flowbp_sparse", {"K": min(4, T)}),
+        "FlowBP-Bridge": ("flowbp_bridge", {"K": min(5, T)}),
+        "FlowBP-Lagrange": ("flowbp_lagrange", {}),
+        "SRPO": ("srpo", {}),
     }
-    if name not in found:
-        raise ConfigError(f"unknown method {name!r}{nearest(name, found)}; legal: {', '.join(found)}")
-    kind, options = found[name]
-    return {"name": kind, "options": options}
+    base, robust, _ = name.partition(" + RSA-FT")
+    if base not in found:
+        legal = ", ".join(found)
+        raise ConfigError(f"unknown method {name!r}{nearest(name, found)}; legal: {legal}, each also as X + RSA-FT")
+    kind, options = found[base]
+    choice: dict[str, Any] = {"name": kind, "options": options}
+    return {**choice, "rsa_ft": {}} if robust else choice
 
 
 def _small(name: str, **options: Any) -> dict[str, Any]:

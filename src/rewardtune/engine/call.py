@@ -79,6 +79,7 @@ class Call:
         module, run: the network, and the callable that runs it as the pipeline did.
         trained: whether its parameters receive the gradient.
         input_gradient: factor on the gradient that is sent on to its inputs; 0 sends none.
+        weight: factor on the cotangent that arrives at its output (the plan's `weight`).
         chunk: pictures replayed at once (decoder only); 0 means all.
         checkpoint: replay with the module's gradient checkpointing (large pictures, decoder only).
     """
@@ -89,6 +90,7 @@ class Call:
     run: Callable[..., Any]
     trained: bool
     input_gradient: float
+    weight: float = 1.0
     chunk: int = 0
     checkpoint: bool = False
     inputs: list[Any] = field(default_factory=list)
@@ -138,7 +140,8 @@ class Call:
         Raises:
             ReplayError: if the call does not reproduce its record.
         """
-        cotangents = [None if leaf is None else leaf.grad for leaf in self.leaves]
+        arrived_at = [None if leaf is None else leaf.grad for leaf in self.leaves]
+        cotangents = arrived_at if self.weight == 1 else [None if c is None else c * self.weight for c in arrived_at]
         if all(c is None for c in cotangents) and not pull:
             return 0.0, 0.0  # the sampler did not use this output
         self._refuse_changed_arguments()

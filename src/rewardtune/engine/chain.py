@@ -38,14 +38,17 @@ def rollout(
     with seeded(seed, pipe):
         graphs: list[Tensor] = []
         calls: list[Call] = []
+        opened: Doors | None = None
+        weights: Tensor | None = None
         if plan.start is None:
-            _chain(pipe, plan, name, call, graphs, calls)
+            opened = _chain(pipe, plan, name, call, graphs, calls)
+            weights = _weigh(plan, opened, network)
         else:
             graphs, calls = _renoised_chains(pipe, plan, name, call)
         with torch.enable_grad():
             graph = _as_unit_range(torch.cat(graphs))
-    tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws)
-    del graph, graphs, calls  # the tape alone holds the records, so that each is freed as soon as it is swept
+    tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws, weights)
+    del graph, graphs, calls, opened  # the tape alone holds the records, so that each is freed as soon as it is swept
     try:
         yield tape
     finally:
@@ -85,6 +88,18 @@ def _chain(
     return opened
 
 
+def _weigh(plan: Plan, opened: Doors, network: Any) -> Tensor | None:
+    """Put the plan's weights on the recorded calls; the weight of each picture (B,), if they differ."""
+    if plan.weight is None:
+        return None
+    assert opened.final is not None
+    factors = plan.weight.factors(opened.spans, plan.executed)
+    for call in opened.calls:
+        if call.module is network and call.trained:
+            call.weight = factors[call.step]
+    return plan.weight.of_pictures(opened.spans, opened.states, opened.final.detach())
+
+
 def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any]) -> tuple[list[Tensor], list[Call]]:
     """DRaFT-LV: one chain to the end without gradient, then ``draws`` chains from its x_0, re-noised at ``start``.
 
@@ -103,13 +118,18 @@ def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any])
     after = snapshot(pipe, call)
     graphs: list[Tensor] = []
     calls: list[Call] = []
+    recover = None
+    assert first.first is not None
+    known = first.first / getattr(pipe.scheduler, "init_noise_sigma", 1.0)
     for _ in range(plan.draws):
         after()
-        noise = _noise_like(x0, call.get("generator"))
+        noise = known if plan.known_noise else _noise_like(x0, call.get("generator"))
         after = snapshot(pipe, call)
         begin()
         restart = renoise(x0, timestep, noise)
-        _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=restart)
+        if plan.known_noise:
+            recover = recovered(noise, first.timesteps[plan.last + 1] if plan.last + 1 < plan.T else None)
+        _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=restart, recover=recover)
     after()
     return graphs, calls
 
@@ -150,6 +170,19 @@ def renoise(x0: Tensor, timestep: Any, noise: Tensor) -> Callable[[Any], Tensor]
         if hasattr(scheduler, "add_noise"):
             return scheduler.add_noise(x0, noise, times)
         return scheduler.scale_noise(x0, times, noise)  # flow matching
+
+    return at
+
+
+def recovered(noise: Tensor, timestep: Any | None) -> Callable[[Any, Tensor], Tensor]:
+    """Clean latent of one that holds this noise at the level of `timestep` (None: it is clean already)."""
+
+    def at(scheduler: Any, x: Tensor) -> Tensor:
+        if timestep is None:
+            return x
+        zero, one = torch.zeros_like(noise), torch.ones_like(noise)
+        alpha, sigma = renoise(one, timestep, zero)(scheduler), renoise(zero, timestep, one)(scheduler)
+        return (x - sigma * noise) / alpha
 
     return at
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from rewardtune.engine.call import Call
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
-from rewardtune.prediction import NoPredictionError, x0_hat
+from rewardtune.prediction import NoPredictionError, Span, span, x0_hat
 
 log = logging.getLogger("rewardtune")
 
@@ -48,7 +48,10 @@ class Doors:
         calls_per_step: denoiser calls before each scheduler step.
         outputs: with ``keep_outputs``, all network outputs in order (constants). A restarted chain (DRaFT-LV) gets
             them as ``given``, so its steps before ``start`` cost no network call and its scheduler's history is true.
-        final: the last ``prev_sample``; ``timesteps``: the timestep of every step. Both serve re-noising.
+        first, final: the first latent and the last ``prev_sample``; ``timesteps``: the timestep of every step. They
+            serve re-noising.
+        spans, states: with ``plan.weight``, the noise levels of every step, and its latents and outputs where the rule
+            compares them.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Doors:
         keep_outputs: bool = False,
         given: Sequence[Any] = (),
         restart: Callable[[Any], Tensor] | None = None,
+        recover: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
         self.pipe, self.plan, self.blank = pipe, plan, blank
         self.denoiser = pipe.components[denoiser]
@@ -70,14 +74,17 @@ class Doors:
             for name, module in pipe.components.items()
             if isinstance(module, nn.Module) and any(id(p) in trained for p in module.parameters())
         }
-        self.keep_outputs, self.given, self.restart = keep_outputs, list(given), restart
+        self.keep_outputs, self.given, self.restart, self.recover = keep_outputs, list(given), restart, recover
         self.step, self.asked = 0, 0
         self.timestep_sets = 0
         self.calls: list[Call] = []
         self.calls_per_step: dict[int, int] = {}
         self.outputs: list[Any] = []
         self.timesteps: list[Any] = []
+        self.first: Tensor | None = None
         self.final: Tensor | None = None
+        self.spans: list[Span] = []
+        self.states: list[tuple[Tensor, Tensor]] = []
         self.prediction: Tensor | None = None
         self._answers: dict[Any, Any] = {}
         self._end: Any = None
@@ -132,7 +139,7 @@ class Doors:
                 run=inner,
                 trained=name in self._sharing,
                 # Scaled once, at the denoiser's arguments: a ControlNet below it is not scaled again.
-                input_gradient=self.plan.input_gradient if is_denoiser else 1.0,
+                input_gradient=self.plan.gradient_into(self.step) if is_denoiser else 1.0,
             )
             output = call.record(args, kwargs)
             self.calls.append(call)
@@ -159,7 +166,7 @@ class Doors:
             return False
         if is_denoiser or name in self._sharing:
             return True
-        if self.plan.input_gradient == 0:
+        if self.plan.gradient_into(self.step) == 0:
             return False
         # ControlNets and their like carry gradient only in nested plans, from their inputs.
         inputs = pytree.tree_leaves((args, kwargs))
@@ -197,6 +204,10 @@ class Doors:
             if self.calls:
                 torch.set_grad_enabled(True)
             self.timesteps.append(bound.arguments["timestep"])
+            if self.first is None:
+                self.first = bound.arguments["sample"].detach()
+            if self.plan is not None and self.plan.weight is not None:
+                self._observe(bound.arguments)
             if self.plan is not None and self.step == self.plan.end:
                 self._end = self._stop(real_step, bound)
                 self.step += 1
@@ -211,20 +222,32 @@ class Doors:
 
         return step
 
+    def _observe(self, arguments: dict[str, Any]) -> None:
+        """What the plan's weights are made of."""
+        assert self.plan is not None
+        x, F = arguments["sample"].detach(), arguments["model_output"].detach()
+        self.spans.append(span(self.pipe.scheduler, arguments["timestep"]))
+        if getattr(self.plan.weight, "tau", None) is not None:
+            self.states.append((x, F.chunk(2, dim=1)[0] if F.ndim > 1 and F.shape[1] == 2 * x.shape[1] else F))
+
     def _stop(self, real_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-        """Algorithm 1, lines 19-21: the chain ends here with x0-hat in place of the next latent."""
+        """Algorithm 1, lines 19-21: the chain ends here with x0-hat in place of the next latent.
+
+        Where the noise is known, x0-hat is the next latent without the rest of it.
+        """
         arguments = bound.arguments
         torch.set_grad_enabled(True)  # under no_grad the scheduler's own prediction would carry no graph
         scheduler, sample, output = self.pipe.scheduler, arguments["sample"], arguments["model_output"]
         formula, refusal = None, None
         try:
-            formula = x0_hat(scheduler, sample, output, timestep=arguments["timestep"])
+            formula = None if self.recover else x0_hat(scheduler, sample, output, timestep=arguments["timestep"])
         except NoPredictionError as error:
             refusal = error
         arguments["return_dict"] = True
         answer = real_step(*bound.args, **bound.kwargs)
         own = getattr(answer, "pred_original_sample", None)
         own = own if own is not None else getattr(answer, "denoised", None)
+        own = self.recover(scheduler, answer.prev_sample) if self.recover else own
         x0 = own if own is not None else formula
         if x0 is None:
             raise refusal or NoPredictionError(f"{type(scheduler).__name__} has no x0-hat")

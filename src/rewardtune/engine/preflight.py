@@ -16,6 +16,7 @@ from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.errors import PreflightError
 from rewardtune.plan import Plan
 from rewardtune.prediction import NoPredictionError
+from rewardtune.stretches import Rescaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,20 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
-def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True, steps: int = 4, **call: Any) -> Facts:
+def preflight(
+    pipe: Any,
+    *,
+    denoiser: str | None = None,
+    early_stop: bool = True,
+    levels: bool = False,
+    steps: int = 4,
+    **call: Any,
+) -> Facts:
     """Run the checks on ``pipe(**call)`` with one prompt and few steps.
 
     Args:
         early_stop: whether an early stop will be used; without it a scheduler that has no x0-hat is only noted.
+        levels: whether plans will weigh their calls by the noise level, which a few samplers allow.
         steps: inference steps of the small calls.
         call: arguments of ``pipe(...)`` as the rollouts will use them.
 
@@ -89,6 +99,9 @@ def preflight(pipe: Any, *, denoiser: str | None = None, early_stop: bool = True
             raise
         can_stop = False
         notes.append(f"no early stop: {error}")
+    if levels:
+        weighed = Plan(T=small_T, train=frozenset({small_T - 1}), weight=Rescaled(1.0))
+        _check_gradient(pipe, name, weighed, small)
 
     if float((_plain(pipe, small) - first).abs().max()) > noise:
         raise PreflightError(f"{type(pipe).__name__} renders other pictures after a rollout: please report this")

@@ -42,10 +42,19 @@ class Tape:
             and any chunking of it works.
         prompts: the prompt of each image.
         plan: what was carried out.
+        weights: how much each image weighs ``(B,)``, None being 1: the loss's gradient at an image is multiplied by it.
     """
 
-    def __init__(self, plan: Plan, graph: Tensor, calls: list[Call], denoiser: nn.Module, prompts: list[str]) -> None:
-        self.plan, self.prompts = plan, prompts
+    def __init__(
+        self,
+        plan: Plan,
+        graph: Tensor,
+        calls: list[Call],
+        denoiser: nn.Module,
+        prompts: list[str],
+        weights: Tensor | None = None,
+    ) -> None:
+        self.plan, self.prompts, self.weights = plan, prompts, weights
         wide = graph.detach() if graph.dtype == torch.float64 else graph.detach().float()
         self.images = wide.requires_grad_()
         self._graph: Tensor | None = graph
@@ -152,7 +161,7 @@ class Tape:
             raise RewardError(
                 "the gradient of the loss at the images is zero: the reward is saturated, detached or constant there"
             )
-        return grad
+        return grad if self.weights is None else grad * self.weights.to(grad).view(-1, 1, 1, 1)
 
     def _sweep(
         self,

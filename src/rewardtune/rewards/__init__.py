@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rewardtune.rewards.base import Reward, from_callable
     from rewardtune.rewards.check import check_reward
     from rewardtune.rewards.clip import CLIPScore, CLIPSimilarity, HPSv2, PickScore
-    from rewardtune.rewards.compose import balance, hinge, mean_of, minimum_of, standardise, target
+    from rewardtune.rewards.compose import balance, hinge, mean_of, minimum_of, relative, standardise, target
     from rewardtune.rewards.imagereward import ImageReward
     from rewardtune.rewards.loading import BUILTIN, load
     from rewardtune.rewards.objectness import Objectness
@@ -44,6 +44,7 @@ __all__ = [
     "load",
     "mean_of",
     "minimum_of",
+    "relative",
     "standardise",
     "target",
 ]
@@ -71,6 +72,7 @@ _HOME = {
     "load": "loading",
     "mean_of": "compose",
     "minimum_of": "compose",
+    "relative": "compose",
     "standardise": "compose",
     "target": "compose",
 }

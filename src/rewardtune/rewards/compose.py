@@ -67,6 +67,36 @@ class Standardised(_OfOne):
         return (call.score(self.reward) - self.sign * self.mean) / self.std
 
 
+class Relative(_OfOne):
+    """score = (1 + k) r(image, positive) - r(image, negative): SRPO's reward (Shen et al. 2025).
+
+    Both are the image's own prompt in other words, `{}` being the prompt. Where r is the similarity of an image's and a
+    text's features that is f_image . ((1 + k) f_positive - f_negative): what the reward likes in every picture cancels.
+    The log keeps r of the positive words.
+    """
+
+    def __init__(self, reward: Reward | Scorer, positive: str, negative: str, *, k: float = 0.0) -> None:
+        super().__init__(reward)
+        self.k = _number("relative", "k", k)
+        for name, words in (("positive", positive), ("negative", negative)):
+            if not isinstance(words, str) or words.count("{}") != 1:
+                raise ConfigError(
+                    f"relative: {name} is {words!r}; legal is a text that holds {{}} once, for the prompt"
+                )
+        self.positive, self.negative = positive, negative
+        self.name = f"relative({self.reward.name})"
+
+    def _measure(self, call: Call) -> Tensor:
+        positive, negative = (
+            Call(call.images, [words.replace("{}", prompt) for prompt in call.prompts])
+            for words in (self.positive, self.negative)
+        )
+        score = (1 + self.k) * positive.score(self.reward) - negative.score(self.reward)
+        for reward, native in positive.measured.values():
+            call.keep(reward, native)
+        return score
+
+
 class _OfMany(Composition):
     def __init__(self, *rewards: Reward | Scorer) -> None:
         if len(rewards) < 2:
@@ -163,7 +193,8 @@ def _balanced(gradients: Tensor, weights: Tensor, *, limit: float) -> Tensor:
     return torch.einsum("k,kb,kbchw->bchw", weights, factors, gradients)
 
 
-hinge, target, standardise, mean_of, minimum_of, balance = Hinge, Target, Standardised, Mean, Minimum, Balance
+hinge, target, standardise, relative = Hinge, Target, Standardised, Relative
+mean_of, minimum_of, balance = Mean, Minimum, Balance
 
 
 def _number(who: str, setting: str, value: object) -> float:
