@@ -27,8 +27,8 @@ from rewardtune import evaluate, methods, rewards
 from rewardtune.bench.cost import Cost
 from rewardtune.bench.setting import NEWER, method_of
 from rewardtune.config import MethodChoice, load_config
-from rewardtune.engine import preflight
-from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.engine import preflight, rollout
+from rewardtune.errors import ConfigError, PreflightError, RewardError
 from rewardtune.gradient import Gradient, derive_seed
 from rewardtune.launch import make_method, make_reward
 from rewardtune.plan import Plan
@@ -451,7 +451,39 @@ def test_the_relative_reward_is_that_of_the_combined_text():
     assert torch.allclose(score, (f * text).sum(-1))
     found, exact = (torch.autograd.grad(s.sum(), images, retain_graph=True)[0] for s in (score, (f * text).sum(-1)))
     assert torch.allclose(found, exact)
-    assert torch.allclose(natives["similarity"], similarity(images, ["Real. a", "Real. b"]))
+    assert torch.allclose(natives["relative(similarity)"], score)
+    both = reward + as_reward(similarity)  # the prompt's own value is not that of other words
+    assert torch.allclose(both.parts(images, ["a", "b"])[1]["similarity"], similarity(images, ["a", "b"]))
+
+
+def test_a_reward_that_does_not_read_the_prompt_is_not_relative():
+    blind = rewards.relative(lambda images, prompts: images.mean(dim=(1, 2, 3)), "Real. {}", "Oily. {}")
+    with pytest.raises(RewardError, match="does not read the prompt"):
+        blind(torch.rand(2, 3, 8, 8), ["a", "b"])
+    with pytest.raises(ConfigError, match="says nothing"):
+        rewards.relative(lambda images, prompts: images.mean(dim=(1, 2, 3)), "{}", "{}")
+
+
+@pytest.mark.parametrize("weighed", [{"weight": Rescaled(1.0)}, {"start": 2, "end": 2, "known_noise": True}])
+def test_fresh_noise_at_a_step_is_refused(weighed: dict):
+    """Direct-Align's picture of the noisiest step lay 0.23 off the real one with ancestral steps, 0.015 without."""
+    from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    plan = Plan(T=4, train=frozenset({2}), **weighed)
+    pipe, call = tiny.stable_diffusion()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    call = call | {"num_inference_steps": 4}
+    with rollout(pipe, plan, seed=0, **call):
+        pass
+    with pytest.raises(PreflightError, match="adds fresh noise"), rollout(pipe, plan, seed=0, eta=1.0, **call):
+        pass
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(PreflightError, match="EulerAncestral"), rollout(pipe, plan, seed=0, **call):
+        pass
+    stochastic = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    stochastic.set_timesteps(4)
+    with pytest.raises(PreflightError, match="stochastic_sampling"):
+        span(stochastic, stochastic.timesteps[0])
 
 
 # Where they are named -------------------------------------------------------------------------------------------------
@@ -560,11 +592,14 @@ def test_one_support_is_an_euler_step_and_three_integrate_a_parabola():
         (lambda: methods.flowbp_sparse(rho=-1.0), "rho=-1"),
         (lambda: methods.flowbp_bridge(1), "K >= 2"),
         (lambda: methods.leapalign()(1, Random(0)), "T=1"),
-        (lambda: methods.leapalign(1.5), "0 .. 1"),
+        (lambda: methods.leapalign(1.5), "alpha=1.5"),
+        (lambda: methods.flowbp_sparse(late_bias="high"), "late_bias='high'"),
+        (lambda: methods.flowbp_lagrange(latest=2.0), "latest=2.0"),
+        (lambda: methods.rsa_ft(methods.refl(), image=0, weights=0), "leave nothing"),
         (lambda: methods.leapalign(tau=0), "tau=0"),
         (lambda: methods.srpo()(1, Random(0)), "T=1"),
         (lambda: methods.draft_plus(kl=-1.0), "kl=-1"),
-        (lambda: methods.rsa_ft(methods.refl(), image=-1.0), "robust_image=-1"),
+        (lambda: methods.rsa_ft(methods.refl(), image=-1.0), "image=-1"),
         (lambda: Plan(T=4, train=frozenset({1}), linked=frozenset({2})), "linked"),
         (lambda: Plan(T=4, train=frozenset({1}), weight=Rescaled(1.0), end=2), "whole chain"),
         (lambda: Plan(T=4, train=frozenset({1}), known_noise=True), "known_noise"),

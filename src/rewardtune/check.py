@@ -500,7 +500,7 @@ def _plans(tuner: "RewardTuner") -> tuple[list[Any], str]:
 
 
 def _preflight(tuner: "RewardTuner", call: dict[str, Any], plans: list[Any]) -> tuple[Any, str]:
-    stops, levels = any(p.needs_prediction for p in plans), any(p.weight is not None for p in plans)
+    stops, levels = any(p.needs_prediction for p in plans), any(p.needs_levels for p in plans)
     facts = preflight(tuner.pipe, early_stop=stops, levels=levels, **call)
     return facts, "; ".join(["the pipeline opens exactly", *facts.notes])
 

@@ -483,6 +483,11 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key in ("rank", "alpha", "targets"):
             if getattr(config.adapter, key) != _default(Adapter, key):
                 yield f"adapter.{key}", "is of adapters, and adapter.kind full has none; leave it out"
+        if config.method.name == "draft_plus":
+            yield (
+                "method.name",
+                "draft_plus needs the base model, which full fine-tuning changes: use lora or dora, or draft",
+            )
         if regularize.kl > 0:
             yield (
                 "regularize.kl",

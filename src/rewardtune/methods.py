@@ -208,6 +208,7 @@ def flowbp_sparse(K: int = 4, *, late_bias: float = 1.0, rho: float = 0.5) -> Me
     Defaults: the authors' settings for SD3.5-M with 25 steps. Other schedules than flow matching: `stretches.py`.
     """
     _at_least_one("K", K)
+    _within("late_bias", late_bias, 0, 50)
     _not_negative("rho", rho)
 
     def times(T: int, rng: Random, t_min: int) -> Answers:
@@ -228,6 +229,8 @@ def flowbp_bridge(K: int = 5, *, alpha: float = 0.5, late_bias: float = 4.0, rho
     """
     if not isinstance(K, int) or K < 2:
         raise ConfigError(f"K={K!r}: legal are whole numbers K >= 2, one call on each side of the bridge")
+    _within("alpha", alpha, 0, 1)
+    _within("late_bias", late_bias, 0, 50)
     _not_negative("rho", rho)
 
     def times(T: int, rng: Random, t_min: int) -> Answers:
@@ -254,6 +257,7 @@ def leapalign(alpha: float = 0.3, *, tau: float | None = 0.1) -> Method:
     s is sigma; k < j are two distinct steps, uniform. Pictures weigh 1 / (max(d_j, tau) + max(d_0, tau)), d being the
     mean absolute error of each leap; ``tau=None`` weighs them alike. Schedules beyond flow matching: `stretches.py`.
     """
+    _within("alpha", alpha, 0, 1)
     _positive_or_none("tau", tau)
 
     def times(T: int, rng: Random, t_min: int) -> Answers:
@@ -273,9 +277,11 @@ def flowbp_lagrange(
     Each leap is the integral of the Lagrange polynomial through F at `order` steps of it, evenly spaced, its first and
     last step included (fewer where it is shorter). Trained are its first step and the second support, whose gradient is
     scaled by `other`; only j's input hands a gradient on, scaled by alpha. The chain's T steps are cut into
-    [k's past, k to j, j to the end] by Dirichlet(2, 6, 2.5), at least 1 step each, and j is at most latest * T steps
-    before the end. Pictures weigh as in LeapAlign. Defaults: the authors' settings for SD3.5-M with 25 steps.
+    [k's past, k to j, j to the end] by Dirichlet(2, 6, 2.5), the last two at least 1 step each, and j is at
+    most latest * T steps before the end. Pictures weigh as in LeapAlign. Defaults: the authors' for SD3.5-M, 25 steps.
     """
+    _within("alpha", alpha, 0, 1)
+    _within("latest", latest, 0, 1)
     _at_least_one("order", order)
     _not_negative("other", other)
     _positive_or_none("tau", tau)
@@ -295,7 +301,8 @@ def srpo() -> Method:
 
     The finished, detached x_0 is noised to a step s ~ U{1..T-1} with the chain's own first noise; the sampler takes
     that step with a trained call; the noise that is left is known and taken off: x_0 = (x_{s+1} - sigma noise) / alpha.
-    So the picture stays close to the real one at any s.
+    So the picture stays close to the real one at any s. Samplers that add noise or take several calls a step are
+    refused: what they leave is not that noise.
     SRPO's reward, (1 + k) r(image, positive prompt) - r(image, negative prompt), is `rewards.relative`.
     Not taken over: jumps over more than a step, the discount by s, the inverted branch.
     """
@@ -314,6 +321,10 @@ def rsa_ft(method: Method, *, image: float = 1e-2, weights: float = 1e-2) -> Met
     at theta + weights * G / ||G||, G being the gradient of the loss over all trained weights: a second pass over the
     same plan and noise, so an update costs twice as much. 0 switches either off.
     """
+    for name, value in (("image", image), ("weights", weights)):
+        _not_negative(name, value)
+    if image == weights == 0:
+        raise ConfigError("rsa_ft: image=0 and weights=0 leave nothing of it: set one of them above 0, or leave it out")
     settings = {**method.settings, "rsa_image": image, "rsa_weights": weights}
     return replace(method, robust_image=image, robust_weights=weights, settings=settings)
 
@@ -378,6 +389,11 @@ def _two(method: str, T: int) -> int:
 def _not_negative(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ConfigError(f"{name}={value!r}: legal are numbers of 0 or more")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}: legal are numbers from {low} to {high}")
 
 
 def _positive_or_none(name: str, value: float | None) -> None:

@@ -80,6 +80,11 @@ class Plan:
             )
 
     @property
+    def needs_levels(self) -> bool:
+        """Whether the noise levels of single steps matter, which only plain samplers have (`prediction.span`)."""
+        return self.weight is not None or self.known_noise
+
+    @property
     def needs_prediction(self) -> bool:
         """Whether the reward sees an x0-hat of the sampler's."""
         return self.end is not None and not self.known_noise

@@ -125,14 +125,16 @@ def span(scheduler: Any, timestep: Tensor | float | int) -> Span:
         PreflightError: for a sampler in which one call does not stand for one stretch, or another kind of prediction.
     """
     name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", "epsilon")
+    if getattr(scheduler.config, "stochastic_sampling", False):
+        name, kind = f"{name} with stochastic_sampling", "velocity"
     if name == "FlowMatchEulerDiscreteScheduler":
         i = step_index(scheduler, timestep)
         return Span(float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1]))
     if name not in PLAIN or kind not in ("epsilon", "v_prediction"):
         raise PreflightError(
-            f"{name} with prediction_type={kind!r}: a method that weighs its calls by the noise level (leapalign, "
-            f"flowbp_...) needs one of {', '.join(PLAIN)}, predicting a velocity, epsilon or v. Set "
-            "sampling.scheduler, or use another method"
+            f"{name} with prediction_type={kind!r}: a method that works with the noise levels of single steps "
+            f"(leapalign, flowbp_..., srpo) needs one of {', '.join(PLAIN)} without fresh noise, predicting a "
+            "velocity, epsilon or v. Set sampling.scheduler, or use another method"
         )
     if name == "EulerDiscreteScheduler":  # x = x0 + sigma eps
         i = step_index(scheduler, timestep)

@@ -118,7 +118,12 @@ class RunFolder:
         if not overwrite and used:
             raise ConfigError(
                 f"output folder {self.path} exists and is not empty; "
-                "choose another output_dir, or pass --overwrite (overwrite=True) to replace its run"
+                "choose another output_dir"
+                + (
+                    ", go on with its run by --resume latest, or replace it by --overwrite (overwrite=True)"
+                    if (self.path / "run.json").is_file()
+                    else ""
+                )
             )
 
     def _resumed(self) -> dict[str, Any]:

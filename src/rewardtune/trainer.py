@@ -311,7 +311,7 @@ class RewardTuner:
             call = evaluate.for_prompts(self.prompts[:1], self.call)
             self.T = count_steps(self.pipe, **call)
             plans = [self.method(self.T, random.Random(draw)) for draw in range(8)]  # refuses K > T and m > T
-            stops, levels = any(p.needs_prediction for p in plans), any(p.weight is not None for p in plans)
+            stops, levels = any(p.needs_prediction for p in plans), any(p.needs_levels for p in plans)
             facts = preflight(self.pipe, early_stop=stops, levels=levels, **call)
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]

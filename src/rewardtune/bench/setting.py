@@ -111,7 +111,8 @@ def method_of(name: str, T: int) -> dict[str, Any]:
         "FlowBP-Lagrange": ("flowbp_lagrange", {}),
         "SRPO": ("srpo", {}),
     }
-    base, robust, _ = name.partition(" + RSA-FT")
+    base = name.removesuffix(" + RSA-FT")
+    robust = base != name
     if base not in found:
         legal = ", ".join(found)
         raise ConfigError(f"unknown method {name!r}{nearest(name, found)}; legal: {legal}, each also as X + RSA-FT")

@@ -206,7 +206,7 @@ class Doors:
             self.timesteps.append(bound.arguments["timestep"])
             if self.first is None:
                 self.first = bound.arguments["sample"].detach()
-            if self.plan is not None and self.plan.weight is not None:
+            if self.plan is not None and self.plan.needs_levels:
                 self._observe(bound.arguments)
             if self.plan is not None and self.step == self.plan.end:
                 self._end = self._stop(real_step, bound)
@@ -223,8 +223,13 @@ class Doors:
         return step
 
     def _observe(self, arguments: dict[str, Any]) -> None:
-        """What the plan's weights are made of."""
+        """What the plan's weights are made of; PreflightError where a call does not stand for its step."""
         assert self.plan is not None
+        if arguments.get("eta"):
+            raise PreflightError(
+                f"eta={arguments['eta']} adds fresh noise at every step, so a call does not stand for one stretch of "
+                "the noise levels: leapalign, flowbp_... and srpo need eta 0"
+            )
         x, F = arguments["sample"].detach(), arguments["model_output"].detach()
         self.spans.append(span(self.pipe.scheduler, arguments["timestep"]))
         if getattr(self.plan.weight, "tau", None) is not None:

@@ -51,7 +51,7 @@ def preflight(
 
     Args:
         early_stop: whether an early stop will be used; without it a scheduler that has no x0-hat is only noted.
-        levels: whether plans will weigh their calls by the noise level, which a few samplers allow.
+        levels: whether plans work with the noise levels of single steps, which a few samplers allow.
         steps: inference steps of the small calls.
         call: arguments of ``pipe(...)`` as the rollouts will use them.
 

@@ -72,7 +72,8 @@ class Relative(_OfOne):
 
     Both are the image's own prompt in other words, `{}` being the prompt. Where r is the similarity of an image's and a
     text's features that is f_image . ((1 + k) f_positive - f_negative): what the reward likes in every picture cancels.
-    The log keeps r of the positive words.
+    The log keeps the score itself, as `relative(NAME)`: r of other words is not r of the prompt. Raises RewardError
+    where r gives all images the same for both, which is what a reward does that does not read the prompt.
     """
 
     def __init__(self, reward: Reward | Scorer, positive: str, negative: str, *, k: float = 0.0) -> None:
@@ -83,6 +84,8 @@ class Relative(_OfOne):
                 raise ConfigError(
                     f"relative: {name} is {words!r}; legal is a text that holds {{}} once, for the prompt"
                 )
+        if positive == negative:
+            raise ConfigError(f"relative: positive and negative are both {positive!r}: their difference says nothing")
         self.positive, self.negative = positive, negative
         self.name = f"relative({self.reward.name})"
 
@@ -91,9 +94,14 @@ class Relative(_OfOne):
             Call(call.images, [words.replace("{}", prompt) for prompt in call.prompts])
             for words in (self.positive, self.negative)
         )
-        score = (1 + self.k) * positive.score(self.reward) - negative.score(self.reward)
-        for reward, native in positive.measured.values():
-            call.keep(reward, native)
+        liked, disliked = positive.score(self.reward), negative.score(self.reward)
+        if torch.equal(liked, disliked):
+            raise RewardError(
+                f"{self.name}: the same score for {self.positive!r} and {self.negative!r}, so it does not read the "
+                "prompt; relative needs a reward that does (clipscore, pickscore, hpsv2, imagereward)"
+            )
+        score = (1 + self.k) * liked - disliked
+        call.keep(self, score)
         return score
 
 
