@@ -128,7 +128,7 @@ def train(
     result = launch.train(config, overwrite=overwrite, resume=resume)
     if not processes.join().first:
         return
-    print(f"{result.status}: {result.steps} updates in {result.seconds:.0f} s")
+    print(f"{result.status}: {result.steps} update{'s' if result.steps != 1 else ''} in {result.seconds:.0f} s")
     print(f'use it: {_how_to_use(config, result.folder)}, or: rewardtune sample {result.folder} --prompt "..."')
 
 

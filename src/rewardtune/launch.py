@@ -129,7 +129,8 @@ def train_as(config: RunConfig, tuner: "RewardTuner") -> "Result":
 def make_method(choice: MethodChoice) -> Method:
     """ConfigError for an unknown method or option, naming the nearest."""
     if choice.name not in methods.ALL:
-        hint = nearest(choice.name, methods.ALL)
+        wraps = choice.name == "rsa_ft"
+        hint = ": it goes around a method, as method.rsa_ft" if wraps else nearest(choice.name, methods.ALL)
         raise ConfigError(f"unknown method {choice.name!r}{hint}; legal: {', '.join(methods.ALL)}")
     factory = methods.ALL[choice.name]
     legal = list(inspect.signature(factory).parameters)
