@@ -10,16 +10,19 @@ the latent crosses untrained steps by the sampler's own arithmetic, whose factor
 The rules below are frozen data that a plan carries; the engine asks them when the chain has told its levels.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rewardtune.prediction import Span
+    from rewardtune.prediction import Span
 
-#: Latent x and raw network output F of a step (after guidance), constants.
-State = tuple[Tensor, Tensor]
+    #: Latent x and raw network output F of a step (after guidance), constants.
+    State = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Leaps:
         """Weight of each picture (B,): those whose leaps land near the real chain count for more. None is 1."""
         if self.tau is None:
             return None
+        import torch  # here: methods can be listed without it
+
         errors = torch.stack([leap.error(spans, states, final) for leap in self.leaps])
         return errors.clamp_min(self.tau).sum(0).reciprocal()
 
