@@ -156,6 +156,7 @@ def test_output_folder_that_is_a_file(train, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.slow  # ten seconds; test_faults.py has a quick one
 def test_full_disk_while_saving(train, tmp_path, monkeypatch):
     def full(weights, filename, metadata=None):
         with open(filename, "wb") as file:

@@ -310,6 +310,7 @@ def cell():
     )
 
 
+@pytest.mark.slow  # trains twice: half a minute
 def test_a_run_is_that_of_the_trainer(cell, tmp_path):
     """The row's looks are those of a RewardTuner with the same settings and updates."""
     made = run_cell(cell, COST, pictures=tmp_path / "strip.png")

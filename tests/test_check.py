@@ -345,6 +345,7 @@ def test_dry_run(name, check, monkeypatch):
         assert word not in vars(owner)  # all is as it was
 
 
+@pytest.mark.slow  # trains: seven seconds
 def test_the_expected_time_and_size_are_those_of_a_real_run(check, tmp_path, model, monkeypatch):
     kept = measured_run(monkeypatch)
     changes = {

@@ -43,7 +43,10 @@ def measure(plan: Plan) -> tuple[int, int, int]:
     return saved.peak[True], saved.peak[False], recorded
 
 
-@pytest.mark.parametrize("input_gradient", [0.0, 1.0], ids=["stopped", "nested"])
+@pytest.mark.parametrize(
+    "input_gradient",
+    [pytest.param(0.0, id="stopped"), pytest.param(1.0, id="nested", marks=pytest.mark.slow)],
+)
 def test_memory_inside_the_denoiser_is_that_of_one_call(input_gradient: float):
     def peak(T: int, K: int) -> int:
         return measure(Plan(T=T, train=frozenset(range(T - K, T)), input_gradient=input_gradient))[0]

@@ -39,6 +39,7 @@ def test_example_trains(name: str, tmp_path: Path):
     assert run(name, tmp_path)
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_gradients_grow_without_the_stop_and_not_with_it(tmp_path: Path):
     """Three methods, each with its plan and one norm for each of its two trained steps."""
     lines = run("gradient_by_step.py", tmp_path).strip().splitlines()

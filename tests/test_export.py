@@ -81,8 +81,15 @@ def images(pipe: Any, call: Any) -> torch.Tensor:
     return torch.as_tensor(pipe(**fresh(call), output_type="pt").images)
 
 
-@pytest.mark.parametrize("build", [stable_diffusion, stable_diffusion_xl])
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize(
+    ("form", "build"),
+    [
+        ("diffusers", stable_diffusion_xl),
+        ("kohya", stable_diffusion),
+        pytest.param("diffusers", stable_diffusion, marks=pytest.mark.slow),
+        pytest.param("kohya", stable_diffusion_xl, marks=pytest.mark.slow),
+    ],
+)
 def test_plain_diffusers_gives_the_tuned_pictures(build, form, tmp_path):
     """Every linear layer and convolution, alpha unlike rank; the pipeline held against is the tuned one itself."""
     run, tuned, call = make_run(tmp_path, build, targets="all")

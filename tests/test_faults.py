@@ -173,7 +173,7 @@ FAULTS = {
 
 
 slow = pytest.mark.slow  # every case is a run and a half: all of them take minutes
-QUICK = ("NaN from the reward", "memory, optimiser")
+QUICK = ("NaN from the reward",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else slow) for name in FAULTS])
@@ -461,6 +461,7 @@ def test_a_rollback_goes_back_halves_the_lr_and_the_third_stops(tmp_path):
     assert all(torch.equal(back[name], start[name]) for name in start)
 
 
+@pytest.mark.slow  # three runs
 def test_a_resume_after_a_rollback_equals_the_run_that_went_on(tmp_path):
     """Out of memory in the update after the rollback; KL, denoising, schedule and EMA on."""
     rules = [FAR | {"then": "rollback"}]

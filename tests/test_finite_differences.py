@@ -52,7 +52,10 @@ def derivatives(name: str) -> tuple[int, list[tuple[float, float]]]:
     return steps, pairs
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("DDIM", "Heun, second order", "DDPM, stochastic", "SDXL, Euler", "SD3, flow Euler")
+
+
+@pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_gradient_is_the_derivative_of_the_plain_pipeline(name: str) -> None:
     for engine, measured in derivatives(name)[1]:
         assert engine == pytest.approx(measured, rel=1e-6)

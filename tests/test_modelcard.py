@@ -208,6 +208,7 @@ def playground_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # trains on the playground: twenty seconds
 def test_the_snippet_of_the_playground_card_gives_the_tuned_picture(playground_run, monkeypatch):
     """Executed in the folder of the card, and held against the run's own pipeline and file."""
     pushed = export.push_run(playground_run, "ann/tune", dry_run=True, formats=["kohya"])

@@ -40,7 +40,22 @@ def check(case: Case, plan: Plan, *, bound: float) -> judge.Verdict:
     return verdict
 
 
-@pytest.mark.parametrize("method", judge.PLANS)
+QUICK = (
+    "refl",
+    "draft-3",
+    "alignprop per step",
+    "draft-LV, early stop",
+    "restarted, two nested steps",
+    "drtune",
+    "drtune, 0.3 of the input gradient",
+    "nested, early stop",
+)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in judge.PLANS],
+)
 def test_engine_is_algorithm_1(case: Case, method: str) -> None:
     check(case, judge.PLANS[method](T), bound=FLOAT32)
 
@@ -72,7 +87,10 @@ def test_steps_are_counted_as_the_pipeline_takes_them(case: Case) -> None:
     assert count_steps(pipe, **tiny.fresh(call)) == oracle.count_steps(pipe, tiny.fresh(call)) == T
 
 
-@pytest.mark.parametrize("method", ["refl", "draft-T", "draft-LV", "drtune", "drtune, 0.3 of the input gradient"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("refl", "draft-T", "drtune, 0.3 of the input gradient")]
+
+
+@pytest.mark.parametrize("method", ["draft-LV", "drtune", *SLOW])
 @pytest.mark.parametrize("family", tiny.BUILDERS)
 def test_engine_is_algorithm_1_in_float64(family: str, method: str) -> None:
     with tiny.double(*tiny.BUILDERS[family](steps=T)) as case:
@@ -100,7 +118,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["drtune", "nested, early stop", "alignprop per step"])
+@pytest.mark.parametrize(
+    "method", ["drtune", "nested, early stop", pytest.param("alignprop per step", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_call_arguments(variant: str, method: str) -> None:
     family, extra = VARIANTS[variant]

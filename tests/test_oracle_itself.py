@@ -32,7 +32,9 @@ def gradient(case: tuple[Any, tiny.Call], **plan: Any) -> dict[str, torch.Tensor
     return oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(pictures))
 
 
-@pytest.mark.parametrize("input_gradient", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "input_gradient", [0.3, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.0, 1.0))]
+)
 def test_the_whole_chain_renders_the_pipelines_own_images(case: tuple[Any, tiny.Call], input_gradient: float) -> None:
     pipe, call = case
     pictures = oracle.images(pipe, train=ALL, input_gradient=input_gradient, call=tiny.fresh(call))
@@ -41,6 +43,7 @@ def test_the_whole_chain_renders_the_pipelines_own_images(case: tuple[Any, tiny.
     assert 0.002 < ((pictures == 0) | (pictures == 1)).float().mean() < 0.2, "some pixels saturate, most do not"
 
 
+@pytest.mark.slow  # the judge judged: ten seconds
 def test_every_choice_of_a_plan_shows_in_the_gradient(case: tuple[Any, tiny.Call]) -> None:
     """The tiny pipelines are sensitive: what theory tells apart differs by far more than the bounds of the tests."""
     pipe, call = case

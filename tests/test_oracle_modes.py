@@ -58,7 +58,10 @@ MODES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in METHODS if method != "drtune"]
+
+
+@pytest.mark.parametrize("method", ["drtune", *SLOW])
 @pytest.mark.parametrize("mode", MODES)
 def test_engine_is_algorithm_1(mode: str, method: str) -> None:
     pipe, call = tiny.stable_diffusion(steps=T)

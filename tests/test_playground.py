@@ -136,6 +136,7 @@ def test_negatives_are_false_of_the_scene(drawn):
 # the reader
 
 
+@pytest.mark.slow  # the shipped weights, measured: ten seconds
 def test_reader_on_drawn_scenes(drawn):
     share = quality.reader_share("drawn", *drawn)
     assert share.share >= 0.98, share
@@ -239,7 +240,9 @@ def test_clip_folder_is_an_ordinary_one(drawn):
     torch.testing.assert_close(scores, ours, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["drawn", "early stops"])
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(False, id="drawn"), pytest.param(True, id="early stops", marks=pytest.mark.slow)]
+)
 def test_clip_against_hard_negatives(stopped, pipe):
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -254,6 +257,7 @@ def test_clip_against_hard_negatives(stopped, pipe):
     assert sum(s.hits for s in shares) / sum(s.n for s in shares) >= 0.97
 
 
+@pytest.mark.slow  # the shipped weights, measured: ten seconds
 def test_autoencoder(drawn, pipe):
     found, pictures = drawn
     rebuilt = quality.reconstruct(pipe.vae, pictures)
@@ -272,6 +276,7 @@ def test_latents_have_unit_deviation(drawn, pipe):
     assert latents.std().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow  # the shipped weights, measured: ten seconds
 def test_samples_follow_their_prompts(pipe):
     prompts = playground.prompts(32, split="eval", seed=11)
     pictures = quality.sample(pipe, prompts, seed=11, steps=20)
@@ -296,6 +301,7 @@ def test_wrong_arguments_are_named():
 # the build
 
 
+@pytest.mark.slow  # half a minute
 def test_build_resumes_and_equals_the_uninterrupted_one(tmp_path, capsys):
     from safetensors.torch import load_file
 

@@ -341,6 +341,7 @@ def test_missing_weights_name_the_command(monkeypatch, tmp_path):
         playground.reward_path("hpsv2")
 
 
+@pytest.mark.slow  # the shipped weights, measured: ten seconds
 def test_preference_models_agree_with_their_rule(shipped):
     rows = reward_quality.preference_rows(shipped, n=200, seed=3)
     own = [row for row in rows if row.target is not None]
@@ -380,6 +381,7 @@ def test_objectness_falls_when_the_object_is_gone():
 # the build
 
 
+@pytest.mark.slow  # eight seconds
 def test_build_of_the_rewards_resumes(tmp_path):
     from safetensors.torch import load_file
 

@@ -1,6 +1,7 @@
 """Two gloo processes equal one with the doubled batch; an error or a killed process ends all of them with a message.
 
-A start of two processes takes seconds, so one start (`two`) makes most of the runs, and this process makes the others.
+A start of two processes takes seconds: one (`two`) makes the runs of the quick tests, another (`more`) those of the
+slow ones.
 """
 
 import json
@@ -23,7 +24,10 @@ from rewardtune.processes import Processes
 
 SCRIPT = Path(one_of_several.__file__)
 START = "import sys; from rewardtune.processes import start; sys.exit(start(2, sys.argv[1:], cpu=True))"
-TOGETHER = ("drtune", "draft", "resumed", "guarded", "nan", "raises", "sharded", "sharded_nan")
+QUICK = ("drtune", "nan")
+SLOW = ("draft", "resumed", "guarded", "raises", "sharded", "sharded_nan")
+
+slow = pytest.mark.slow  # a start of two processes, and their runs: a minute
 
 
 def environment() -> dict[str, str]:
@@ -36,25 +40,37 @@ def start(folder: Path, *scenarios: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def alone(folder: Path, *scenarios: str) -> Path:
     """The runs of one process, made here."""
-    folder = tmp_path_factory.mktemp("one")
     threads = torch.get_num_threads()
-    for name in ("drtune", "draft", "half"):
+    for name in scenarios:
         one_of_several.run(folder / name, **one_of_several.SCENARIOS[name])
     torch.set_num_threads(threads)
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(one, tmp_path_factory):
-    """The runs of two processes; `resumed` goes on from what one process has begun."""
-    folder = tmp_path_factory.mktemp("two")
-    shutil.copytree(one / "half", folder / "resumed")
-    done = start(folder, *TOGETHER)
+def together(folder: Path, *scenarios: str) -> Path:
+    done = start(folder, *scenarios)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return alone(tmp_path_factory.mktemp("one"), "drtune")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("two"), *QUICK)
+
+
+@pytest.fixture(scope="module")
+def more(one, two):
+    """The runs of the slow tests, in the same folders; `resumed` goes on from what one process has begun."""
+    alone(one, "draft", "half")
+    shutil.copytree(one / "half", two / "resumed")
+    return together(two, *SLOW)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -75,8 +91,16 @@ def same_weights(first: Path, second: Path, *kinds: str) -> bool:
     return all(float((a - b).abs().max()) <= 1e-6 * float(a.abs().max()) for a, b in rows)
 
 
-@pytest.mark.parametrize("name", ["drtune", "draft"])
-def test_two_processes_equal_one_with_the_whole_batch(name, one, two):
+@slow
+def test_two_processes_equal_one_with_an_odd_batch(one, more):
+    check_equal("draft", one, more)
+
+
+def test_two_processes_equal_one_with_the_whole_batch(one, two):
+    check_equal("drtune", one, two)
+
+
+def check_equal(name, one, two):
     assert same_weights(one / name, two / name, "gradients", "weights")
     for first, second in zip(metrics(one / name), metrics(two / name), strict=True):
         assert second["reward"] == pytest.approx(first["reward"], abs=1e-9)
@@ -88,9 +112,10 @@ def test_two_processes_equal_one_with_the_whole_batch(name, one, two):
     assert len(list((two / name / "samples" / "final").glob("*.png"))) == 3
 
 
-def test_two_processes_go_on_from_the_checkpoint_of_one(one, two):
-    assert [record["step"] for record in metrics(two / "resumed")] == list(range(5))
-    assert same_weights(one / "drtune", two / "resumed", "weights")
+@slow
+def test_two_processes_go_on_from_the_checkpoint_of_one(one, more):
+    assert [record["step"] for record in metrics(more / "resumed")] == list(range(5))
+    assert same_weights(one / "drtune", more / "resumed", "weights")
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(one, two, tmp_path):
@@ -102,16 +127,17 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(one, two, tmp_path):
     assert same_weights(one / "drtune", tmp_path / "run", "weights")
 
 
-def test_a_sharded_denoiser_gives_the_same_weights(one, two):
+@slow
+def test_a_sharded_denoiser_gives_the_same_weights(one, more):
     """Also the looks are the same: three pictures on two processes, which have to call the denoiser equally often."""
-    assert same_weights(one / "drtune", two / "sharded", "gradients", "weights")
-    held, whole = (sum(end["held"] for end in ends(two / name)) for name in ("sharded", "drtune"))
+    assert same_weights(one / "drtune", more / "sharded", "gradients", "weights")
+    held, whole = (sum(end["held"] for end in ends(more / name)) for name in ("sharded", "drtune"))
     trained = sum(weights.numel() for weights in torch.load(one / "drtune" / "out.pt")["weights"])
     assert held - 2 * trained == (whole - 2 * trained) // 2  # the frozen weights are there once, the LoRA twice
-    assert [record["step"] for record in metrics(two / "sharded")] == list(range(5))
-    assert status(two / "sharded")["lora_verified"]
+    assert [record["step"] for record in metrics(more / "sharded")] == list(range(5))
+    assert status(more / "sharded")["lora_verified"]
     for name in ("step-000000", "final"):
-        files = [sorted((folder / "samples" / name).glob("*.png")) for folder in (one / "drtune", two / "sharded")]
+        files = [sorted((folder / "samples" / name).glob("*.png")) for folder in (one / "drtune", more / "sharded")]
         assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]] != []
 
 
@@ -124,23 +150,25 @@ def test_what_cannot_be_shared_evenly_is_refused():
     assert Processes(2, 3).padded([2], range(5)) == [2]
 
 
-def test_a_guard_stops_all_processes_at_the_same_step(two):
-    first, second = ends(two / "guarded")
+@slow
+def test_a_guard_stops_all_processes_at_the_same_step(more):
+    first, second = ends(more / "guarded")
     assert "base_pixels is" in first["error"]
     assert (first["exit_code"], first["step"]) == (4, second["step"])
     assert second["error"] == first["error"]
-    assert status(two / "guarded")["status"] == "stopped"
+    assert status(more / "guarded")["status"] == "stopped"
 
 
 @pytest.mark.parametrize(
     ("fault", "code", "word", "message"),
     [
         ("nan", 4, "stopped", "not finite"),
-        ("raises", 1, "failed", "no network"),
-        ("sharded_nan", 4, "stopped", "not finite"),
+        pytest.param("raises", 1, "failed", "no network", marks=slow),
+        pytest.param("sharded_nan", 4, "stopped", "not finite", marks=slow),
     ],
 )
-def test_an_error_in_one_process_ends_both_with_its_message(fault, code, word, message, two):
+def test_an_error_in_one_process_ends_both_with_its_message(fault, code, word, message, request):
+    two = request.getfixturevalue("two" if fault in QUICK else "more")
     first, second = ends(two / fault)
     assert first["exit_code"] == second["exit_code"] == code
     assert first["error"] == f"process 1: {second['error']}"
@@ -149,6 +177,7 @@ def test_an_error_in_one_process_ends_both_with_its_message(fault, code, word, m
     assert checkpoint.latest(two / fault).step == 2
 
 
+@slow
 def test_a_killed_process_ends_the_run_and_does_not_hang(tmp_path):
     done = start(tmp_path, "killed")  # its timeout is an assertion too
     assert done.returncode == 128 + signal.SIGKILL
@@ -169,6 +198,7 @@ def command(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=environment(), **pipes)
 
 
+@slow
 def test_an_interrupted_command_saves_once_and_goes_on_in_one_process(model, tmp_path):
     """`train -n 2`, Ctrl-C when it trains, then the same run to its end in this process."""
     file = write_run(tmp_path, model, optim={"steps": 2000, "lr": 1e-4, "batch": 4, "micro_batch": 2})
@@ -188,6 +218,7 @@ def test_an_interrupted_command_saves_once_and_goes_on_in_one_process(model, tmp
     assert [record["step"] for record in metrics(folder)] == list(range(reached + 1))
 
 
+@slow
 def test_a_refused_run_says_one_line(model, tmp_path):
     """A used output folder: what the user sees is what one process says."""
     file = write_run(tmp_path, model)
@@ -199,7 +230,7 @@ def test_a_refused_run_says_one_line(model, tmp_path):
     assert err.count("\n") == 1
 
 
-@pytest.mark.slow  # starts two processes once more
+@slow
 def test_the_command_launches_itself(model, tmp_path):
     file = write_run(tmp_path, model, optim={"steps": 2, "lr": 3e-3, "batch": 4})
     out, err = (child := command(file, "-n", 2)).communicate(timeout=300)

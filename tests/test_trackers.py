@@ -179,7 +179,10 @@ def test_overwriting_a_run_starts_the_trackers_anew(calls, tmp_path):
     assert [step for step, _ in logged(calls["wandb"], "log")] == [0, 1, 1] * 2
 
 
-@pytest.mark.parametrize("method", ["init", "start", "config", "log", "images", "finish"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("start", "config", "images", "finish")]
+
+
+@pytest.mark.parametrize("method", ["init", "log", *SLOW])
 def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(method, calls, tmp_path):
     calls.fails = (method,)
     result = tuner(tmp_path / "run", log={"trackers": ["wandb"]}).train(3)

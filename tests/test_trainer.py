@@ -59,7 +59,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name == "drtune" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_the_reward_rises_with_every_method(name, tmp_path):
     """Measured over seeds 0-2 and all five methods: rises of 0.087 to 0.118, from 0.063 to 0.095."""
     result = tuner(tmp_path / "run", method=METHODS[name], seed=1, rank=8).train(12, lr=3e-3)
@@ -84,6 +86,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path):
     assert (tmp_path / "a" / lora).read_bytes() == (tmp_path / "b" / lora).read_bytes()
 
 
+@pytest.mark.slow  # two runs
 def test_another_seed_is_another_run(tmp_path):
     tuner(tmp_path / "a", seed=0).train(2)
     tuner(tmp_path / "b", seed=1).train(2)
@@ -91,8 +94,15 @@ def test_another_seed_is_another_run(tmp_path):
     assert [record["reward"] for record in first] != [record["reward"] for record in second]
 
 
-@pytest.mark.parametrize("name", ["drtune", "draft_lv"])
-@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize(
+    ("micro_batch", "name"),
+    [
+        pytest.param(1, "drtune", marks=pytest.mark.slow),
+        (3, "draft_lv"),
+        pytest.param(1, "draft_lv", marks=pytest.mark.slow),
+        pytest.param(3, "drtune", marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_change_memory_and_nothing_else(name, micro_batch, tmp_path):
     """Same noise, same plan, mean over the whole batch: equal to round-off, also when the last part is smaller."""
     whole, parts = plain(), plain()
@@ -104,6 +114,7 @@ def test_micro_batches_change_memory_and_nothing_else(name, micro_batch, tmp_pat
         assert second["trained"] == first["trained"]
 
 
+@pytest.mark.slow  # two runs
 def test_stochastic_schedulers_too(tmp_path):
     """Noise inside the chain comes from each sample's own generator: micro-batches leave it alone."""
     pipes = [plain(), plain()]
@@ -320,6 +331,7 @@ def test_a_reward_waits_on_the_cpu_while_the_denoiser_is_replayed(tmp_path, monk
     assert updates[False] == ["to cpu", "scored"]
 
 
+@pytest.mark.slow  # three runs
 def test_random_numbers_of_a_reward_come_from_seed_and_step(tmp_path):
     """A reward may shift its images at random: the same run twice draws the same, another seed another."""
     drawn = {}
@@ -390,6 +402,7 @@ def test_only_the_first_process_says_that_it_was_interrupted(first, tmp_path, ca
     assert ("--resume latest" in capsys.readouterr().out) == first
 
 
+@pytest.mark.slow  # eight seconds
 def test_every_checkpoint_holds_a_lora_file_that_can_be_exported(tmp_path):
     from tiny_runs import save_tiny, write_run
 
