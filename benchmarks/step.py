@@ -31,7 +31,7 @@ PROMPTS = ["a red heart and a blue star", "a green circle on the left", "a yello
 SIZES: dict[str, tuple[tuple[int, ...], int]] = {  # channels of the UNet, latent size
     "random SD 32-64": ((32, 64), 16),
     "random SD 64-128": ((64, 128), 16),
-    "random SD 128-256": ((128, 256), 32),
+    "random SD 128-256": ((128, 256), 16),
     "random SD 1.5": ((320, 640, 1280, 1280), 64),
 }
 
@@ -110,8 +110,8 @@ def equally_spaced(T: int, K: int, end: int | None = None) -> Plan:
     return Plan(T=T, train=frozenset(range(gap - 1, T, gap)) if K < T else frozenset(range(T)), end=end)
 
 
-def step(pipe: Any, plan: Plan, call: dict[str, Any]) -> None:
-    with rollout(pipe, plan, seed=0, **call) as tape:
+def step(pipe: Any, plan: Plan, call: dict[str, Any], *, recompute: bool = True) -> None:
+    with rollout(pipe, plan, seed=0, recompute=recompute, **call) as tape:
         tape.backward(-reward(tape.images).mean())
     for p in pipe.unet.parameters():
         p.grad = None
@@ -157,22 +157,26 @@ def parts(pipe: Any, batch: int, repeats: int) -> dict[str, float]:
     return {name: clock(run, repeats) for name, run in both.items()}
 
 
-def over_floor(pipe: Any, T: int, batch: int, repeats: int) -> list[str]:
-    rows = []
+def over_floor(pipe: Any, T: int, batch: int, repeats: int) -> tuple[list[str], list[str]]:
+    """Rows of the two tables: steps over their floors, and the shares of a step's phases."""
+    rows, shares = [], []
     for K, end in ((1, None), (2, None), (T // 2, None), (T, None), (2, T - T // 4)):
         plan = equally_spaced(T, K, end)
         seconds = clock(lambda plan=plan: step(pipe, plan, call_of(batch, T)), repeats)
+        keeping = clock(lambda plan=plan: step(pipe, plan, call_of(batch, T), recompute=False), repeats)
         each = parts(pipe, batch, repeats)
         E, K_ran = plan.steps_run, len(plan.executed)
         rest = each["decode"] + each["reward"] + each["text"]
         floor = E * each["f"] + K_ran * each["f+b"] + rest
         kept = (E - K_ran) * each["f"] + K_ran * each["f+b"] + rest
         rows.append(
-            f"| {T} | {E} | {K_ran} | {seconds:.3f} | {floor:.3f} | **{seconds / floor:.2f}** | {seconds / kept:.2f} |"
-            f" {each['f+b'] / each['f']:.2f} |"
+            f"| {T} | {E} | {K_ran} | {seconds:.3f} | {floor:.3f} | **{seconds / floor:.2f}** | {keeping:.3f} | "
+            f"{kept:.3f} | **{keeping / kept:.2f}** | {seconds / keeping:.2f} | {each['f+b'] / each['f']:.2f} |"
         )
         print(rows[-1], flush=True)
-    return rows
+        phases = (E * each["f"], K_ran * each["f+b"], each["decode"], each["reward"], each["text"], seconds - floor)
+        shares.append(f"| {T} | {E} | {K_ran} | " + " | ".join(f"{part / seconds:.1%}" for part in phases) + " |")
+    return rows, shares
 
 
 def memory(pipe: Any, batch: int, steps: tuple[int, ...]) -> list[str]:
@@ -208,7 +212,9 @@ def main() -> None:
         f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, float32.",
         "",
         "Floor: E f + K (f + b) + text + decode + reward, each part timed alone beside the step it is compared with.",
-        "The column after it divides by (E - K) f + K (f + b) + ..., the floor of a library that keeps K graphs.",
+        "Kept: `recompute=False` keeps the K graphs; its floor is (E - K) f + K (f + b) + text + decode + reward.",
+        "Shares: the parts timed alone, of the step of the same row; the rest is recording, the scheduler and the",
+        "comparison of each replay (below zero where a part alone was slower than in the step).",
     ]
     names = ["playground", *(name for name in SIZES if asked.full or name != "random SD 1.5")]
     for name in names:
@@ -216,10 +222,19 @@ def main() -> None:
         count = sum(p.numel() for p in pipe.unet.parameters()) / 1e6
         print(f"\n{name} ({count:.1f} M parameters in the UNet)", flush=True)
         out += ["", f"## {name}, {count:.1f} M parameters in the UNet", ""]
-        out += ["| T | E | K | step, s | floor, s | step / floor | step / kept | (f+b) / f |", "|-|-|-|-|-|-|-|-|"]
-        out += over_floor(pipe, asked.steps, asked.batch, asked.repeats)
+        rows, shares = over_floor(pipe, asked.steps, asked.batch, asked.repeats)
+        out += [
+            "| T | E | K | step, s | floor, s | step / floor | kept, s | its floor, s | kept / its floor | step / kept "
+            "| (f+b) / f |",
+            "|-|-|-|-|-|-|-|-|-|-|-|",
+            *rows,
+            "",
+            "| T | E | K | forwards | replays | decode | reward | text | rest |",
+            "|-|-|-|-|-|-|-|-|-|",
+            *shares,
+        ]
         out += ["", "| T | K | saved inside the denoiser, MiB | recorded inputs and outputs, MiB |", "|-|-|-|-|"]
-        out += memory(pipe, asked.batch, (10, 40) if name == "playground" else (10,))
+        out += memory(pipe, asked.batch, (10, 20, 50) if count < 4 else (10,))
         del pipe
     asked.output.write_text("\n".join(out) + "\n")
     print(f"\nwritten: {asked.output}")

@@ -62,7 +62,14 @@ def plain_images(pipe: Any, call: tiny.Call, *, seed: int = 0) -> torch.Tensor:
 
 
 def engine_gradient(
-    pipe: Any, plan: Plan, call: tiny.Call, *, seed: int = 0, loss_weight: float = 1.0, sampling: Any = None
+    pipe: Any,
+    plan: Plan,
+    call: tiny.Call,
+    *,
+    seed: int = 0,
+    loss_weight: float = 1.0,
+    sampling: Any = None,
+    recompute: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
     """Images, gradient per trained parameter (zero where none arrived) and the sweep's report.
 
@@ -73,7 +80,7 @@ def engine_gradient(
         parameter.grad = None
     with ExitStack() as stack:
         with sampling or nullcontext():
-            tape = stack.enter_context(rollout(pipe, plan, seed=seed, **tiny.fresh(call)))
+            tape = stack.enter_context(rollout(pipe, plan, seed=seed, recompute=recompute, **tiny.fresh(call)))
         pictures = tape.images
         result = tape.backward(loss_weight * oracle.generic_loss(pictures))
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}

@@ -244,6 +244,7 @@ def test_wrong_overrides_are_named_by_their_key(override, message, tmp_path):
 
 TOGETHER = {
     "memory: {shard: true}\nadapter: {kind: dora}": "adapter.kind: does not go with memory.shard: use lora",
+    "memory: {shard: true, recompute: false}": "memory.recompute: does not go with memory.shard: set it to true",
     "memory: {shard: true}\nmodel: {id: x/y, compile: true}": "model.compile: does not go with memory.shard",
     "optim: {steps: 5, warmup: 5}": "optim.warmup: 5 updates of warmup, but optim.steps is 5",
     "optim: {batch: 4, micro_batch: 8}": "optim.micro_batch: 8 is more than optim.batch, which is 4",

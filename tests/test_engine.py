@@ -35,9 +35,9 @@ def sweep(pipe, plan, call, **options):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan) -> tuple[int, int, int]:
+def measure(plan: Plan, *, recompute: bool = True) -> tuple[int, int, int]:
     pipe, call = tiny.stable_diffusion(steps=plan.T)
-    with SavedBytes(pipe.unet) as saved, rollout(pipe, plan, **call) as tape:
+    with SavedBytes(pipe.unet) as saved, rollout(pipe, plan, recompute=recompute, **call) as tape:
         recorded = tape.recorded_bytes
         tape.backward(oracle.generic_loss(tape.images))
     return saved.peak[True], saved.peak[False], recorded
@@ -57,6 +57,27 @@ def test_memory_inside_the_denoiser_is_that_of_one_call(input_gradient: float):
     assert len(several) == 1
     # The first trained call of a chain has a constant input: a nested plan saves a little less there.
     assert alone == several.pop() if input_gradient == 0 else alone <= several.pop() <= 1.05 * alone
+
+
+def test_kept_graphs_cost_their_number():
+    one, three = (measure(Plan(T=4, train=frozenset(range(K))), recompute=False)[0] for K in (1, 3))
+    assert one == measure(Plan(T=4, train=frozenset({0})))[0]
+    assert three == 3 * one
+
+
+def test_a_kept_graph_is_computed_once_and_refuses_changed_arguments(sd):
+    pipe, call = sd
+    runs = []
+    pipe.unet.conv_in.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    plan = Plan(T=4, train=frozenset({1, 3}))
+    with rollout(pipe, plan, seed=0, recompute=False, **tiny.fresh(call)) as tape:
+        assert runs == [False, True, False, True]
+        tape.backward(oracle.generic_loss(tape.images))
+    assert len(runs) == 4
+    with rollout(pipe, plan, seed=0, recompute=False, **tiny.fresh(call)) as tape:
+        tape._calls[0].inputs[0].add_(1)
+        with pytest.raises(ReplayError, match="changed in place"):
+            tape.backward(oracle.generic_loss(tape.images))
 
 
 def test_recorded_calls_cost_a_few_times_their_own_size():

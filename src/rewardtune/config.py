@@ -245,6 +245,9 @@ class Memory(_Section):
 
     gradient_checkpointing: bool = False
     """the denoiser computes its activations again in the backward pass"""
+    recompute: bool = True
+    """trained steps run again when their gradient is due, so memory is that of one; false: the graphs of all are kept,
+    which is faster by one forward for each trained step"""
     cache_text: bool = True
     """prompts are encoded once, and the text encoders released"""
     vae_dtype: Literal["float32", "bfloat16"] | None = None
@@ -500,6 +503,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             ("adapter.kind", config.adapter.kind != "lora", "use lora"),
             ("model.quantize", config.model.quantize is not None, "set it to null"),
             ("model.compile", config.model.compile, "set it to false"),
+            ("memory.recompute", not config.memory.recompute, "set it to true"),
         ):
             if wrong:
                 yield key, f"does not go with memory.shard: {cure}, or memory.shard false"

@@ -392,6 +392,8 @@ def advice(phase: str, config: RunConfig) -> list[str]:
     micro = min(optim.micro_batch or optim.batch, optim.batch)
     if micro > 1 and phase != OPTIMISER:
         found.append(f"optim.micro_batch={micro // 2} (the same update in smaller parts)")
+    if not memory.recompute and phase != OPTIMISER:
+        found.append("memory.recompute=true (the graph of one trained step at a time)")
     if backward and not memory.gradient_checkpointing:
         found.append("memory.gradient_checkpointing=true (activations are computed twice)")
     if decoding and (memory.vae_dtype or model.dtype) != "bfloat16":
@@ -412,7 +414,9 @@ def advice(phase: str, config: RunConfig) -> list[str]:
     if phase != OPTIMISER:
         found.append("sampling.width and sampling.height smaller")
     lines = ["what helps, in this order:"] + [f"  {line}" for line in found]
-    return [*lines, "method.options.K and sampling.steps change the time, not the peak: one trained step at a time"]
+    if memory.recompute:
+        lines.append("method.options.K and sampling.steps change the time, not the peak: one trained step at a time")
+    return lines
 
 
 def out_of_memory(error: BaseException | None) -> bool:

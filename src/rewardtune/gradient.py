@@ -49,6 +49,7 @@ class Gradient:
     """Adds the mean gradient over a batch of `batch` samples to the parameters, `micro_batch` samples at a time.
 
     offload_reward: the reward's networks wait on the CPU while the denoiser samples and is replayed.
+    recompute: see `rollout`.
     kl: weight of the distance to the base model, besides the method's own; denoising: the denoising loss, if asked for.
     """
 
@@ -63,6 +64,7 @@ class Gradient:
     micro_batch: int
     call: dict[str, Any]
     offload_reward: bool = False
+    recompute: bool = True
     kl: float = 0.0
     denoising: "DenoisingLoss | None" = None
 
@@ -146,7 +148,8 @@ class Gradient:
             self.reward.to("cpu")  # an evaluation may have left it beside the denoiser
         with ExitStack() as stack:
             with doing(f"step {step}, sampling"):
-                made = rollout(self.pipe, plan, seed=seeds[0], generator=generators(seeds), **given)
+                rng = {"seed": seeds[0], "generator": generators(seeds)}
+                made = rollout(self.pipe, plan, recompute=self.recompute, **rng, **given)
                 tape = stack.enter_context(made)
             with _met_together(processes):
                 check_images(tape.images, step)

@@ -89,6 +89,7 @@ def assemble(
         offload=config.memory.offload,
         cache_text=config.memory.cache_text,
         shard=config.memory.shard,
+        recompute=config.memory.recompute,
         regularize=config.regularize,
         guards=config.guards.model_dump(),
         checkpoints=config.checkpoints,

@@ -74,6 +74,7 @@ class RewardTuner:
         batch: samples an update, over all processes; micro_batch: how many of them at a time (None = all).
         offload: what waits on the CPU while the denoiser works: "text_encoders", "vae", "reward".
         cache_text: encode each prompt once.
+        recompute: see `rollout`; False keeps the graphs of all trained steps: faster, more memory.
         shard: each of several processes holds a share of the denoiser's frozen weights (sharding.py).
         regularize, guards, checkpoints, log: the run file's sections of these names, as mappings;
             `guards["rewards"]` may also be a reward.
@@ -105,6 +106,7 @@ class RewardTuner:
         micro_batch: int | None = None,
         offload: Sequence[str] = (),
         cache_text: bool = True,
+        recompute: bool = True,
         shard: bool = False,
         regularize: Mapping[str, Any] | Regularize | None = None,
         guards: Mapping[str, Any] | None = None,
@@ -142,12 +144,14 @@ class RewardTuner:
         if unknown or ("text_encoders" in offload and not cache_text):
             what = f"{unknown[0]!r} is unknown" if unknown else "text_encoders needs cache_text"
             raise ConfigError(f"offload={list(offload)}: {what}; legal: text_encoders, vae, reward")
-        self.batch, self.offload, self.cache_text = batch, tuple(offload), cache_text
+        self.batch, self.offload, self.cache_text, self.recompute = batch, tuple(offload), cache_text, recompute
         self.show_progress = show_progress and self.processes.first
         self.micro_batch = min(micro_batch or batch, math.ceil(batch / self.processes.world))
         if shard and self.processes.world > 1:
             if kind != "lora":
                 raise ConfigError(f"shard=True does not go with kind={kind!r}: use lora, or shard=False")
+            if not recompute:
+                raise ConfigError("shard=True does not go with recompute=False: a graph would need the whole weights")
             sharding.check_even(batch, self.micro_batch, self.processes.world)
             self.processes = replace(self.processes, sharded=True)
         self.adapter: dict[str, Any] = {"kind": kind, "rank": rank, "alpha": alpha, "targets": targets}
@@ -457,6 +461,7 @@ class RewardTuner:
             micro_batch=self.micro_batch,
             call=self.call,
             offload_reward="reward" in self.offload,
+            recompute=self.recompute,
             kl=self.regularize.kl,
             denoising=self.denoising,
         )
@@ -651,6 +656,7 @@ def _in_words(error: BaseException) -> str:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"out of memory ({where[0]}: {said}). Set a smaller optim.micro_batch (1 needs least, the result is the same), "
+        "memory.recompute=true where it is false, "
         "memory.gradient_checkpointing=true, or memory.offload=[text_encoders, vae, reward]; then go on with "
         "--resume latest where there is a checkpoint (only gradient_checkpointing and the other keys of memory, "
         "and micro_batch, may change at a resume)"

@@ -82,6 +82,7 @@ class Call:
         weight: factor on the cotangent that arrives at its output (the plan's `weight`).
         chunk: pictures replayed at once (decoder only); 0 means all.
         checkpoint: replay with the module's gradient checkpointing (large pictures, decoder only).
+        keep: the call is run with a graph that waits for the sweep, which then computes nothing again.
     """
 
     step: int
@@ -93,27 +94,59 @@ class Call:
     weight: float = 1.0
     chunk: int = 0
     checkpoint: bool = False
+    keep: bool = False
     inputs: list[Any] = field(default_factory=list)
     spec: Any = None
     leaves: list[Tensor | None] = field(default_factory=list)
     versions: list[int | None] = field(default_factory=list)
     surroundings: Surroundings | None = None
+    graph: tuple[list[Any], list[Any]] | None = None  # with keep: inputs and flat outputs of the call's own graph
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the call under no_grad; hand out its output with every floating tensor as (a copy of) a new leaf."""
+        """Run the call on its own; hand out its output with every floating tensor as (a copy of) a new leaf."""
         self.inputs, self.spec = pytree.tree_flatten((args, kwargs))
         self.surroundings = Surroundings.of(self.module, self.inputs)
         for value in self.inputs:
             _refuse_hidden_tensors(self.name, value)
         self.versions = [x._version if isinstance(x, Tensor) else None for x in self.inputs]
-        with torch.no_grad():
-            output = self.run(*args, **kwargs)
+        if self.keep:
+            inputs = self._leaves_of(self.inputs)
+            args, kwargs = pytree.tree_unflatten(inputs, self.spec)
+            with torch.enable_grad(), self.surroundings.autocasting():
+                output = self.run(*args, **kwargs)
+        else:
+            with torch.no_grad():
+                output = self.run(*args, **kwargs)
         flat, out_spec = pytree.tree_flatten(output)
+        self.graph = (inputs, flat) if self.keep else None
         self.leaves = [x.detach().requires_grad_() if _floating(x) else None for x in flat]
         torch.set_grad_enabled(True)  # door 1: the pipeline's own no_grad puts it back when it ends
         # A copy is handed out: in-place arithmetic on it is legal and cannot touch the record.
         handed = [x if leaf is None else leaf.clone() for x, leaf in zip(flat, self.leaves, strict=True)]
         return pytree.tree_unflatten(handed, out_spec)
+
+    @property
+    def _live(self) -> list[int]:
+        """The inputs that the gradient is sent on to."""
+        return [i for i, x in enumerate(self.inputs) if self.input_gradient > 0 and _floating(x) and x.requires_grad]
+
+    def _leaves_of(self, inputs: list[Any]) -> list[Any]:
+        """Algorithm 1, line 14: sg(x_t) - the inputs enter as constants, or as leaves of this call's own graph."""
+        own = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        for i in self._live:
+            own[i].requires_grad_()
+        return own
+
+    def _again(self, part: Callable[[Tensor], Tensor]) -> tuple[list[Any], list[Any]]:
+        """Inputs and flat outputs of the call with a graph: the one that was kept, or computed once more."""
+        if self.graph is not None:
+            graph, self.graph = self.graph, None
+            return graph
+        assert self.surroundings is not None
+        inputs = self._leaves_of([part(x) if isinstance(x, Tensor) else x for x in self.inputs])
+        args, kwargs = pytree.tree_unflatten(inputs, self.spec)
+        with self.surroundings.autocasting():
+            return inputs, pytree.tree_flatten(self.run(*args, **kwargs))[0]
 
     @property
     def recorded(self) -> list[Tensor]:
@@ -149,19 +182,11 @@ class Call:
         error, distance = 0.0, 0.0
         checkpointed = _checkpointed(self.module) if self.checkpoint else nullcontext()
         with self.surroundings.restored(self.module), _no_gradient_for(frozen), checkpointed, torch.enable_grad():
-            live = [
-                i for i, x in enumerate(self.inputs) if self.input_gradient > 0 and _floating(x) and x.requires_grad
-            ]
+            live = self._live
             sent: dict[int, list[Tensor]] = {i: [] for i in live}
             base = self._reference(reference) if pull else None  # before this call's graph takes its memory
             for part in self._parts():
-                # Algorithm 1, line 14: sg(x_t) - the inputs enter as constants, or as leaves of this call's own graph.
-                inputs = [part(x).detach() if isinstance(x, Tensor) else x for x in self.inputs]
-                for i in live:
-                    inputs[i].requires_grad_()
-                args, kwargs = pytree.tree_unflatten(inputs, self.spec)
-                with self.surroundings.autocasting():
-                    output = pytree.tree_flatten(self.run(*args, **kwargs))[0]
+                inputs, output = self._again(part)
                 error = max(error, self._compare(output, part))
                 pairs = [
                     (out, part(c))

@@ -16,7 +16,7 @@ from rewardtune.plan import Plan
 
 @contextmanager
 def rollout(
-    pipe: Any, plan: Plan, *, denoiser: str | None = None, seed: int | None = None, **call: Any
+    pipe: Any, plan: Plan, *, denoiser: str | None = None, seed: int | None = None, recompute: bool = True, **call: Any
 ) -> Iterator[Tape]:
     """Sample ``pipe(**call)`` under ``plan`` and hand out its images as a leaf, ready for `backward`.
 
@@ -25,14 +25,18 @@ def rollout(
         plan: its ``T`` must be the number of scheduler steps of this call (`count_steps`).
         denoiser: component that is tuned; by default ``unet`` or ``transformer``.
         seed: seeds the global generators for the duration (some pipelines draw from them) and restores them.
+        recompute: trained calls run without a graph and once more in the sweep, so memory is that of one of them. False
+            keeps all their graphs instead: K forwards less, the memory of K graphs.
         call: arguments of ``pipe(...)``: prompt, num_inference_steps, guidance_scale, generator, height, width ...
 
     Raises:
         PreflightError: if the pipeline cannot be opened or takes another number of steps than ``plan.T``.
-        ConfigError: if nothing is trainable.
+        ConfigError: if nothing is trainable, or the denoiser's weights move (offloading), so no graph can be kept.
     """
     name = find_denoiser(pipe, denoiser)
     network = pipe.components[name]
+    if not recompute and getattr(network, "_hf_hook", None) is not None:
+        raise ConfigError(f"recompute=False keeps graphs, which need pipe.{name} in its place: switch offloading off")
     if not any(p.requires_grad for p in network.parameters()):
         raise ConfigError(f"nothing to train: no parameter of pipe.{name} requires grad; add a LoRA first (add_lora)")
     with seeded(seed, pipe):
@@ -41,10 +45,10 @@ def rollout(
         opened: Doors | None = None
         weights: Tensor | None = None
         if plan.start is None:
-            opened = _chain(pipe, plan, name, call, graphs, calls)
+            opened = _chain(pipe, plan, name, call, graphs, calls, recompute=recompute)
             weights = _weigh(plan, opened, network)
         else:
-            graphs, calls = _renoised_chains(pipe, plan, name, call)
+            graphs, calls = _renoised_chains(pipe, plan, name, call, recompute=recompute)
         with torch.enable_grad():
             graph = _as_unit_range(torch.cat(graphs))
     tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws, weights)
@@ -100,7 +104,9 @@ def _weigh(plan: Plan, opened: Doors, network: Any) -> Tensor | None:
     return plan.weight.of_pictures(opened.spans, opened.states, opened.final.detach())
 
 
-def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any]) -> tuple[list[Tensor], list[Call]]:
+def _renoised_chains(
+    pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any], *, recompute: bool
+) -> tuple[list[Tensor], list[Call]]:
     """DRaFT-LV: one chain to the end without gradient, then ``draws`` chains from its x_0, re-noised at ``start``.
 
     The restarted chains answer earlier network calls from the first one's record, so they cost ``T - start`` calls and
@@ -129,7 +135,8 @@ def _renoised_chains(pipe: Any, plan: Plan, denoiser: str, call: dict[str, Any])
         restart = renoise(x0, timestep, noise)
         if plan.known_noise:
             recover = recovered(noise, first.timesteps[plan.last + 1] if plan.last + 1 < plan.T else None)
-        _chain(pipe, plan, denoiser, call, graphs, calls, given=first.outputs, restart=restart, recover=recover)
+        again = {"given": first.outputs, "restart": restart, "recover": recover, "recompute": recompute}
+        _chain(pipe, plan, denoiser, call, graphs, calls, **again)
     after()
     return graphs, calls
 

@@ -48,6 +48,7 @@ class Doors:
         calls_per_step: denoiser calls before each scheduler step.
         outputs: with ``keep_outputs``, all network outputs in order (constants). A restarted chain (DRaFT-LV) gets
             them as ``given``, so its steps before ``start`` cost no network call and its scheduler's history is true.
+        recompute: whether trained calls of the denoiser run without a graph, and again in the sweep.
         first, final: the first latent and the last ``prev_sample``; ``timesteps``: the timestep of every step. They
             serve re-noising.
         spans, states: with ``plan.weight``, the noise levels of every step, and its latents and outputs where the rule
@@ -63,6 +64,7 @@ class Doors:
         blank: bool = False,
         keep_outputs: bool = False,
         given: Sequence[Any] = (),
+        recompute: bool = True,
         restart: Callable[[Any], Tensor] | None = None,
         recover: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
@@ -74,7 +76,8 @@ class Doors:
             for name, module in pipe.components.items()
             if isinstance(module, nn.Module) and any(id(p) in trained for p in module.parameters())
         }
-        self.keep_outputs, self.given, self.restart, self.recover = keep_outputs, list(given), restart, recover
+        self.keep_outputs, self.given, self.recompute = keep_outputs, list(given), recompute
+        self.restart, self.recover = restart, recover
         self.step, self.asked = 0, 0
         self.timestep_sets = 0
         self.calls: list[Call] = []
@@ -140,6 +143,7 @@ class Doors:
                 trained=name in self._sharing,
                 # Scaled once, at the denoiser's arguments: a ControlNet below it is not scaled again.
                 input_gradient=self.plan.gradient_into(self.step) if is_denoiser else 1.0,
+                keep=is_denoiser and not self.recompute,
             )
             output = call.record(args, kwargs)
             self.calls.append(call)
