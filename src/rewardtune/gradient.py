@@ -148,7 +148,7 @@ class Gradient:
             self.reward.to("cpu")  # an evaluation may have left it beside the denoiser
         with ExitStack() as stack:
             with doing(f"step {step}, sampling"):
-                rng = {"seed": seeds[0], "generator": generators(seeds)}
+                rng: dict[str, Any] = {"seed": seeds[0], "generator": generators(seeds)}
                 made = rollout(self.pipe, plan, recompute=self.recompute, **rng, **given)
                 tape = stack.enter_context(made)
             with _met_together(processes):

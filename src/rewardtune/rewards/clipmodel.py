@@ -177,8 +177,9 @@ def clean_text(prompt: str, *, who: str) -> str:
                 "the same scores",
                 stacklevel=2,
             )
-        fix_text = str
-    return html.unescape(html.unescape(fix_text(prompt))).strip()
+    else:
+        prompt = fix_text(prompt)
+    return html.unescape(html.unescape(prompt)).strip()
 
 
 def _side(size: object, *, short: bool = False) -> int | None:
