@@ -9,8 +9,9 @@ from tiny_runs import made_run, save_tiny
 
 from rewardtune.cli import main
 from rewardtune.compare import Contrast, Scored
+from rewardtune.guards import Measure
 from rewardtune.stats import Interval
-from rewardtune.sweep import Point, _ticks, suggest
+from rewardtune.sweep import Point, Sweep, _ticks, suggest
 
 
 def point(weight, reward, worse=()):
@@ -58,6 +59,18 @@ def test_nothing_guards_nothing_is_suggested():
     suggested, words = suggest([point(0, 1), point(1, 2)], [], tolerance=0.05)
     assert suggested is None
     assert "add --reward" in words
+
+
+def test_parts_of_a_sum_are_shown():
+    def names(*trained):
+        measures = {name: Measure(what=name, better="more", role="trained") for name in ("reward", *trained)}
+        measures["clipscore"] = Measure(what="clipscore", better="more", role="held_out")
+        return Sweep(
+            settings={}, measures=measures, points=[], tolerance=0.05, guarded=["clipscore"], suggested=None, reason=""
+        ).names
+
+    assert names("symmetry", "aesthetic") == ["reward", "symmetry", "aesthetic", "clipscore"]
+    assert names("symmetry") == ["reward", "clipscore"]
 
 
 def test_round_ticks():

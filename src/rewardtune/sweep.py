@@ -68,13 +68,19 @@ class Sweep:
     notes: tuple[str, ...] = ()
     time: str = ""
 
+    @property
+    def names(self) -> list[str]:
+        """What is shown: the trained reward, its parts where it has several, and what guards."""
+        trained = [name for name, what in self.measures.items() if what.role == "trained" and name != "reward"]
+        return ["reward", *(trained if len(trained) > 1 else []), *self.guarded]
+
     def as_json(self) -> str:
         """docs/evaluation.md lists the keys."""
         return to_json({"rewardtune": __version__, "kind": "sweep", **asdict(self)})
 
     def as_text(self) -> str:
         """The table for a terminal, and the suggestion."""
-        names = ["reward", *(name for name in self.guarded)]
+        names = self.names
         rows = [
             [f"{point.weight:g}", *(shown(point.scored.metrics[name]) for name in names), ", ".join(point.worse)]
             for point in self.points
@@ -226,7 +232,7 @@ def draw(result: Sweep, path: Path) -> None:
 
     from .runfolder import atomic
 
-    names = ["reward", *result.guarded]
+    names = result.names
     wide, high, gap = 380, 250, 26
     columns = min(3, len(names))
     rows = [(name, "weight") for name in names] + [("reward", name) for name in result.guarded]
