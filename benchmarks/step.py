@@ -91,18 +91,23 @@ def call_of(batch: int, steps: int) -> dict[str, Any]:
     }
 
 
-def clock(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of ``run`` after one warm-up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one run: process time on the CPU, which other programs disturb less; wall time on a GPU."""
+    gpu = torch.cuda.is_available()
+    now = time.perf_counter if gpu else time.process_time
+    if gpu:
+        torch.cuda.synchronize()
+    start = now()
+    run()
+    if gpu:
+        torch.cuda.synchronize()
+    return now() - start
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run in every round, after a round to warm up; in turns, so a slow moment meets all of them."""
+    rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: [found[name] for found in rounds[1:]] for name in runs}
 
 
 def equally_spaced(T: int, K: int, end: int | None = None) -> Plan:
@@ -117,8 +122,8 @@ def step(pipe: Any, plan: Plan, call: dict[str, Any], *, recompute: bool = True)
         p.grad = None
 
 
-def parts(pipe: Any, batch: int, repeats: int) -> dict[str, float]:
-    """Seconds of each part of the floor, timed alone."""
+def parts(pipe: Any, batch: int) -> dict[str, Callable[[], Any]]:
+    """Each part of the floor, to be timed alone."""
     unet, vae, device = pipe.unet, pipe.vae, pipe.device
     size = unet.config.sample_size
     x = torch.randn(2 * batch, 4, size, size, device=device)
@@ -153,29 +158,38 @@ def parts(pipe: Any, batch: int, repeats: int) -> dict[str, float]:
         with torch.no_grad():
             pipe.encode_prompt(call_of(batch, 1)["prompt"], device, 1, True)
 
-    both = {"f": forward, "f+b": forward_backward, "decode": decode, "reward": judge, "text": encode}
-    return {name: clock(run, repeats) for name, run in both.items()}
+    return {"f": forward, "f+b": forward_backward, "decode": decode, "reward": judge, "text": encode}
 
 
 def over_floor(pipe: Any, T: int, batch: int, repeats: int) -> tuple[list[str], list[str]]:
-    """Rows of the two tables: steps over their floors, and the shares of a step's phases."""
+    """Rows of the two tables: steps over their floors, and the shares of a step's phases; medians over rounds."""
     rows, shares = [], []
+    call = call_of(batch, T)
     for K, end in ((1, None), (2, None), (T // 2, None), (T, None), (2, T - T // 4)):
         plan = equally_spaced(T, K, end)
-        seconds = clock(lambda plan=plan: step(pipe, plan, call_of(batch, T)), repeats)
-        keeping = clock(lambda plan=plan: step(pipe, plan, call_of(batch, T), recompute=False), repeats)
-        each = parts(pipe, batch, repeats)
+        ours = {
+            "step": lambda plan=plan: step(pipe, plan, call),
+            "kept": lambda plan=plan: step(pipe, plan, call, recompute=False),
+        }
+        found = in_turns({**ours, **parts(pipe, batch)}, repeats)
         E, K_ran = plan.steps_run, len(plan.executed)
-        rest = each["decode"] + each["reward"] + each["text"]
-        floor = E * each["f"] + K_ran * each["f+b"] + rest
-        kept = (E - K_ran) * each["f"] + K_ran * each["f+b"] + rest
+        phases = {"f": E, "f+b": K_ran, "decode": 1, "reward": 1, "text": 1}
+        floor = [sum(n * found[name][k] for name, n in phases.items()) for k in range(repeats)]
+        kept = [floor[k] - K_ran * found["f"][k] for k in range(repeats)]
+
+        def ratio(above: list[float], below: list[float]) -> float:
+            return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
         rows.append(
-            f"| {T} | {E} | {K_ran} | {seconds:.3f} | {floor:.3f} | **{seconds / floor:.2f}** | {keeping:.3f} | "
-            f"{kept:.3f} | **{keeping / kept:.2f}** | {seconds / keeping:.2f} | {each['f+b'] / each['f']:.2f} |"
+            f"| {T} | {E} | {K_ran} | {statistics.median(found['step']):.3f} | {statistics.median(floor):.3f} | "
+            f"**{ratio(found['step'], floor):.2f}** | {statistics.median(found['kept']):.3f} | "
+            f"{statistics.median(kept):.3f} | **{ratio(found['kept'], kept):.2f}** | "
+            f"{ratio(found['step'], found['kept']):.2f} | {ratio(found['f+b'], found['f']):.2f} |"
         )
         print(rows[-1], flush=True)
-        phases = (E * each["f"], K_ran * each["f+b"], each["decode"], each["reward"], each["text"], seconds - floor)
-        shares.append(f"| {T} | {E} | {K_ran} | " + " | ".join(f"{part / seconds:.1%}" for part in phases) + " |")
+        each = [n * ratio(found[name], found["step"]) for name, n in phases.items()]
+        rest = 1 - ratio(floor, found["step"])
+        shares.append(f"| {T} | {E} | {K_ran} | " + " | ".join(f"{part:.1%}" for part in [*each, rest]) + " |")
     return rows, shares
 
 
@@ -210,6 +224,7 @@ def main() -> None:
         "",
         f"`python benchmarks/step.py --batch {asked.batch} --steps {asked.steps} --repeats {asked.repeats}` on "
         f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, float32.",
+        "Process time (wall time on a GPU), medians over rounds in which everything is timed in turn.",
         "",
         "Floor: E f + K (f + b) + text + decode + reward, each part timed alone beside the step it is compared with.",
         "Kept: `recompute=False` keeps the K graphs; its floor is (E - K) f + K (f + b) + text + decode + reward.",

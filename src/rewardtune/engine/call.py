@@ -7,6 +7,7 @@ scheduler and the guidance. `replay` runs the call again with a graph, refuses i
 recorded, and back-propagates the cotangent that has arrived at the leaf.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Surroundings:
     rng: Tensor
     device_rng: Tensor | None
     autocast: tuple[bool, torch.dtype]
-    processors: dict[str, Any] | None
+    processors: list[tuple[Any, Any]]  # attention layers, and what each computes with
 
     @classmethod
     def of(cls, module: nn.Module, inputs: list[Any]) -> "Surroundings":
@@ -46,7 +47,7 @@ class Surroundings:
             rng=torch.get_rng_state(),
             device_rng=torch.cuda.get_rng_state(device) if kind == "cuda" else None,
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            processors=_processors(module),
+            processors=[(layer, layer.processor) for layer in _attention_layers(module)],
         )
 
     @contextmanager
@@ -58,10 +59,10 @@ class Surroundings:
             if current is not None and self.dtype is not None and current != self.dtype:
                 module.to(self.dtype)  # an up-cast VAE that its pipeline has cast back
                 stack.callback(module.to, current)
-            present = _processors(module)
-            if present is not None and self.processors is not None and not _same(present, self.processors):
-                module.set_attn_processor(dict(self.processors))  # type: ignore[operator]
-                stack.callback(module.set_attn_processor, present)  # type: ignore[arg-type]
+            for layer, processor in self.processors:
+                if layer.processor is not processor:
+                    stack.callback(layer.set_processor, layer.processor)
+                    layer.set_processor(processor)
             yield
 
     def autocasting(self) -> torch.autocast:
@@ -352,12 +353,14 @@ def _adapter_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-def _processors(module: nn.Module) -> dict[str, Any] | None:
-    return dict(module.attn_processors) if hasattr(module, "attn_processors") else None  # type: ignore[arg-type]
+_layers: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
 
 
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+def _attention_layers(module: nn.Module) -> list[Any]:
+    """Those with a processor; looked for once, since looking at each call took a twentieth of an update."""
+    if module not in _layers:
+        _layers[module] = [m for m in module.modules() if hasattr(m, "set_processor") and hasattr(m, "processor")]
+    return _layers[module]
 
 
 @contextmanager
