@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import denoiser_of, fresh, quiet, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from tiny_runs import BASE
+from tiny_runs import BASE, made_run, save_tiny
 
 from rewardtune import adapters, export, launch
 from rewardtune.config import Model, RunConfig, dump_config
@@ -354,10 +354,35 @@ def test_wrong_input_is_refused_by_name(shared, tmp_path):
     (run / LORA_FILE).rename((run / LORA_FILE).with_suffix(".unverified"))
     with pytest.raises(ConfigError, match=r"holds no pytorch_lora_weights.safetensors \(only .* failed its check\)"):
         export.export_run(run)
-    (run / "denoiser").mkdir()
-    with pytest.raises(ConfigError, match=r"is a full fine-tuning, which has no LoRA to export: its denoiser in"):
-        export.export_run(run)
     assert not (shared[0] / "export").exists()
+
+
+def test_a_full_fine_tuning_is_exported_merged(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path / "tiny")
+    run = made_run(tmp_path / "out", model, kind="full")
+    for formats, words in [(["diffusers"], "no LoRA to export: use --format merged"), (["kohya"], "no LoRA")]:
+        with pytest.raises(ConfigError, match=words):
+            export.export_run(run, formats)
+    with pytest.raises(ConfigError, match="no LoRA to weaken: leave --weight out"):
+        export.export_run(run, ["merged"], weight=0.5)
+    (made,) = export.export_run(run, ["merged"])
+    assert "the fine-tuning itself" in str(made)
+    assert made.difference < 1e-6 < made.effect
+    loaded = quiet(DiffusionPipeline.from_pretrained(made.path))
+    expected, found = load_file(run / "denoiser" / "diffusion_pytorch_model.safetensors"), loaded.unet.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+    def other(pipe, component, state, folder):
+        return write_whole(pipe, component, {key: value * 1.01 for key, value in state.items()}, folder)
+
+    write_whole = export.write_whole
+    monkeypatch.setattr(export, "write_whole", other)
+    with pytest.raises(RewardTuneError, match="saved weights are not the trained ones"):
+        export.export_run(run, ["merged"])
+    (run / "denoiser" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        export.export_run(run, ["merged"])
 
 
 def test_a_lora_of_another_model_is_refused(shared, tmp_path):

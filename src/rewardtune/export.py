@@ -35,7 +35,7 @@ from .spelling import nearest
 FORMATS = {
     "diffusers": "the LoRA for diffusers; ComfyUI reads it too where the denoiser is a transformer (SD3, FLUX ...)",
     "kohya": "the LoRA under kohya's names, for ComfyUI and A1111; Stable Diffusion 1, 2 and XL only",
-    "merged": "the whole pipeline with the LoRA in its weights",
+    "merged": "the whole pipeline with the LoRA in its weights, or with the weights of a full fine-tuning",
 }
 RECEIPT = "export.json"  # in every folder written here: what it is, and that it may be replaced
 ADAPTER = "export"
@@ -83,11 +83,12 @@ class Exported:
     measure: str
     tensors: int
     notes: tuple[str, ...] = ()
+    what: str = "LoRA"
 
     def __str__(self) -> str:
         return (
             f"{self.format}: {self.path}, verified: {self.measure} difference {self.difference:.1e} "
-            f"(the LoRA itself: {self.effect:.1e}; {self.tensors} tensors compared)"
+            f"(the {self.what} itself: {self.effect:.1e}; {self.tensors} tensors compared)"
         )
 
 
@@ -148,7 +149,9 @@ def _known(formats: Sequence[str]) -> list[str]:
 def open_run(
     run: str | Path, *, checkpoint: str | int = "best", model: str | None = None, prompts: Sequence[str] | None = None
 ) -> Run:
-    """What an export needs of a run folder. prompts: the eval prompts, where they are known; None: they are read again.
+    """What an export needs of a run folder: its `file` is the LoRA, or the denoiser's folder.
+
+    prompts: the eval prompts, where they are known; None: they are read again.
 
     ConfigError when the LoRA file or the name of the base model is missing.
     """
@@ -178,10 +181,7 @@ def _lora_file(folder: Path, checkpoint: str | int) -> Path:
         if not file.is_file():
             whole = folder / DENOISER_FOLDER
             if whole.is_dir():
-                raise ConfigError(
-                    f"{folder} is a full fine-tuning, which has no LoRA to export: its denoiser in {whole} is a "
-                    "diffusers folder as it is; docs/models.md shows how to load it, and rewardtune sample does"
-                )
+                return whole
             unverified = file.with_suffix(".unverified").is_file()
             why = f" (only {file.stem}.unverified, which failed its check)" if unverified else ""
             raise ConfigError(f"{folder} holds no {LORA_FILE}{why}; export works on a run that has saved its LoRA")
@@ -222,13 +222,19 @@ class _Reference:
 
 
 class _Trained:
-    """The trained pipeline: adapter tensors (alpha and weight in lora_B), and its pictures to compare with."""
+    """The trained pipeline: adapter tensors (alpha and weight in lora_B), and its pictures to compare with.
+
+    whole: a full fine-tuning, whose `state` is the denoiser's own.
+    """
 
     def __init__(self, run: Run, *, weight: float):
         self.run, self.weight = run, weight
         pipe = self.base()
         self.component = find_denoiser(pipe)
-        self.state = read_lora(run.file, self.component, weight=weight)
+        self.whole = run.file.is_dir()
+        if self.whole and weight != 1:
+            raise ConfigError(f"{run.folder} is a full fine-tuning, which has no LoRA to weaken: leave --weight out")
+        self.state = read_denoiser(run.file) if self.whole else read_lora(run.file, self.component, weight=weight)
         self.dora = any("lora_magnitude_vector" in key for key in self.state)
         self.pipe: Any = pipe
         self.pictures: _Reference | None = None
@@ -240,6 +246,11 @@ class _Trained:
         """ConfigError for a pair of format and model that cannot work, naming the format that does."""
         denoiser = getattr(self.pipe, self.component)
         kind = type(self.pipe).__name__
+        if form != "merged" and self.whole:
+            raise ConfigError(
+                f"{self.run.folder} is a full fine-tuning, which has no LoRA to export: use --format merged (its "
+                f"denoiser in {self.run.file} is a diffusers folder as it is)"
+            )
         if form == "kohya" and self.component != "unet":
             raise ConfigError(
                 f"kohya names are for UNets, and {kind} has a {self.component}: use --format diffusers, "
@@ -261,7 +272,8 @@ class _Trained:
     def take_pictures(self) -> None:
         """Base and trained pictures of the first prompts, a few steps; the pipeline is given up afterwards."""
         before = self.sample(self.pipe)
-        attach(getattr(self.pipe, self.component), self.state)
+        denoiser = getattr(self.pipe, self.component)
+        put_weights(denoiser, self.state) if self.whole else attach(denoiser, self.state)
         after = self.sample(self.pipe)
         again = self.sample(self.pipe)
         self.pictures = _Reference(base=before, trained=after, noise=float((after - again).abs().max()))
@@ -320,6 +332,26 @@ def read_lora(file: Path, component: str, *, weight: float = 1.0) -> dict[str, T
     return {
         key.removeprefix(prefix): value * scale if ".lora_B." in key else value for key, value in sorted(state.items())
     }
+
+
+def read_denoiser(folder: Path) -> dict[str, Tensor]:
+    """The weights of a full fine-tuning. ConfigError when they cannot be read."""
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder} cannot be read: {error}") from error
+
+
+def put_weights(denoiser: Any, state: Mapping[str, Tensor]) -> None:
+    """Replace all weights. ConfigError when names or shapes are not the denoiser's."""
+    try:
+        denoiser.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ConfigError(f"the weights do not fit this denoiser: {' '.join(str(error).split())[:200]}") from error
 
 
 def attach(denoiser: Any, state: Mapping[str, Tensor], *, name: str = ADAPTER) -> None:
@@ -396,7 +428,8 @@ def _export(trained: _Trained, form: str, target: Path) -> Exported:
     try:
         with _writing(target):
             if form == "merged":
-                made = write_merged(trained.base(), trained.component, trained.state, staging)
+                write = write_whole if trained.whole else write_merged
+                made = write(trained.base(), trained.component, trained.state, staging)
             else:
                 made = _write_lora(trained, form, staging)
         try:
@@ -497,6 +530,14 @@ def write_merged(pipe: Any, component: str, state: Mapping[str, Tensor], folder:
     return folder
 
 
+def write_whole(pipe: Any, component: str, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """`pipe` with other weights in its denoiser, by `save_pretrained` in its own dtype."""
+    put_weights(getattr(pipe, component), state)
+    with no_loading_bars():
+        pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def save_tensors(state: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
     """A safetensors file with this header, and in it the hashes of the tensors' bytes that model managers look for."""
     from safetensors.torch import save_file
@@ -528,7 +569,16 @@ def _verify(trained: _Trained, form: str, folder: Path, made: Path) -> Exported:
     if form == "merged":
         saved = Model(id=str(folder), dtype=trained.run.model.dtype, device=trained.run.model.device)
         pipe = launch.load_pipeline(saved)
-        lost = check_merged(getattr(trained.base(), trained.component), getattr(pipe, trained.component), trained.state)
+        merged = getattr(pipe, trained.component)
+        if trained.whole:
+            loaded = merged.state_dict()
+            both = sorted(loaded.keys() | trained.state.keys())
+            wrong = [key for key in both if not _same(trained.state.get(key), loaded.get(key))]
+            if wrong:
+                raise RewardTuneError(f"{len(wrong)} of the saved weights are not the trained ones, first: {wrong[0]}")
+            lost = 0.0
+        else:
+            lost = check_merged(getattr(trained.base(), trained.component), merged, trained.state)
         if lost > 0.1:
             dtype = str(getattr(pipe, trained.component).dtype).removeprefix("torch.")
             notes += (f"{dtype} rounds away {lost:.0%} of the LoRA (by norm): the diffusers format keeps all of it",)
@@ -537,9 +587,10 @@ def _verify(trained: _Trained, form: str, folder: Path, made: Path) -> Exported:
         pipe = trained.base()
         load_back(pipe, trained.component, made, trained.state)
         tensors = len(trained.state)
+    what = "fine-tuning" if trained.whole else "LoRA"
     difference, effect, measure = trained.compare(pipe, f"the {form} export")
     if effect == 0:
-        notes += ("the LoRA changes nothing in the compared pictures: is it trained?",)
+        notes += (f"the {what} changes nothing in the compared pictures: is it trained?",)
     return Exported(
         format=form,
         path=made,
@@ -548,6 +599,7 @@ def _verify(trained: _Trained, form: str, folder: Path, made: Path) -> Exported:
         measure=measure,
         tensors=tensors,
         notes=notes,
+        what=what,
     )
 
 
