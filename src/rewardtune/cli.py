@@ -553,7 +553,7 @@ def bench(
         str, typer.Argument(help="table1, fig4, fig5, fig6, fig7, fig8, fig9, spacing, earlystop", metavar="EXPERIMENT")
     ],
     setting: Annotated[str, typer.Option(help="playground (CPU, hours) or sd15 (the paper's, GPUs).")] = "playground",
-    quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the budget, one seed: only that it runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the budget: only that it runs.")] = False,
     reward: Annotated[list[str] | None, typer.Option(help="Of Table 1; may be given several times.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; default: 3.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Denoiser evaluations of a run.")] = None,
