@@ -22,6 +22,8 @@ def test_a_small_demo_runs_and_says_where_things_are(tmp_path, capsys):
     assert f"pictures: {tmp_path / 'demo' / 'before_after.png'}" in out
     assert Image.open(tmp_path / "demo" / "before_after.png").size[0] > 500
     assert json.loads((tmp_path / "demo" / "run.json").read_text())["status"] == "done"
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert "hpsv2 (held out)" in report
     assert 0 < before.symmetry < 1
     assert before != after
     # the folder is a run like any other: its LoRA can be sampled by name

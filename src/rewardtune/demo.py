@@ -1,7 +1,7 @@
 """`rewardtune demo`: the shipped preset `playground` (DRTune, symmetry + CLIPScore) on a CPU, in minutes.
 
-Judged on held-out prompts with fixed seeds and the full number of sampling steps, and by a reader of objects that no
-reward uses. What was tried before the preset was settled stands in docs/log.md.
+Judged on held-out prompts with fixed seeds and the full number of sampling steps, by a preference model that is not
+trained on (in the report) and by a reader of objects that no reward uses. What was tried before the preset was settled stands in docs/log.md.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ def run(
     """
     if seconds <= 0 or (steps is not None and steps < 1):
         raise ConfigError(f"seconds={seconds}, steps={steps}: both must be greater than 0")
-    asked = [f"optim.max_seconds={seconds}", f"output_dir={output}", f"seed={seed}"]
+    judges = ["guards.rewards=[{name: hpsv2, options: {model: playground}}]", "guards.features=playground"]
+    asked = [*judges, f"optim.max_seconds={seconds}", f"output_dir={output}", f"seed={seed}"]
     asked += [] if steps is None else [f"optim.steps={steps}"]
     config = load_config("playground", [*asked, *overrides])
     result = train(config, overwrite=overwrite)
