@@ -54,7 +54,7 @@ playground-tables: .venv/installed  ## The playground measured: its quality, its
 	$(foreach name,$(AUDITED),$(BIN)/rewardtune audit $(name) -o model=playground --output docs/results/audit_$(name) &&) true
 
 paper: .venv/installed  ## The paper's table and figures on the playground: what is missing of them (many CPU hours)
-	for experiment in table1 fig4 fig5 fig6 fig7 fig8 fig9 spacing earlystop; do $(BIN)/rewardtune bench $$experiment || exit; done
+	for experiment in table1 fig4 fig5 fig6 fig7 fig8 fig9 spacing earlystop newer; do $(BIN)/rewardtune bench $$experiment || exit; done
 
 parity: .venv/installed build/parity/installed  ## The rewards against the official packages, in an environment of their own
 	build/parity/venv/bin/python parity/official.py

@@ -550,7 +550,7 @@ def tally(
 @app.command()
 def bench(
     experiment: Annotated[
-        str, typer.Argument(help="table1, fig4, fig5, fig6, fig7, fig8, fig9, spacing, earlystop", metavar="EXPERIMENT")
+        str, typer.Argument(help="table1, fig4 to fig9, spacing, earlystop, newer", metavar="EXPERIMENT")
     ],
     setting: Annotated[str, typer.Option(help="playground (CPU, hours) or sd15 (the paper's, GPUs).")] = "playground",
     quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the budget: only that it runs.")] = False,

@@ -1,7 +1,8 @@
 """`rewardtune demo`: the shipped preset `playground` (DRTune, symmetry + CLIPScore) on a CPU, in minutes.
 
 Judged on held-out prompts with fixed seeds and the full number of sampling steps, by a preference model that is not
-trained on (in the report) and by a reader of objects that no reward uses. What was tried before the preset was settled stands in docs/log.md.
+trained on (in the report) and by a reader of objects that no reward uses. What was tried before the preset was settled
+stands in docs/log.md.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """The ablations of section 4.2 at equal compute: what runs, and what is claimed of it.
 
-Figures 6, 8 and 9, equally spaced against random steps, with and without early stop. The paper does not name their
+Figures 6, 8 and 9, equally spaced against random steps, with and without early stop; and, not of the paper, the newer
+methods beside DRTune. The paper does not name their
 reward: HPS v2.1 here, the one it tunes SDXL with. Methods that differ in kind have their learning rate chosen from the
 grid, each for itself; DRTune with another K, m or T keeps that of DRTune, as the paper keeps its hyperparameters.
 """
@@ -16,7 +17,7 @@ from ..stats import mean_interval
 from ..tables import markdown_table
 from .claims import HEADINGS, Claim, Verdict, best, better
 from .rows import Cell, Rows
-from .setting import method_of
+from .setting import NEWER, method_of
 from .table1 import by_seed, spread, values
 from .work import Work
 
@@ -253,7 +254,20 @@ EARLYSTOP = Ablation(
     told=_early,
 )
 
-ABLATIONS = {a.name: a for a in (FIG6, FIG8, FIG9, SPACING, EARLYSTOP)}
+
+def _newer(a: Ablation, work: Work, rows: Rows) -> list[Claim]:
+    says = "(ours) {} is better than DRTune at equal compute"
+    return [a.pair(work, rows, says.format(method), method, "DRTune") for method in NEWER]
+
+
+NEWER_METHODS = Ablation(
+    name="newer",
+    title="The newer methods beside DRTune",
+    variants=tuple(Variant(label=method, method=method) for method in ("DRTune", *NEWER)),
+    told=_newer,
+)
+
+ABLATIONS = {a.name: a for a in (FIG6, FIG8, FIG9, SPACING, EARLYSTOP, NEWER_METHODS)}
 
 
 def picture(a: Ablation, work: Work) -> Path:

@@ -12,7 +12,7 @@ from . import ablations, gradients, pictures, table1
 from .setting import chosen_tasks, setting_of
 from .work import Work
 
-NAMES = ("table1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "spacing", "earlystop")
+NAMES = ("table1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "spacing", "earlystop", "newer")
 RESULTS = Path("docs/results/bench")
 
 
