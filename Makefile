@@ -29,8 +29,9 @@ docs: .venv/docs  ## The documentation site, in build/site; a dead link or an ad
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	NO_MKDOCS_2_WARNING=1 $(PYTEST) -n 0 tests/test_site.py
 
-bench: .venv/installed  ## Speed over the floor, memory against K; the rewards' scales, loopholes and JPEG; an hour of tuned seeds
+bench: .venv/installed  ## Speed over the floor, memory against K, two processes against one; the rewards' scales, loopholes and JPEG; an hour of tuned seeds
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/reward_scales.py
 	$(BIN)/python benchmarks/loopholes.py
 	$(BIN)/python benchmarks/jpeg.py
