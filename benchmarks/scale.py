@@ -466,7 +466,7 @@ def measured_tables(measured: dict[str, Any] | None) -> list[str]:
         f"The all-reduce alone, {alone['bytes'] / 1e6:.2f} MB, both processes ready: "
         f"{alone['all_reduce'] * 1e3:.2f} ms, {alone['all_reduce'] / update:.2%} of an update of two",
         f"processes. A gathering of scores: {alone['gather'] * 1e3:.2f} ms; an update has three. The rest of what is "
-        "lost is one process waiting for the other.",
+        "lost is one process waiting for the other, and the machine.",
     ]
     return lines
 
