@@ -1,7 +1,7 @@
 """Algorithm 1 of DRTune (Wu et al. 2024), literally: the judge of the engine.
 
-The pipeline's own `__call__` runs without its `no_grad`, so that autograd builds one graph through the whole chain. Two
-functions are replaced for its duration: the denoiser's `forward` (lines 13 to 18: which gradients pass) and the
+The pipeline's own `__call__` runs with `no_grad` made inert, so that autograd builds one graph through the whole chain.
+Two functions are replaced for its duration: the denoiser's `forward` (lines 13 to 18: which gradients pass) and the
 scheduler's `step` (lines 19 to 22: counting, and the early stop). No tape, no replay, no memory saved, nothing imported
 from the package under test; what a plan says arrives as plain values.
 
@@ -35,53 +35,103 @@ class _Count:
 
 
 def images(
-    pipe: Any, *, train: Collection[int], end: int | None = None, input_gradient: float = 0.0, seed: int = 0, call: dict
+    pipe: Any,
+    *,
+    train: Collection[int],
+    end: int | None = None,
+    input_gradient: float = 0.0,
+    seed: int = 0,
+    call: dict,
+    own_decoding: bool = False,
 ) -> Tensor:
     """Images `(B, 3, H, W)` in [0, 1] with the graph of Algorithm 1 behind them, float32 or float64.
 
     `train` are the steps of `t_train`; `end` is the step of `t_min`, or None for the whole chain; `input_gradient` is 0
-    for sg(x_t), 1 for x_t, and the share of the gradient that passes in between.
+    for sg(x_t), 1 for x_t, and the share of the gradient that passes in between. `own_decoding`: after the stop the
+    pipeline's loop goes on with x0-hat for its latent, and decodes that, instead of the lines written in `decode`.
     """
     torch.manual_seed(seed)
+    fields = {"train": train, "end": end, "input_gradient": input_gradient, "leave": not own_decoding}
     try:
-        with algorithm_1(pipe, train=train, end=end, input_gradient=input_gradient), torch.enable_grad():
-            pictures = type(pipe).__call__.__wrapped__(pipe, **call, output_type="pt")[0]
+        with algorithm_1(pipe, **fields), without_no_grad():
+            pictures = pipe(**call, output_type="pt", return_dict=False)[0]
     except _EarlyStopError as stop:
         pictures = decode(pipe, stop.x0, call)
+    if own_decoding and float(pictures.detach().min()) < 0:
+        pictures = (pictures / 2 + 0.5).clamp(0, 1)  # a few pipelines leave the last line to their output as "np"
     return pictures.to(torch.promote_types(pictures.dtype, torch.float32))
 
 
 @contextlib.contextmanager
-def algorithm_1(pipe: Any, *, train: Collection[int], end: int | None, input_gradient: float) -> Iterator[_Count]:
+def without_no_grad() -> Iterator[None]:
+    """`torch.no_grad` does nothing, neither around a pipeline's `__call__` nor within it."""
+    kind = torch.no_grad
+    kept = kind.__enter__, kind.__exit__
+    kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        kind.__enter__, kind.__exit__ = kept
+
+
+@contextlib.contextmanager
+def algorithm_1(
+    pipe: Any, *, train: Collection[int], end: int | None, input_gradient: float, leave: bool = True
+) -> Iterator[_Count]:
     """Lines 12 to 22 laid around the pipeline's own loop."""
     denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    halves = [part for part in pipe.components.values() if type(part) is type(denoiser)]  # of Ideogram 4's guidance
     scheduler = pipe.scheduler
-    forward, step = denoiser.forward, scheduler.step
+    step = scheduler.step
     count = _Count()
+    ended: list[Answer] = []
 
-    @functools.wraps(forward)
-    def network(*args: Any, **kwargs: Any) -> Any:
-        # Lines 13-16. The input of the network is everything that reaches it, a ControlNet's answer included.
-        stopped = each_tensor((args, kwargs), lambda x: pass_gradient(x, input_gradient))
-        output = forward(*stopped[0], **stopped[1])
-        if count.i not in train:
-            output = each_tensor(output, torch.Tensor.detach)  # lines 17-18
-        return output
+    def stopping(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def network(*args: Any, **kwargs: Any) -> Any:
+            # Lines 13-16. The input of the network is everything that reaches it, a ControlNet's answer included.
+            stopped = each_tensor((args, kwargs), lambda x: pass_gradient(x, input_gradient))
+            output = forward(*stopped[0], **stopped[1])
+            if count.i not in train or ended:
+                output = each_tensor(output, torch.Tensor.detach)  # lines 17-18
+            return output
+
+        return network
 
     @functools.wraps(step)
     def counted_step(*args: Any, **kwargs: Any) -> Any:
+        if ended:
+            return ended[0]
         if count.i == end:
             given = inspect.signature(step).bind(*args, **kwargs).arguments
-            raise _EarlyStopError(intermediate_prediction(scheduler, step, count.i, given))  # lines 19-21
+            x0 = intermediate_prediction(scheduler, step, count.i, given)  # lines 19-21
+            if leave:
+                raise _EarlyStopError(x0)
+            ended.append(Answer(x0))
+            return ended[0]
         result = step(*args, **kwargs)  # line 22
         count.i += 1
         return result
 
-    denoiser.forward, scheduler.step = network, counted_step
+    scheduler.step = counted_step
+    for half in halves:
+        half.forward = stopping(half.forward)
     try:
         yield count
     finally:
-        del denoiser.forward, scheduler.step
+        del scheduler.step
+        for half in halves:
+            del half.forward
+
+
+class Answer(tuple):
+    """What a scheduler's step returns, as a tuple and by name, with x0-hat in every place."""
+
+    def __new__(cls, x0: Tensor) -> Answer:
+        return super().__new__(cls, (x0, x0))
+
+    prev_sample = pred_original_sample = denoised = property(lambda self: self[0])
 
 
 def pass_gradient(x: Tensor, share: float) -> Tensor:

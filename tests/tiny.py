@@ -103,7 +103,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
 
 
-def clip_text(*, seed: int, projection: bool = False, hidden: int = 16) -> nn.Module:
+def clip_text(*, seed: int, projection: bool = False, hidden: int = 16, length: int = 16) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -112,7 +112,7 @@ def clip_text(*, seed: int, projection: bool = False, hidden: int = 16) -> nn.Mo
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         projection_dim=hidden,
         bos_token_id=0,
         eos_token_id=1,

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .engine import find_denoiser, quiet
+from .engine.chain import fresh
 from .errors import ConfigError, RewardTuneError
 from .runfolder import DENOISER_FOLDER, LORA_FILE, atomic
 from .spelling import nearest
 
 ADAPTER = "rewardtune"
 KINDS = ("lora", "dora", "full")
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_query", "to_key", "to_value")
 GROUPS = {
     "attention": "the attention projections " + ", ".join(ATTENTION),
     "attention+conv": "the same and every convolution",
@@ -95,7 +96,7 @@ def _add_adapter(
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names, use_dora=dora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser.add_adapter(config, adapter_name=ADAPTER)
+        adaptable(denoiser).add_adapter(config, adapter_name=ADAPTER)
     parameters = trainable(denoiser)
     for parameter in parameters:  # peft creates them in the base's dtype here: fp16 Adam steps would vanish
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -104,6 +105,20 @@ def _add_adapter(
     assert parameters
     assert all(parameter.dtype in (torch.float32, torch.float64) for parameter in parameters)
     return parameters
+
+
+def adaptable(denoiser: Any) -> Any:
+    """The same network, able to hold adapters.
+
+    A few denoisers of diffusers (PixArt, Hunyuan-DiT, CogView 3+, Lumina) lack the mixin that gives the others
+    `add_adapter` and its kin. It needs nothing of them, so theirs gets a subclass of its class with the mixin.
+    """
+    from diffusers.loaders import PeftAdapterMixin
+
+    kind = type(denoiser)
+    if not isinstance(denoiser, PeftAdapterMixin):
+        denoiser.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+    return denoiser
 
 
 def _refuse_adapters(denoiser: Any) -> None:
@@ -345,7 +360,7 @@ def _silent() -> Iterator[None]:
 def _images(pipe: Any, call: dict[str, Any]) -> Tensor:
     with torch.random.fork_rng(), quiet(pipe):
         torch.manual_seed(0)
-        return torch.as_tensor(pipe(**call, output_type="pt", return_dict=False)[0]).float().cpu()
+        return torch.as_tensor(pipe(**fresh(call), output_type="pt", return_dict=False)[0]).float().cpu()
 
 
 def _same(expected: Tensor | None, loaded: Tensor | None) -> bool:

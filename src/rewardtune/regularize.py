@@ -192,7 +192,7 @@ def noised(
     plan = Plan(T=T, train=frozenset({step}), start=step)
     doors = Doors(pipe, plan, denoiser=name, blank=True, restart=restart)
     with doors.open():
-        pipe(**{**call, "output_type": "latent", "return_dict": False})
+        pipe(**fresh({**call, "output_type": "latent", "return_dict": False}))
     F = doors.prediction
     assert F is not None
     if F.ndim > 1 and F.shape[1] == 2 * x0.shape[1]:

@@ -63,6 +63,11 @@ class Surroundings:
                 if layer.processor is not processor:
                     stack.callback(layer.set_processor, layer.processor)
                     layer.set_processor(processor)
+            if not hasattr(module, "gradient_checkpointing"):
+                hold(stack, module, "gradient_checkpointing", False)  # Z-Image's ControlNet reads what it lacks
+            for experts in _closed_experts(module):
+                hold(stack, experts, "training", True)
+                hold(stack, experts, "_force_inference_output", False)
             yield
 
     def autocasting(self) -> torch.autocast:
@@ -81,6 +86,7 @@ class Call:
         trained: whether its parameters receive the gradient.
         input_gradient: factor on the gradient that is sent on to its inputs; 0 sends none.
         weight: factor on the cotangent that arrives at its output (the plan's `weight`).
+        shares: factors on the rows of each output's cotangent (rows,), where guidance hands the gradient to one branch.
         chunk: pictures replayed at once (decoder only); 0 means all.
         checkpoint: replay with the module's gradient checkpointing (large pictures, decoder only).
         keep: the call is run with a graph that waits for the sweep, which then computes nothing again.
@@ -93,6 +99,7 @@ class Call:
     trained: bool
     input_gradient: float
     weight: float = 1.0
+    shares: list[Tensor | None] = field(default_factory=list)
     chunk: int = 0
     checkpoint: bool = False
     keep: bool = False
@@ -174,8 +181,7 @@ class Call:
         Raises:
             ReplayError: if the call does not reproduce its record.
         """
-        arrived_at = [None if leaf is None else leaf.grad for leaf in self.leaves]
-        cotangents = arrived_at if self.weight == 1 else [None if c is None else c * self.weight for c in arrived_at]
+        cotangents = self._cotangents()
         if all(c is None for c in cotangents) and not pull:
             return 0.0, 0.0  # the sampler did not use this output
         self._refuse_changed_arguments()
@@ -220,6 +226,19 @@ class Call:
                 retain_graph=True,
             )
         return error, distance
+
+    def _cotangents(self) -> list[Tensor | None]:
+        """What has arrived at the leaves, times `weight` and `shares`; None where that is nothing."""
+        arrived: list[Tensor | None] = []
+        for leaf, share in zip(self.leaves, self.shares or [None] * len(self.leaves), strict=True):
+            cotangent = None if leaf is None else leaf.grad
+            if cotangent is not None and self.weight != 1:
+                cotangent = cotangent * self.weight
+            if cotangent is not None and share is not None:
+                share = share.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1))
+                cotangent = cotangent * share if share.any() else None
+            arrived.append(cotangent)
+        return arrived
 
     def _reference(self, reference: nn.Module | None) -> list[Any]:
         """Flat outputs of the reference network at this call's own (detached) arguments."""
@@ -361,6 +380,24 @@ def _attention_layers(module: nn.Module) -> list[Any]:
     if module not in _layers:
         _layers[module] = [m for m in module.modules() if hasattr(m, "set_processor") and hasattr(m, "processor")]
     return _layers[module]
+
+
+def _closed_experts(module: nn.Module) -> list[nn.Module]:
+    """Mixtures of experts that compute under a no_grad of their own unless they are in training mode (HiDream).
+
+    A replay would take their outputs for constants, without an error. In training mode they give the same values.
+    """
+    return [child for child in module.modules() if hasattr(child, "moe_infer") and not child.training]
+
+
+def hold(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an instance attribute past any ``__setattr__``; the stack restores what was there."""
+    present = owner.__dict__
+    if name in present:
+        stack.callback(present.__setitem__, name, present[name])
+    else:
+        stack.callback(present.pop, name, None)
+    present[name] = value
 
 
 @contextmanager

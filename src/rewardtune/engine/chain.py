@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from rewardtune.engine.call import Call
 from rewardtune.engine.doors import Doors, find_denoiser
@@ -69,7 +70,7 @@ def count_steps(pipe: Any, *, denoiser: str | None = None, **call: Any) -> int:
     restore = snapshot(pipe, call)
     try:
         with doors.open():
-            pipe(**{**one_sample(call), "output_type": "latent"})
+            pipe(**fresh({**one_sample(call), "output_type": "latent"}))
     except (ValueError, IndexError) as error:
         raise ConfigError(
             f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} refuses this call "
@@ -85,7 +86,7 @@ def _chain(
 ) -> Doors:
     opened = Doors(pipe, plan, denoiser=denoiser, **doors)
     with opened.open():
-        result = pipe(**{**call, "output_type": "pt", "return_dict": False})
+        result = pipe(**fresh({**call, "output_type": "pt", "return_dict": False}))
     _check_steps(pipe, plan, opened)
     graphs.append(result[0])
     calls.extend(opened.calls)
@@ -116,7 +117,7 @@ def _renoised_chains(
     begin = snapshot(pipe, call)
     first = Doors(pipe, None, denoiser=denoiser, keep_outputs=True)
     with first.open():
-        pipe(**{**call, "output_type": "latent", "return_dict": False})
+        pipe(**fresh({**call, "output_type": "latent", "return_dict": False}))
     _check_steps(pipe, plan, first)
     assert first.final is not None
     assert plan.start is not None
@@ -205,10 +206,15 @@ def generators_of(call: dict[str, Any]) -> list[torch.Generator]:
     return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
 
 
+def fresh(call: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in new lists and dicts: some pipelines write into those they get (Z-Image: the prompts)."""
+    return pytree.tree_map(lambda x: x, call)
+
+
 def one_sample(call: dict[str, Any]) -> dict[str, Any]:
     """The same call for its first prompt alone, where prompts are lists and nothing else carries the batch."""
     prompt = call.get("prompt")
-    batched = any(isinstance(v, Tensor) and v.ndim > 1 for v in call.values())
+    batched = any(isinstance(v, Tensor) and v.ndim > 1 for v in pytree.tree_leaves(call))
     if not isinstance(prompt, list) or batched:
         return dict(call)
     small = {k: v[:1] if isinstance(v, list) and len(v) == len(prompt) else v for k, v in call.items()}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewardtune.engine.call import Call
+from rewardtune.engine.call import Call, hold
+from rewardtune.engine.guidance import conditional_only
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
 from rewardtune.prediction import NoPredictionError, Span, span, x0_hat
@@ -51,6 +52,7 @@ class Doors:
         recompute: whether trained calls of the denoiser run without a graph, and again in the sweep.
         first, final: the first latent and the last ``prev_sample``; ``timesteps``: the timestep of every step. They
             serve re-noising.
+        guidance: how the trained steps are guided (guidance.py), with `plan.guidance_gradient` "conditional".
         spans, states: with ``plan.weight``, the noise levels of every step, and its latents and outputs where the rule
             compares them.
     """
@@ -89,6 +91,7 @@ class Doors:
         self.spans: list[Span] = []
         self.states: list[tuple[Tensor, Tensor]] = []
         self.prediction: Tensor | None = None
+        self.guidance: set[str] = set()
         self._answers: dict[Any, Any] = {}
         self._end: Any = None
 
@@ -142,7 +145,7 @@ class Doors:
                 run=inner,
                 trained=name in self._sharing,
                 # Scaled once, at the denoiser's arguments: a ControlNet below it is not scaled again.
-                input_gradient=self.plan.gradient_into(self.step) if is_denoiser else 1.0,
+                input_gradient=self.plan.gradient_into(self.step) if self._is_kin(module) else 1.0,
                 keep=is_denoiser and not self.recompute,
             )
             output = call.record(args, kwargs)
@@ -153,6 +156,10 @@ class Doors:
         if self.keep_outputs:
             self.outputs.append(_copied(self._answers[signature]))  # the pipeline may write into what it got
         return output
+
+    def _is_kin(self, module: nn.Module) -> bool:
+        """The denoiser, or a second network of its class: the other half of the guidance (Ideogram 4)."""
+        return isinstance(module, type(self.denoiser)) or isinstance(self.denoiser, type(module))
 
     @property
     def _idle(self) -> bool:
@@ -212,6 +219,8 @@ class Doors:
                 self.first = bound.arguments["sample"].detach()
             if self.plan is not None and self.plan.needs_levels:
                 self._observe(bound.arguments)
+            if self.plan is not None and self.plan.guidance_gradient == "conditional" and self.step in self.plan.train:
+                self._choose_branch(bound.arguments["model_output"])
             if self.plan is not None and self.step == self.plan.end:
                 self._end = self._stop(real_step, bound)
                 self.step += 1
@@ -225,6 +234,11 @@ class Doors:
             return answer
 
         return step
+
+    def _choose_branch(self, guided: Tensor) -> None:
+        assert self.plan is not None
+        calls = [call for call in self.calls if call.step == self.step and self._is_kin(call.module)]
+        self.guidance.add(conditional_only(guided, calls, self.plan.guidance_factor))
 
     def _observe(self, arguments: dict[str, Any]) -> None:
         """What the plan's weights are made of; PreflightError where a call does not stand for its step."""
@@ -316,16 +330,6 @@ def find_denoiser(pipe: Any, name: str | None = None) -> str:
             "model): its chain cannot be opened. Tune each stage's pipeline by itself."
         )
     return names[0]
-
-
-def hold(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an instance attribute past any ``__setattr__``; the stack restores what was there."""
-    present = owner.__dict__
-    if name in present:
-        stack.callback(present.__setitem__, name, present[name])
-    else:
-        stack.callback(present.pop, name, None)
-    present[name] = value
 
 
 @contextmanager

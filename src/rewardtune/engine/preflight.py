@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.engine.chain import count_steps, one_sample, rollout, seeded, snapshot
+from rewardtune.engine.chain import count_steps, fresh, one_sample, rollout, seeded, snapshot
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.errors import PreflightError
 from rewardtune.plan import Plan
@@ -65,14 +65,15 @@ def preflight(
     small["num_inference_steps"] = min(steps, int(call.get("num_inference_steps", steps)))
     notes: list[str] = []
 
-    first, second = _plain(pipe, small), _plain(pipe, small)
+    first = _plain(pipe, small)
+    _check_range(pipe, small, first)
+    second = _plain(pipe, small)
     noise = float((first - second).abs().max())
     if noise > 1e-3:
         raise PreflightError(
             f"{type(pipe).__name__} does not repeat itself with equal seeds (pictures differ by {noise:.1e}): pass a "
             "generator, and switch off what is random or stateful in the pipeline"
         )
-    _check_range(pipe, small, first)
 
     doors = Doors(pipe, None, denoiser=name)
     opened = _plain(pipe, small, doors)
@@ -113,7 +114,7 @@ def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_t
     restore = snapshot(pipe, call)
     try:
         with seeded(0, pipe), torch.no_grad(), doors.open() if doors else quiet(pipe):
-            return pipe(**{**call, "output_type": output_type, "return_dict": False})[0]
+            return pipe(**fresh({**call, "output_type": output_type, "return_dict": False}))[0]
     finally:
         restore()
 
