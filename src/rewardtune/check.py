@@ -501,8 +501,9 @@ def _plans(tuner: "RewardTuner") -> tuple[list[Any], str]:
 
 def _preflight(tuner: "RewardTuner", call: dict[str, Any], plans: list[Any]) -> tuple[Any, str]:
     stops, levels = any(p.needs_prediction for p in plans), any(p.needs_levels for p in plans)
-    facts = preflight(tuner.pipe, early_stop=stops, levels=levels, **call)
-    return facts, "; ".join(["the pipeline opens exactly", *facts.notes])
+    one = tuner.method.conditional_only
+    facts = preflight(tuner.pipe, early_stop=stops, levels=levels, conditional=one, **call)
+    return facts, "; ".join(["the pipeline opens exactly", f"guidance: {facts.guidance}", *facts.notes])
 
 
 def _denoising(tuner: "RewardTuner", config: RunConfig) -> tuple[bool, str]:

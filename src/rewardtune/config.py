@@ -169,6 +169,14 @@ class Robust(_Section):
     twice as much"""
 
 
+class Conditional(_Section):
+    """The gradient through the conditional branch of classifier-free guidance alone; the same pictures."""
+
+    factor: float | None = Field(default=None, gt=0)
+    """what the conditional branch's gradient is multiplied by; null: one over its weight w in the guidance, so that it
+    counts as much as both branches do; 1: w times as much"""
+
+
 class MethodChoice(_Section):
     """How the reward's gradient goes through the sampling chain."""
 
@@ -178,6 +186,8 @@ class MethodChoice(_Section):
     """the method's arguments, e.g. {K: 5, m: 20}; see `rewardtune ls methods`"""
     rsa_ft: Robust | None = None
     """RSA-FT put on the method; null: not"""
+    conditional_only: Conditional | None = None
+    """train through the conditional branch of guidance alone; null: through both"""
 
 
 class PromptSource(_Section):

@@ -130,8 +130,9 @@ def train_as(config: RunConfig, tuner: "RewardTuner") -> "Result":
 def make_method(choice: MethodChoice) -> Method:
     """ConfigError for an unknown method or option, naming the nearest."""
     if choice.name not in methods.ALL:
-        wraps = choice.name == "rsa_ft"
-        hint = ": it goes around a method, as method.rsa_ft" if wraps else nearest(choice.name, methods.ALL)
+        wraps = choice.name in ("rsa_ft", "conditional_only")
+        around = f": it goes around a method, as method.{choice.name}"
+        hint = around if wraps else nearest(choice.name, methods.ALL)
         raise ConfigError(f"unknown method {choice.name!r}{hint}; legal: {', '.join(methods.ALL)}")
     factory = methods.ALL[choice.name]
     legal = list(inspect.signature(factory).parameters)
@@ -145,6 +146,8 @@ def make_method(choice: MethodChoice) -> Method:
         raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
     if choice.rsa_ft is not None:
         method = methods.rsa_ft(method, image=choice.rsa_ft.image, weights=choice.rsa_ft.weights)
+    if choice.conditional_only is not None:
+        method = methods.conditional_only(method, factor=choice.conditional_only.factor)
     return method
 
 

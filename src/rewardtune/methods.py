@@ -27,7 +27,7 @@ from random import Random
 from typing import Any
 
 from rewardtune.errors import ConfigError
-from rewardtune.plan import Plan
+from rewardtune.plan import Plan, check_guidance
 from rewardtune.stretches import Leap, Leaps, Rescaled
 
 
@@ -53,6 +53,7 @@ class Method:
         m: range of the early stop, t_min ~ U{1..m}; None runs every chain to its end.
         renoise: chains restarted from the re-noised x_0 (DRaFT-LV's n); None starts from noise.
         kl: weight of the distance to the base model that belongs to the method (DRaFT+), added to that of the run.
+        conditional_only, guidance_factor: see `Plan`.
         robust_image, robust_weights: radius of RSA-FT's worst case at the image and at the weights; 0 is none.
         settings: what the user chose, for logs.
     """
@@ -63,6 +64,8 @@ class Method:
     m: int | None
     renoise: int | None = None
     kl: float = 0.0
+    conditional_only: bool = False
+    guidance_factor: float | None = None
     robust_image: float = 0.0
     robust_weights: float = 0.0
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -73,6 +76,7 @@ class Method:
             raise ConfigError(f"{self.name}: input_gradient={self.input_gradient} is outside 0 .. 1")
         for name in ("kl", "robust_image", "robust_weights"):
             _not_negative(name, getattr(self, name))
+        check_guidance(self.conditional_only, self.guidance_factor)
 
     @property
     def passes(self) -> int:
@@ -97,6 +101,8 @@ class Method:
             "end": T - t_min if self.m is not None else None,
             "start": T - t_min if self.renoise is not None else None,
             "draws": self.renoise or 1,
+            "conditional_only": self.conditional_only,
+            "guidance_factor": self.guidance_factor,
         }
         more = drawn.fields if isinstance(drawn, Answers) else {}
         return Plan(T=T, train=frozenset(T - t for t in trained), **{**fields, **more})
@@ -327,6 +333,16 @@ def rsa_ft(method: Method, *, image: float = 1e-2, weights: float = 1e-2) -> Met
         raise ConfigError("rsa_ft: image=0 and weights=0 leave nothing of it: set one of them above 0, or leave it out")
     settings = {**method.settings, "rsa_image": image, "rsa_weights": weights}
     return replace(method, robust_image=image, robust_weights=weights, settings=settings)
+
+
+def conditional_only(method: Method, *, factor: float | None = None) -> Method:
+    """Any method, with the gradient through the conditional branch of guidance alone; the same pictures.
+
+    Under F = F_u + w (F_c - F_u) the gradient through F_c is w times that of F_c, and `factor` multiplies it. None
+    compensates: 1 / w, as if F moved as F_c does. With 1 it is the plain partial derivative, w times as large.
+    """
+    settings = {**method.settings, "conditional_only": "compensated" if factor is None else factor}
+    return replace(method, conditional_only=True, guidance_factor=factor, settings=settings)
 
 
 ALL: dict[str, Callable[..., Method]] = {

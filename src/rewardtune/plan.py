@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from rewardtune.stretches import Leaps, Rescaled
 
 
-def check_guidance(gradient: str, factor: float | None) -> None:
+def check_guidance(conditional_only: bool, factor: float | None) -> None:
     """ConfigError unless these are fields of a plan."""
-    if gradient not in ("both", "conditional"):
-        raise ConfigError(f"guidance_gradient={gradient!r}: legal are 'both' and 'conditional'")
     if factor is not None and not 0 < factor < float("inf"):
-        raise ConfigError(f"guidance_factor={factor!r}: legal are numbers above 0, and None for one over the guidance")
-    if factor is not None and gradient == "both":
-        raise ConfigError(f"guidance_factor={factor!r} belongs to guidance_gradient='conditional'")
+        raise ConfigError(f"the factor of the conditional branch is {factor!r}: legal are numbers above 0, and null")
+    if factor is not None and not conditional_only:
+        raise ConfigError(f"guidance_factor={factor!r} belongs to conditional_only=True")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +41,8 @@ class Plan:
         linked: trained steps whose input carries ``input_gradient``, the others' being detached; None is all.
         weight: how much each call weighs, by the noise level it stands for (`stretches.py`); None is 1. The reward
             sees the real end of the chain, with the gradient of the path that these weights describe.
-        guidance_gradient: "both" branches of classifier-free guidance, or "conditional": the others are constants, at
-            the same pictures.
+        conditional_only: of the branches of classifier-free guidance only the conditional one passes the gradient; the
+            others are constants, at the same pictures.
         guidance_factor: what the conditional branch's gradient is multiplied by then. None compensates for the weight w
             that guidance gives to it (1 / w), so it counts as much as both branches together do; 1 leaves w in it.
         known_noise: x_0 is re-noised with the chain's own first noise, which is thus known; at ``end`` the sampler
@@ -63,7 +61,7 @@ class Plan:
     linked: frozenset[int] | None = None
     weight: "Leaps | Rescaled | None" = None
     known_noise: bool = False
-    guidance_gradient: str = "both"
+    conditional_only: bool = False
     guidance_factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +88,7 @@ class Plan:
             raise ConfigError(f"weight needs a whole chain from noise: given start={self.start}, end={self.end}")
         if self.known_noise and (self.start is None or self.end is None):
             raise ConfigError(f"known_noise needs a start and an end: given start={self.start}, end={self.end}")
-        check_guidance(self.guidance_gradient, self.guidance_factor)
+        check_guidance(self.conditional_only, self.guidance_factor)
         if not self.executed:
             raise ConfigError(
                 f"no trained step would run: train={sorted(self.train)}, start={self.start}, end={self.end}, T={T}"

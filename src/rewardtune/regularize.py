@@ -23,7 +23,7 @@ from torch import Tensor
 from . import evaluate, prediction
 from .engine import Tape, count_steps, find_denoiser
 from .engine.call import adapters_off
-from .engine.chain import execution_device, renoise, seeded
+from .engine.chain import execution_device, fresh, renoise, seeded
 from .engine.doors import Doors
 from .errors import ConfigError, PreflightError
 from .gradient import derive_seed

@@ -316,7 +316,8 @@ class RewardTuner:
             self.T = count_steps(self.pipe, **call)
             plans = [self.method(self.T, random.Random(draw)) for draw in range(8)]  # refuses K > T and m > T
             stops, levels = any(p.needs_prediction for p in plans), any(p.needs_levels for p in plans)
-            facts = preflight(self.pipe, early_stop=stops, levels=levels, **call)
+            one = self.method.conditional_only
+            facts = preflight(self.pipe, early_stop=stops, levels=levels, conditional=one, **call)
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)

@@ -1,5 +1,7 @@
 """Sampling chains: the user's own ``pipe(...)`` under a plan, with the doors held open."""
 
+import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rewardtune.engine import guidance
 from rewardtune.engine.call import Call
 from rewardtune.engine.doors import Doors, find_denoiser
 from rewardtune.engine.tape import Tape
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
+
+log = logging.getLogger("rewardtune")
+
+_unguided: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 @contextmanager
@@ -88,6 +95,9 @@ def _chain(
     with opened.open():
         result = pipe(**fresh({**call, "output_type": "pt", "return_dict": False}))
     _check_steps(pipe, plan, opened)
+    if opened.guidance == {guidance.NONE} and pipe not in _unguided:
+        _unguided.add(pipe)
+        log.warning("conditional_only changes nothing: the trained steps have no unconditional branch")
     graphs.append(result[0])
     calls.extend(opened.calls)
     return opened

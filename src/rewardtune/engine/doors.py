@@ -52,7 +52,7 @@ class Doors:
         recompute: whether trained calls of the denoiser run without a graph, and again in the sweep.
         first, final: the first latent and the last ``prev_sample``; ``timesteps``: the timestep of every step. They
             serve re-noising.
-        guidance: how the trained steps are guided (guidance.py), with `plan.guidance_gradient` "conditional".
+        guidance: how the trained steps are guided (guidance.py), with `plan.conditional_only`.
         spans, states: with ``plan.weight``, the noise levels of every step, and its latents and outputs where the rule
             compares them.
     """
@@ -136,7 +136,7 @@ class Doors:
             return _copied(self._answers[signature])
         if self.given and self.step < self._start:
             return _copied(self.given.pop(0))
-        if self._taped(name, is_denoiser, args, kwargs):
+        if self._taped(name, module, args, kwargs):
             assert self.plan is not None
             call = Call(
                 step=self.step,
@@ -172,11 +172,13 @@ class Doors:
     def _start(self) -> int:
         return 0 if self.plan is None or self.plan.start is None else self.plan.start
 
-    def _taped(self, name: str, is_denoiser: bool, args: Any, kwargs: Any) -> bool:
+    def _taped(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> bool:
         if self.stopped or self.plan is None or self.step not in self.plan.train:
             return False
-        if is_denoiser or name in self._sharing:
+        if module is self.denoiser or name in self._sharing:
             return True
+        if self.plan.conditional_only and self._is_kin(module):
+            return True  # only to be seen in the guidance
         if self.plan.gradient_into(self.step) == 0:
             return False
         # ControlNets and their like carry gradient only in nested plans, from their inputs.
@@ -219,7 +221,7 @@ class Doors:
                 self.first = bound.arguments["sample"].detach()
             if self.plan is not None and self.plan.needs_levels:
                 self._observe(bound.arguments)
-            if self.plan is not None and self.plan.guidance_gradient == "conditional" and self.step in self.plan.train:
+            if self.plan is not None and self.plan.conditional_only and self.step in self.plan.train:
                 self._choose_branch(bound.arguments["model_output"])
             if self.plan is not None and self.step == self.plan.end:
                 self._end = self._stop(real_step, bound)
@@ -238,7 +240,7 @@ class Doors:
     def _choose_branch(self, guided: Tensor) -> None:
         assert self.plan is not None
         calls = [call for call in self.calls if call.step == self.step and self._is_kin(call.module)]
-        self.guidance.add(conditional_only(guided, calls, self.plan.guidance_factor))
+        self.guidance.add(conditional_only(guided, calls, self.denoiser, self.plan.guidance_factor))
 
     def _observe(self, arguments: dict[str, Any]) -> None:
         """What the plan's weights are made of; PreflightError where a call does not stand for its step."""

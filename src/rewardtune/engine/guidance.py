@@ -1,75 +1,74 @@
 """Which outputs of the denoiser are conditional, and the gradient through them alone.
 
 Classifier-free guidance is arithmetic on the outputs of one step's calls: F = F_u + w (F_c - F_u), in one call over a
-doubled batch or in two calls, with perturbed or skipped branches beside them, sometimes with the sign of the whole
-turned. Nothing of that is known here. The graph from the leaves to the `model_output` that the scheduler gets says by
-itself how much each output counts: w for the conditional one, 1 - w for the unconditional one, -s for a perturbed one;
-together they count 1. So the conditional ones are those that count with the sign of the whole.
+doubled batch, in two calls or by two networks, with perturbed or skipped branches beside them, sometimes scaled or with
+its sign turned. Nothing of that is known here. The graph from the leaves to the `model_output` that the scheduler gets
+says by itself how much each output counts: w for the conditional one, 1 - w for the unconditional one, -s for a
+perturbed one, 1 of the whole together. So the conditional ones are those that count with the sign of the whole.
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewardtune.engine.call import Call
 from rewardtune.errors import PreflightError
 
-#: How a step is guided, as `conditional_only` finds it, in words for people.
-NONE, BATCH, CALLS, NETWORKS = "none", "one call", "two calls", "two networks"
-#: How far a factor may be from that of an unguided output, which is 1.
-CLOSE = 1e-2
+#: How a call is guided, in words for people. Embedded guidance is an input of the denoiser, hence none here.
+NONE, EMBEDDED, BATCH, CALLS, NETWORKS = "none", "embedded", "one call", "two calls", "two networks"
 
 
-def conditional_only(guided: Tensor, calls: Sequence[Call], factor: float | None) -> str:
+class AlikeError(PreflightError):
+    """Both branches count with the same sign, so none of them can be told to be the one to leave out."""
+
+
+def conditional_only(guided: Tensor, calls: Sequence[Call], denoiser: nn.Module, factor: float | None) -> str:
     """Give the calls of one step their `shares`: 0 for what is not conditional, `factor` for what is.
 
     Args:
         guided: what the scheduler gets, with its graph.
         calls: the recorded calls of this step, of the denoiser and its kin.
-        factor: None is one over the weight that the conditional output has in `guided`, which then counts 1.
+        factor: None is one over the weight of the conditional branch in `guided`, which then counts as the whole.
 
     Returns:
-        How the step is guided: NONE (nothing is left out; embedded guidance is no arithmetic), BATCH, CALLS, NETWORKS.
+        How the step is guided: NONE (nothing is left out), BATCH, CALLS or NETWORKS.
 
     Raises:
-        PreflightError: if two branches count with one sign, as under a guidance below 1.
+        AlikeError: under a guidance between 0 and 1.
     """
     outputs = [(call, i) for call in calls for i, leaf in enumerate(call.leaves) if leaf is not None]
-    weights = _weights(guided, [call.leaves[i] for call, i in outputs])
-    if not weights:
-        return NONE
-    sign = 1.0 if sum(float(w.sum()) for w in weights) > 0 else -1.0
-    weights = [w * sign for w in weights]
-    counted = torch.cat([w[w != 0] for w in weights])
-    conditional, left_out = counted[counted > 0], counted[counted < 0]
-    own = float(conditional.mean())
-    if not len(left_out) and own < 1 - CLOSE:
-        raise PreflightError(
-            f"the branches of guidance count alike ({', '.join(f'{w:.2g}' for w in sorted(set(counted.tolist()))[:4])} "
-            "of the whole), so none of them is left out: use a guidance above 1, or guidance_gradient='both'"
+    rows = _derivatives(guided, [call.leaves[i] for call, i in outputs])
+    sums = [row.sum(1) for row in rows]
+    total = sum(float(s.sum()) for s in sums)
+    if not total:
+        return NONE  # the sampler uses none of them
+    conditional = [s * total > 0 for s in sums]
+    left_out = [s * total < 0 for s in sums]
+    used = sum(int(row[own].count_nonzero()) for row, own in zip(rows, conditional, strict=True))
+    if used > 1.5 * guided.numel():
+        raise AlikeError(
+            "both branches of guidance count with the same sign, so neither can be left out: use a guidance above 1, "
+            "or leave conditional_only out"
         )
-    scale = 1 / own if factor is None else factor
-    for (call, i), weight in zip(outputs, weights, strict=True):
+    weight = sum(float(s[own].sum()) for s, own in zip(sums, conditional, strict=True)) / total
+    scale = 1 / weight if factor is None else factor
+    for (call, i), own in zip(outputs, conditional, strict=True):
         call.shares = call.shares or [None] * len(call.leaves)
-        call.shares[i] = (weight > 0).to(weight) * scale
-    if len(left_out):
-        whole = any(not bool((weight > 0).any()) for weight in weights)
-        return CALLS if whole and len({id(call) for call in calls}) > 1 else BATCH
-    return NETWORKS if own > 1 + CLOSE else NONE
+        call.shares[i] = own.float() * scale
+    if not any(bool(out.any()) for out in left_out):
+        return NONE
+    branches = {id(call): call for (call, _), out in zip(outputs, left_out, strict=True) if out.any()}
+    with_both = {id(call) for (call, _), own in zip(outputs, conditional, strict=True) if own.any()} & branches.keys()
+    if with_both:
+        return BATCH
+    return CALLS if all(call.module is denoiser for call in branches.values()) else NETWORKS
 
 
-def _weights(guided: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor]:
-    """How much each row of each leaf counts in `guided`, (rows,): the mean of d sum(guided) / d leaf where it is not 0.
-
-    Channels that the pipeline drops (learned variance) have a zero there. A row that nothing uses counts 0.
-    """
-    if not guided.requires_grad:
-        return []
-    found = torch.autograd.grad(guided, leaves, torch.ones_like(guided), retain_graph=True, allow_unused=True)
-    weights = []
-    for leaf, grad in zip(leaves, found, strict=True):
-        assert leaf is not None
-        rows = torch.zeros(len(leaf), 1, device=leaf.device) if grad is None else grad.float().flatten(1)
-        weights.append(rows.sum(1) / rows.count_nonzero(1).clamp_min(1))
-    return weights
+def _derivatives(guided: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor]:
+    """d sum(guided) / d leaf, (rows, values) for each leaf; zeros where the pipeline drops a channel or an output."""
+    known = [leaf for leaf in leaves if leaf is not None]
+    if not guided.requires_grad or not known:
+        return [torch.zeros(len(leaf), 1, device=leaf.device) for leaf in known]
+    found = torch.autograd.grad(guided, known, torch.ones_like(guided), retain_graph=True, allow_unused=True)
+    return [(torch.zeros_like(x) if g is None else g).float().flatten(1) for x, g in zip(known, found, strict=True)]

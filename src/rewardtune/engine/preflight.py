@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardtune.engine import guidance
 from rewardtune.engine.chain import count_steps, fresh, one_sample, rollout, seeded, snapshot
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.errors import PreflightError
@@ -28,6 +29,7 @@ class Facts:
         denoiser: name of the tuned component.
         calls_per_step: denoiser calls between two scheduler steps (2 with true classifier-free guidance).
         early_stop: whether this scheduler has an x0-hat.
+        guidance: how the call is guided: "none", "embedded", "one call", "two calls" or "two networks".
         notes: what is worth telling the user, in plain words.
     """
 
@@ -35,6 +37,7 @@ class Facts:
     denoiser: str
     calls_per_step: int
     early_stop: bool
+    guidance: str
     notes: list[str] = field(default_factory=list)
 
 
@@ -44,6 +47,7 @@ def preflight(
     denoiser: str | None = None,
     early_stop: bool = True,
     levels: bool = False,
+    conditional: bool = False,
     steps: int = 4,
     **call: Any,
 ) -> Facts:
@@ -52,6 +56,7 @@ def preflight(
     Args:
         early_stop: whether an early stop will be used; without it a scheduler that has no x0-hat is only noted.
         levels: whether plans work with the noise levels of single steps, which a few samplers allow.
+        conditional: whether plans will be `conditional_only`, which needs a branch to leave out.
         steps: inference steps of the small calls.
         call: arguments of ``pipe(...)`` as the rollouts will use them.
 
@@ -104,9 +109,11 @@ def preflight(
         weighed = Plan(T=small_T, train=frozenset({small_T - 1}), weight=Rescaled(1.0))
         _check_gradient(pipe, name, weighed, small)
 
+    guided = _guidance(pipe, name, small_T, small, asked=conditional)
+
     if float((_plain(pipe, small) - first).abs().max()) > noise:
         raise PreflightError(f"{type(pipe).__name__} renders other pictures after a rollout: please report this")
-    return Facts(T=T, denoiser=name, calls_per_step=max(calls), early_stop=can_stop, notes=notes)
+    return Facts(T=T, denoiser=name, calls_per_step=max(calls), early_stop=can_stop, guidance=guided, notes=notes)
 
 
 def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_type: str = "pt") -> Any:
@@ -128,6 +135,30 @@ def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
     pt = pt.detach().cpu().float()
     if min(float((pt - np_images).abs().max()), float(((pt / 2 + 0.5).clamp(0, 1) - np_images).abs().max())) > 1e-2:
         raise PreflightError(f"{type(pipe).__name__}: output_type='pt' and 'np' are different pictures")
+
+
+def _guidance(pipe: Any, denoiser: str, T: int, call: dict[str, Any], *, asked: bool) -> str:
+    """How the call is guided; PreflightError if it was asked for the conditional branch alone and there is no other."""
+    plan = Plan(T=T, train=frozenset(range(T)), conditional_only=True, guidance_factor=1.0)
+    doors = Doors(pipe, plan, denoiser=denoiser)
+    try:
+        _plain(pipe, call, doors)
+    except guidance.AlikeError:
+        if asked:
+            raise
+        return guidance.BATCH
+    found = doors.guidance - {guidance.NONE}
+    if found:
+        return found.pop()
+    config = getattr(pipe.components[denoiser], "config", {})
+    inside = config.get("guidance_embeds") or config.get("time_cond_proj_dim")
+    if asked:
+        why = "guidance is embedded in the denoiser" if inside else "guidance is off"
+        raise PreflightError(
+            f"conditional_only: {type(pipe).__name__} has no unconditional branch with these arguments ({why}): set "
+            "method.conditional_only to null, or sample with guidance above 1 and a negative prompt"
+        )
+    return guidance.EMBEDDED if inside else guidance.NONE
 
 
 def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) -> list[Tensor | None]:
