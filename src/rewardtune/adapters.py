@@ -204,25 +204,56 @@ def lora_state(denoiser: Any) -> dict[str, Tensor]:
 
 
 def save_lora(pipe: Any, folder: str | Path) -> Path:
-    """Write `folder`/pytorch_lora_weights.safetensors by the pipeline's own `save_lora_weights`; return its path.
+    """Write `folder`/pytorch_lora_weights.safetensors as the pipeline's own `save_lora_weights` does; return its path.
 
+    A pipeline class without that method gets the same file with the same kind of keys; `load_lora` reads both.
     Written beside its place and renamed. Raises RewardTuneError when it cannot be written (the old file stays).
     """
+    from safetensors.torch import save_file
+
     name = find_denoiser(pipe)
     layers = f"{name}_lora_layers"
     writer = getattr(pipe, "save_lora_weights", None)
-    if writer is None or layers not in inspect.signature(writer).parameters:
-        raise ConfigError(f"{type(pipe).__name__} cannot save a LoRA of its {name} (no save_lora_weights({layers}=))")
     target = Path(folder) / LORA_FILE
     state = lora_state(getattr(pipe, name))
     with atomic(target) as temporary:
         try:
-            writer(save_directory=temporary.parent, weight_name=temporary.name, **{layers: state})
+            if writer is not None and layers in inspect.signature(writer).parameters:
+                writer(save_directory=temporary.parent, weight_name=temporary.name, **{layers: state})
+            else:
+                keyed = {f"{name}.{key}": value.contiguous() for key, value in state.items()}
+                save_file(keyed, temporary, {"format": "pt"})
         except OSError:
             raise
         except Exception as error:  # safetensors wraps the system's error in its own class
             raise OSError(f"{error}") from error
     return target
+
+
+def load_lora(pipe: Any, folder: str | Path, *, weight_name: str = LORA_FILE, adapter_name: str | None = None) -> None:
+    """`pipe.load_lora_weights`, also for the pipeline classes of diffusers that lack it (PixArt, Hunyuan-DiT ...)."""
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(str(folder), weight_name=weight_name, adapter_name=adapter_name)
+        return
+    name = find_denoiser(pipe)
+    denoiser = adaptable(getattr(pipe, name))
+    denoiser.load_lora_adapter(str(folder), weight_name=weight_name, prefix=name, adapter_name=adapter_name)
+
+
+def unload_lora(pipe: Any) -> None:
+    """Take off what `load_lora` has loaded."""
+    owner = pipe if hasattr(pipe, "unload_lora_weights") else getattr(pipe, find_denoiser(pipe))
+    (owner.unload_lora_weights if owner is pipe else owner.unload_lora)()
+
+
+def weigh_lora(pipe: Any, adapter_name: str, weight: float) -> None:
+    """The adapter with `weight` times its strength."""
+    from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+
+    if hasattr(pipe, "set_adapters"):
+        pipe.set_adapters([adapter_name], adapter_weights=[weight])
+    else:
+        set_weights_and_activate_adapters(getattr(pipe, find_denoiser(pipe)), [adapter_name], [weight])
 
 
 def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float:
@@ -241,7 +272,7 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
     try:
         try:
             with _silent():
-                pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=copy)
+                load_lora(pipe, folder, adapter_name=copy)
         except Exception as error:
             raise RewardTuneError(f"the saved LoRA in {folder} does not load: {str(error).splitlines()[0]}") from error
         if copy not in getattr(denoiser, "peft_config", {}):

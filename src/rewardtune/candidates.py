@@ -106,7 +106,7 @@ def settings_of(folder: Path, *, model: str | None = None) -> Settings:
             "height": sampling.height,
             "width": sampling.width,
             "negative_prompt": config.negative_prompt,
-        }
+        } | sampling.call
     call = {key: value for key, value in (call | facts.get("call", {})).items() if value is not None}
     return Settings(
         model=base, scheduler=scheduler, call={"num_inference_steps": 50} | call, facts=facts, config=config
@@ -280,6 +280,7 @@ def opened(pipe: Any, candidate: Candidate) -> Iterator[Any]:
 
     pipe: as `load_base` gives it. Raises ConfigError where the weights do not fit.
     """
+    from .adapters import unload_lora
     from .engine import count_steps, find_denoiser, quiet
     from .mixing import mixed
     from .models import make_scheduler
@@ -295,7 +296,7 @@ def opened(pipe: Any, candidate: Candidate) -> Iterator[Any]:
             stack.callback(setattr, pipe, name, untuned)
             setattr(pipe, name, _whole(untuned, candidate))
         elif candidate.place is not None:
-            stack.callback(pipe.unload_lora_weights)
+            stack.callback(unload_lora, pipe)
             _load_lora(pipe, candidate)
         if candidate.mix is not None:
             with quiet(pipe):
@@ -306,16 +307,18 @@ def opened(pipe: Any, candidate: Candidate) -> Iterator[Any]:
 
 def _load_lora(pipe: Any, candidate: Candidate) -> None:
     """ConfigError when the file does not load, or loads no key (diffusers says nothing then)."""
+    from .adapters import load_lora, weigh_lora
+
     file, base = candidate.place, candidate.settings.model.id
     assert file is not None
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
+        load_lora(pipe, file.parent, weight_name=file.name, adapter_name=ADAPTER)
     except Exception as error:
         raise ConfigError(f"{file} does not load into {base}: {str(error).splitlines()[0]}") from error
     if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
         raise ConfigError(f"{file} changes nothing in {base}: none of its keys fits; is it made for another model?")
     if candidate.weight != 1:
-        pipe.set_adapters([ADAPTER], adapter_weights=[candidate.weight])
+        weigh_lora(pipe, ADAPTER, candidate.weight)
 
 
 def _whole(base: Any, candidate: Candidate) -> Any:

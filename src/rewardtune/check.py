@@ -162,13 +162,14 @@ def _output(path: Path) -> tuple[bool, str]:
 
 def _prompts(source: PromptSource) -> tuple[list[str], str]:
     try:
-        found = load_prompts(source.source, template=source.template)
+        found = load_prompts(source.source, template=source.template, columns=source.columns)
     except ConfigError as error:
         if _unreachable(error) and not _offline():
             raise Unchecked(f"{error}") from error
         raise
     different = len(set(found))
-    return found, f"{len(found)} prompts" + (f", {different} different" if different < len(found) else "")
+    words = f"{len(found)} prompts" + (f", {different} different" if different < len(found) else "")
+    return found, words + (f", each with its {', '.join(source.columns)}" if source.columns else "")
 
 
 def _named(thing: Any) -> tuple[Any, str]:

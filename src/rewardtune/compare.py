@@ -25,7 +25,7 @@ from .config import Part, RunConfig
 from .errors import ConfigError
 from .guards import Evaluation, Measure, Metric, named_parts
 from .progress import digits
-from .prompts import load_prompts, with_categories
+from .prompts import TABLES, load_prompts, with_categories
 from .runfolder import write_text
 from .stats import Interval
 from .tables import text_table
@@ -293,12 +293,15 @@ def _prompts(
     if given is None and config is None:
         raise ConfigError("no candidate has a config.yaml to tell the prompts; add --prompts (docs/prompts.md)")
     source: Any = given
-    template = None
+    template, columns = None, list[str]()
     if source is None:
         assert config is not None
         own = config.eval.prompts or config.prompts
         source, template, count = own.source, own.template, count or config.eval.count
-    rows = with_categories(source, template=template)
+        columns = own.columns
+    elif config is not None and isinstance(given, str) and given.endswith(TABLES):
+        columns = (config.eval.prompts or config.prompts).columns
+    rows = with_categories(source, template=template, columns=columns)
     if count is None and len(rows) > MOST:
         raise ConfigError(f"the prompts are {len(rows)}; say how many of them, from the first: --count {MOST}")
     if count is not None and count > len(rows):

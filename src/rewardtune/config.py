@@ -72,6 +72,10 @@ class Model(_Section):
     """of the files on the hub, e.g. fp16; null: the plain ones"""
     config: Text | None = None
     """for one .safetensors file: the diffusers folder or hub id that tells its layout; null: guessed from its keys"""
+    pipeline: Text | None = None
+    """another pipeline class for the same networks, e.g. StableDiffusionImg2ImgPipeline; null: the model's own"""
+    controlnet: Text | None = None
+    """hub id or folder of the ControlNet that `pipeline` takes; it stays as it is"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of the frozen weights; adapters are always float32"""
     device: Text = "auto"
@@ -197,6 +201,9 @@ class PromptSource(_Section):
     """a .txt, .jsonl, .json, .csv or .parquet file, hf:..., builtin:NAME, playground:train, or a list"""
     template: Text | None = None
     """put around every prompt, e.g. `a photo of {}`; null: as it is"""
+    columns: list[Text] = []
+    """columns of the file that are arguments of the pipeline's call, one for each sample: paths of pictures (image,
+    control_image), beginning at the file, and texts (negative_prompt)"""
 
     @field_validator("template")
     @classmethod
@@ -231,6 +238,8 @@ class Sampling(_Section):
     """a diffusers scheduler class, e.g. DDIMScheduler; null: as saved with the model"""
     negative_prompt: str | None = None
     """one negative prompt for all"""
+    call: dict[str, Any] = {}
+    """further arguments of the pipeline's call, e.g. {strength: 0.6}"""
     allow_no_guidance: bool = False
     """permit guidance <= 1 on a pipeline made for guidance (turbo, lightning)"""
 
@@ -492,6 +501,23 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "optim.micro_batch", f"{optim.micro_batch} is more than optim.batch, which is {optim.batch}"
     if config.prompts.negative and config.sampling.negative_prompt:
         yield "prompts.negative", "sampling.negative_prompt is given too; keep one of them"
+    if config.model.controlnet is not None and config.model.pipeline is None:
+        yield (
+            "model.controlnet",
+            "needs a pipeline that takes it, e.g. model.pipeline StableDiffusionControlNetPipeline",
+        )
+    if config.model.pipeline is not None and config.model.quantize is not None:
+        yield "model.pipeline", "does not go with model.quantize: save that pipeline in a folder, and name the folder"
+    for key, value in {"steps": "num_inference_steps", "guidance": "guidance_scale"}.items():
+        if value in config.sampling.call:
+            yield "sampling.call", f"{value} is sampling.{key}: set it there"
+    columns = set(config.prompts.columns)
+    if twice := sorted(columns & config.sampling.call.keys()):
+        yield "prompts.columns", f"{', '.join(twice)} stands in sampling.call too; keep one of them"
+    if "negative_prompt" in columns and config.negative_prompt:
+        yield "prompts.columns", "negative_prompt is given for all too; keep one of them"
+    if columns and config.regularize.denoise.weight:
+        yield "regularize.denoise", "does not go with prompts.columns: set its weight to 0"
     if config.adapter.kind == "full":
         for key in ("rank", "alpha", "targets"):
             if getattr(config.adapter, key) != _default(Adapter, key):

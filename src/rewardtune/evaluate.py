@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .engine import quiet
+from .prompts import own_arguments
 from .runfolder import atomic
 
 if TYPE_CHECKING:
@@ -21,13 +22,16 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def for_prompts(prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
-    """`call` with these prompts; a negative prompt given once is repeated for each, as the pipelines want it."""
+    """`call` with these prompts, and what they bring along (`prompts.Conditioned`).
+
+    A negative prompt given once is repeated for each, as the pipelines want it.
+    """
     repeated = {
         name: [value] * len(prompts)
         for name, value in call.items()
         if name.startswith("negative_prompt") and isinstance(value, str)
     }
-    return {"prompt": list(prompts)} | call | repeated
+    return {"prompt": [str(prompt) for prompt in prompts]} | call | repeated | own_arguments(prompts)
 
 
 def sample(

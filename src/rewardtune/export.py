@@ -206,7 +206,8 @@ def _prompts(config: RunConfig | None) -> tuple[tuple[str, ...], tuple[str, ...]
         return (), ()
     try:
         source = config.eval.prompts or config.prompts
-        return tuple(load_prompts(source.source, template=source.template)[: config.eval.count]), ()
+        found = load_prompts(source.source, template=source.template, columns=source.columns)
+        return tuple(found[: config.eval.count]), ()
     except ConfigError as error:
         return (), (f"compared on a stand-in prompt, because the run's cannot be read: {error}",)
 

@@ -22,7 +22,7 @@ def tuner_from(
 ) -> "RewardTuner":
     """A RewardTuner as the run file says; cheap mistakes (prompts, folder, method) are found before weights load."""
     from .processes import join
-    from .prompts import load_prompts
+    from .prompts import identity, load_prompts
     from .runfolder import RunFolder
     from .trackers import check_installed
 
@@ -30,13 +30,15 @@ def tuner_from(
     check_installed(config.log.trackers)
     method = make_method(config.method)
     check_held_out(config.reward, config.guards.rewards)
-    prompts = load_prompts(config.prompts.source, template=config.prompts.template)
+    prompts = load_prompts(config.prompts.source, template=config.prompts.template, columns=config.prompts.columns)
     held = config.eval.prompts
-    held_out = prompts if held is None else load_prompts(held.source, template=held.template)
+    held_out = prompts if held is None else load_prompts(held.source, template=held.template, columns=held.columns)
     settings = config.model_dump(mode="json")
     if resume is not None:  # refused here if it cannot be, before weights load
         found = checkpoint.find(config.output_dir, resume)
-        checkpoint.compare_settings(found.state["settings"], settings | {"prompts_digest": checkpoint.digest(prompts)})
+        checkpoint.compare_settings(
+            found.state["settings"], settings | {"prompts_digest": checkpoint.digest(identity(prompts))}
+        )
     pipe = load_pipeline(config.model, memory=config.memory, scheduler=config.sampling.scheduler)
     tuner = assemble(
         config,
@@ -69,6 +71,7 @@ def assemble(
     from .trainer import RewardTuner
 
     negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
+    call = dict(config.sampling.call) | negative
     return RewardTuner(
         pipe,
         reward=reward,
@@ -79,7 +82,7 @@ def assemble(
         guidance_scale=config.sampling.guidance,
         height=config.sampling.height,
         width=config.sampling.width,
-        call=negative,
+        call=call,
         kind=config.adapter.kind,
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
@@ -213,6 +216,8 @@ def load_pipeline(model: Model, *, memory: Memory | None = None, scheduler: str 
         device=model.device,
         quantize=model.quantize,
         compile=model.compile,
+        pipeline=model.pipeline,
+        controlnet=model.controlnet,
         gradient_checkpointing=memory.gradient_checkpointing,
         vae_dtype=memory.vae_dtype,
         scheduler=scheduler,

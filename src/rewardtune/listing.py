@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from . import __version__, methods
@@ -37,11 +38,28 @@ def _presets() -> list[tuple[str, str]]:
     return [(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")) for name, path in presets().items()]
 
 
+def pipelines() -> list[dict[str, Any]]:
+    """The pipeline classes of diffusers with what their contract gave: the rows of docs/results/pipelines.md."""
+    return json.loads((Path(__file__).parent / "pipelines.json").read_text(encoding="utf-8"))
+
+
 def _models() -> list[tuple[str, str]]:
-    return [
+    rows = [
         ("playground", "the small world that ships with the package; runs on a CPU"),
         ("FOLDER or HUB/ID", "any diffusers text-to-image pipeline; a preflight says whether it opens exactly"),
     ]
+    for row in pipelines():
+        if row["status"] == "exact":
+            words = f"exact; guidance: {row['guidance']}; calls a step: {row['calls']}"
+            words += f"; schedulers: {', '.join(_plain(name) for name in (row['scheduler'], *row['schedulers']))}"
+        else:
+            words = f"{row['status']}: {row['reason']}"
+        rows.append((row["pipeline"], words))
+    return rows
+
+
+def _plain(scheduler: str) -> str:
+    return scheduler.removesuffix("Scheduler")
 
 
 SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {

@@ -38,6 +38,8 @@ def load_pipeline(
     vae_dtype: str | None = None,
     scheduler: str | None = None,
     aside: bool = False,
+    pipeline: str | None = None,
+    controlnet: str | None = None,
 ) -> Any:
     """The diffusers pipeline on its device.
 
@@ -53,6 +55,8 @@ def load_pipeline(
             the model's own.
         scheduler: name of a diffusers scheduler class; None = as saved.
         aside: the denoiser waits on the CPU, to be sharded from there (sharding.py).
+        pipeline: name of another pipeline class of diffusers for the same networks; controlnet: hub id or folder of the
+            ControlNet that it takes.
 
     Raises ConfigError when it cannot be had, where possible before any weights load.
     """
@@ -76,6 +80,8 @@ def load_pipeline(
         pipe = _from_single_file(Path(id), config, floating)
     else:
         pipe = _from_pretrained(id, floating, {key: value for key, value in settings.items() if value is not None})
+    if pipeline is not None:
+        pipe = _as_class(pipe, pipeline, controlnet, floating)
     if scheduler is not None:
         pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
     if isinstance(getattr(pipe, "vae", None), torch.nn.Module) and pipe.vae.dtype != vae:
@@ -87,6 +93,24 @@ def load_pipeline(
     if compile:
         compile_blocks(denoiser)
     return pipe
+
+
+def _as_class(pipe: Any, name: str, controlnet: str | None, dtype: Any) -> Any:
+    """The same networks in another pipeline class, with a ControlNet if one is given."""
+    import diffusers
+
+    legal = [key for key in dir(diffusers) if key.endswith("Pipeline")]
+    if name not in legal:
+        raise ConfigError(f"model.pipeline={name!r}: diffusers has no such class{nearest(name, legal)}")
+    try:
+        more = {} if controlnet is None else {"controlnet": diffusers.AutoModel.from_pretrained(controlnet)}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.controlnet={controlnet} does not load: {str(error).splitlines()[0]}") from error
+    try:
+        return getattr(diffusers, name).from_pipe(pipe, torch_dtype=dtype, **more)
+    except (ValueError, TypeError, AttributeError) as error:
+        kind, why = type(pipe).__name__, str(error).splitlines()[0]
+        raise ConfigError(f"model.pipeline={name} cannot be made of this {kind}: {why}") from error
 
 
 def checkpoint_blocks(denoiser: Any) -> None:

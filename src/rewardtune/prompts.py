@@ -9,27 +9,51 @@ import io
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import ConfigError
 from .quietly import no_retry_lines
 from .spelling import nearest
 
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
 PLAYGROUND_COUNT = {"train": 2000, "eval": 2000}
 LISTS = Path(__file__).parent / "promptlists"
 COLUMNS = ("prompt", "text", "caption")  # the first of them that a table has
 CATEGORY = "category"
-Row = tuple[str, str]  # prompt and category
 SOURCES = (
     "a .txt, .jsonl, .json, .csv or .parquet file, hf:DATASET:SPLIT:COLUMN, hf:DATASET:FILE, builtin:NAME, "
     "playground:train, or a list"
 )
 
 
-def load_prompts(source: str | Path | Sequence[str], *, template: str | None = None, seed: int = 0) -> list[str]:
+class Row(NamedTuple):
+    """A line of a prompt file; more: the wanted columns."""
+
+    prompt: str
+    category: str = ""
+    more: Mapping[str, str] = {}
+
+
+class Conditioned(str):
+    """A prompt with what goes into the pipeline's call beside it: `arguments` by name, texts and paths of pictures."""
+
+    arguments: Mapping[str, str | Path]
+
+    def __new__(cls, prompt: str, arguments: Mapping[str, str | Path]) -> "Conditioned":
+        made = super().__new__(cls, prompt)
+        made.arguments = arguments
+        return made
+
+    def __getnewargs__(self) -> tuple[str, Mapping[str, str | Path]]:  # type: ignore[override]
+        return str(self), self.arguments
+
+
+def load_prompts(
+    source: str | Path | Sequence[str], *, template: str | None = None, seed: int = 0, columns: Sequence[str] = ()
+) -> list[str]:
     """The prompts of `source`, in their order, equal ones kept; blank lines and rows are left out.
 
     source:
@@ -41,33 +65,104 @@ def load_prompts(source: str | Path | Sequence[str], *, template: str | None = N
         `builtin:NAME`, a list of the package (`builtin_lists()`);
         `playground:train`, `playground:eval` (`:free` appended: only layouts without positions).
     template: put around each, e.g. "a photo of {}". seed: of the playground's captions.
+    columns: columns of a .jsonl, .json, .csv or .parquet file that are arguments of the pipeline's call, one for each
+        sample: texts where "prompt" is in the name, else paths of pictures, beginning at the file. The prompts are then
+        `Conditioned`.
 
     Raises ConfigError naming the file and its line for what is missing, empty or cannot be read.
     """
-    return [prompt for prompt, _ in with_categories(source, template=template, seed=seed)]
+    return [prompt for prompt, _ in with_categories(source, template=template, seed=seed, columns=columns)]
 
 
 def with_categories(
-    source: str | Path | Sequence[str], *, template: str | None = None, seed: int = 0
+    source: str | Path | Sequence[str], *, template: str | None = None, seed: int = 0, columns: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
     """The same prompts, each with its category, "" where there is none.
 
     That is the column `category` of objects and tables, the name of the file where `hf:DATASET:FILE,FILE` names
     several, and on the playground the number of objects.
     """
-    rows = _load(source, seed)
-    if template is None:
-        return rows
-    return [(check_template(template).replace("{}", prompt), category) for prompt, category in rows]
+    rows = _load(source, seed, columns)
+    if template is not None:
+        check_template(template)
+        rows = [row._replace(prompt=template.replace("{}", row.prompt)) for row in rows]
+    if not columns:
+        return [(row.prompt, row.category) for row in rows]
+    return [(prompt, row.category) for prompt, row in zip(_conditioned(rows, Path(str(source))), rows, strict=True)]
 
 
-def _load(source: str | Path | Sequence[str], seed: int) -> list[Row]:
+def _load(source: str | Path | Sequence[str], seed: int, columns: Sequence[str]) -> list[Row]:
     if not isinstance(source, str | Path):
-        return [(prompt, "") for prompt in _checked_list(source)]
+        if columns:
+            raise ConfigError(f"columns={list(columns)}: a list of prompts has none; give a {', '.join(TABLES)} file")
+        return [Row(prompt) for prompt in _checked_list(source)]
     kind, colon, rest = str(source).partition(":")
     if colon and kind in ("playground", "builtin", "hf"):
+        if columns:
+            raise ConfigError(f"columns={list(columns)}: prompts {source!r} have none; give a {', '.join(TABLES)} file")
         return {"playground": _playground, "builtin": _builtin, "hf": _hub}[kind](rest, seed)
-    return _read(Path(source))
+    return _read(Path(source), columns)
+
+
+def _conditioned(rows: Sequence[Row], file: Path) -> list[str]:
+    """The prompts with their arguments. ConfigError for a picture that is not there, or of another size than others."""
+    made, sizes = list[str](), dict[str, tuple[Path, tuple[int, int]]]()
+    for row in rows:
+        arguments: dict[str, str | Path] = dict(row.more)
+        for name, value in row.more.items():
+            if "prompt" in name:
+                continue
+            path = file.parent / value
+            size = _size_of(path, f"prompt file {file}, prompt {len(made) + 1} ({_short(row.prompt)}), column {name}")
+            first, wanted = sizes.setdefault(name, (path, size))
+            if size != wanted:
+                raise ConfigError(
+                    f"prompt file {file}, column {name}: {path} is {size[0]} x {size[1]}, but {first} is {wanted[0]} x "
+                    f"{wanted[1]}; the pictures of a column need one size, for they are sampled in batches: resize them"
+                )
+            arguments[name] = path
+        made.append(Conditioned(row.prompt, arguments))
+    return made
+
+
+def _size_of(path: Path, place: str) -> tuple[int, int]:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise ConfigError(f"{place}: the picture {path} does not exist; paths begin at the folder of the prompt file")
+    try:
+        with Image.open(path) as opened:
+            return opened.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"{place}: {path} is no picture that can be opened: {error}") from error
+
+
+def own_arguments(prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """What `Conditioned` prompts bring into the pipeline's call: for each name a list of texts, or of opened pictures.
+
+    All prompts have the same names, as those of one file do.
+    """
+    from PIL import Image
+
+    def value(given: str | Path) -> Any:
+        if not isinstance(given, Path):
+            return given
+        with Image.open(given) as opened:
+            return opened.convert("RGB")
+
+    names = prompts[0].arguments if prompts and isinstance(prompts[0], Conditioned) else ()
+    return {name: [value(getattr(prompt, "arguments", {})[name]) for prompt in prompts] for name in names}
+
+
+def identity(prompts: Sequence[str]) -> list[Any]:
+    """The prompts as JSON, with what they bring along: pictures by their file names."""
+
+    def told(prompt: str) -> Any:
+        if not isinstance(prompt, Conditioned):
+            return prompt
+        return [str(prompt), {k: v.name if isinstance(v, Path) else v for k, v in sorted(prompt.arguments.items())}]
+
+    return [told(prompt) for prompt in prompts]
 
 
 def check_template(template: str) -> str:
@@ -87,17 +182,22 @@ def builtin_lists() -> dict[str, Path]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> list[Row]:
+def _read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"prompt file {path} {what}; give a .txt file with one prompt a line, or {SOURCES}")
-    readers = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    readers: dict[str, Any] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise ConfigError(
             f"prompt file {path}: {path.suffix or 'no suffix'} cannot be read; legal: {', '.join(readers)}"
         )
-    found = [(prompt.strip(), category.strip()) for prompt, category in readers[path.suffix.lower()](path)]
-    prompts = [row for row in found if row[0]]
+    if columns and path.suffix.lower() not in TABLES:
+        raise ConfigError(
+            f"prompt file {path} has no columns {', '.join(columns)}; legal is a {', '.join(TABLES)} file"
+        )
+    read = readers[path.suffix.lower()](path, columns)
+    found = [Row(row.prompt.strip(), row.category.strip(), row.more) for row in read]
+    prompts = [row for row in found if row.prompt]
     if not prompts:
         what = f"has only blank lines ({len(found)})" if found else "is empty"
         raise ConfigError(f"prompt file {path} {what}; write one prompt a line")
@@ -119,24 +219,24 @@ def _decode(path: Path) -> str:
         ) from error
 
 
-def _txt(path: Path) -> list[Row]:
+def _txt(path: Path, columns: Sequence[str]) -> list[Row]:
     text = _decode(path).replace("\r\n", "\n").replace("\r", "\n")
-    return [(line, "") for line in text.removesuffix("\n").split("\n")] if text else []
+    return [Row(line) for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def _jsonl(path: Path) -> list[Row]:
+def _jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
     prompts = []
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if line.strip():
-            prompts.append(_entry(_parse_json(line, path, number), f"prompt file {path}, line {number}"))
+            prompts.append(_entry(_parse_json(line, path, number), f"prompt file {path}, line {number}", columns))
     return prompts
 
 
-def _json(path: Path) -> list[Row]:
+def _json(path: Path, columns: Sequence[str]) -> list[Row]:
     rows = _parse_json(_decode(path), path, 1)
     if not isinstance(rows, list):
         raise ConfigError(f"prompt file {path} holds no list; legal is a list of strings or of objects with a prompt")
-    return [_entry(row, f"prompt file {path}, entry {number}") for number, row in enumerate(rows)]
+    return [_entry(row, f"prompt file {path}, entry {number}", columns) for number, row in enumerate(rows)]
 
 
 def _parse_json(text: str, path: Path, line: int) -> Any:
@@ -150,43 +250,57 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         raise ConfigError(f"prompt file {path}, line {line}: not valid JSON: {error}") from error
 
 
-def _entry(row: Any, place: str) -> Row:
-    """Prompt and category of one row of a JSON file: a str, or an object with one."""
-    category = ""
+def _entry(row: Any, place: str, columns: Sequence[str]) -> Row:
+    """One row of a JSON file: a str, or an object with one."""
+    category, more = "", dict[str, str]()
     if isinstance(row, dict):
         named = _category(list(row))
         category = "" if named is None or row[named] is None else str(row[named])
+        more = _wanted(row, columns, place)
         row = row[_column(list(row), place)]
+    elif columns:
+        raise ConfigError(f"{place}: a string has no {', '.join(columns)}; write an object, {{'prompt': ..., ...}}")
     if not isinstance(row, str):
         raise ConfigError(f"{place}: {_short(row)} is no prompt; legal is a string, or an object with one under prompt")
-    return row, category
+    return Row(row, category, more)
 
 
-def _csv(path: Path) -> list[Row]:
+def _wanted(row: Mapping[str, Any], columns: Sequence[str], place: str) -> dict[str, str]:
+    for name in columns:
+        if name not in row:
+            there = _cut(", ".join(map(str, row)))
+            raise ConfigError(f"{place}: no column {name!r}{nearest(name, [*row])}; its columns are {there}")
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ConfigError(f"{place}, column {name}: {_short(row[name])}; legal is text (of a picture: its path)")
+    return {name: row[name] for name in columns}
+
+
+def _csv(path: Path, columns: Sequence[str]) -> list[Row]:
     place = f"prompt file {path}"
     reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
-    prompts, column, named, width = list[Row](), None, None, 0
+    prompts, column, named, heads = list[Row](), None, None, list[str]()
     try:
         for row in reader:
             if not any(row):
                 continue
             if column is None:
-                column, width = row.index(_column(row, f"{place}, line {reader.line_num}")), len(row)
+                column, heads = row.index(_column(row, f"{place}, line {reader.line_num}")), row
                 kind = _category(row)
                 named = None if kind is None else row.index(kind)
-            elif len(row) != width:
+            elif len(row) != len(heads):
                 raise ConfigError(
-                    f"{place}, line {reader.line_num}: {len(row)} columns, but the first line has {width}; "
+                    f"{place}, line {reader.line_num}: {len(row)} columns, but the first line has {len(heads)}; "
                     'put prompts with commas in quotes: "a cat, sitting"'
                 )
             else:
-                prompts.append((row[column], "" if named is None else row[named]))
+                more = _wanted(dict(zip(heads, row, strict=True)), columns, f"{place}, line {reader.line_num}")
+                prompts.append(Row(row[column], "" if named is None else row[named], more))
     except csv.Error as error:
         raise ConfigError(f"{place}, line {reader.line_num}: not valid CSV: {error}") from error
     return prompts
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path, columns: Sequence[str]) -> list[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -201,10 +315,15 @@ def _parquet(path: Path) -> list[Row]:
         named = _category(file.schema_arrow.names)
         values = file.read(columns=[column])[column].to_pylist()
         categories = file.read(columns=[named])[named].to_pylist() if named else [""] * len(values)
+        there = [name for name in columns if name in file.schema_arrow.names]
+        others = file.read(columns=there).to_pylist() if columns else [{}] * len(values)
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{place} is no parquet file that can be read: {str(error).splitlines()[0]}") from error
     prompts = _strings(values, f"{place}, column {column}")
-    return [(prompt, "" if kind is None else str(kind)) for prompt, kind in zip(prompts, categories, strict=True)]
+    return [
+        Row(prompt, "" if kind is None else str(kind), _wanted(row, columns, f"{place}, row {number}"))
+        for number, (prompt, kind, row) in enumerate(zip(prompts, categories, others, strict=True))
+    ]
 
 
 def _column(names: Sequence[str], place: str) -> str:
@@ -264,7 +383,7 @@ def _playground(rest: str, seed: int) -> list[Row]:
             f"prompts 'playground:{rest}': legal are playground:train, playground:eval, each with :free appended"
         )
     found = playground.prompts(PLAYGROUND_COUNT[split], split=split, seed=seed, layout=layout or "any")
-    return [(caption, "two objects" if " and " in caption else "one object") for caption in found]
+    return [Row(caption, "two objects" if " and " in caption else "one object") for caption in found]
 
 
 def _hub(rest: str, seed: int) -> list[Row]:
@@ -274,7 +393,7 @@ def _hub(rest: str, seed: int) -> list[Row]:
     counts = [int(piece[2]) if piece[2] else None for piece in pieces if piece]
     parts = rest.split(":")
     if len(parts) == 3 and all(parts) and counts == [None]:
-        return [(prompt, "") for prompt in _dataset(*parts)]
+        return [Row(prompt) for prompt in _dataset(*parts)]
     if not parts[0] or any(":" in file for file in files) or not all(Path(file).suffix for file in files):
         raise ConfigError(
             f"prompts 'hf:{rest}': write hf:DATASET:SPLIT:COLUMN, for example hf:me/my-prompts:train:prompt, "
@@ -283,7 +402,7 @@ def _hub(rest: str, seed: int) -> list[Row]:
     prompts = list[Row]()
     for file, count in zip(files, counts, strict=True):
         by_file = Path(file).stem if len(files) > 1 else ""
-        prompts += [(prompt, kind or by_file) for prompt, kind in _read(_hub_file(parts[0], file))[:count]]
+        prompts += [row._replace(category=row.category or by_file) for row in _read(_hub_file(parts[0], file))[:count]]
     return prompts
 
 

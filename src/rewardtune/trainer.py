@@ -31,17 +31,19 @@ from .models import offloaded_vae
 from .panel import Panel
 from .processes import join
 from .progress import Progress
-from .prompts import load_prompts
+from .prompts import Conditioned, identity, load_prompts
 from .regularize import Denoising, DenoisingLoss
 from .report.live import LiveReport
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
 from .runfolder import DENOISING_FILE, LORA_FILE, RunFolder, write_text
+from .spelling import nearest
 from .state import TrainingState
 from .textcache import TextCache, cached_text
 from .trackers import Trackers
 from .watch import Score, Watch, line
 
+OURS = {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict"}  # the trainer's own arguments
 ROLLBACKS = 2  # the third stops the run
 
 
@@ -130,12 +132,13 @@ class RewardTuner:
         sampling = {"guidance_scale": guidance_scale, "height": height, "width": width}
         self.call = {"num_inference_steps": num_inference_steps} | (call or {})
         self.call |= {name: value for name, value in sampling.items() if value is not None}
-        ours = sorted(self.call.keys() & {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict"})
+        ours = sorted(self.call.keys() & OURS)
         if ours:
             raise ConfigError(f"call holds {', '.join(ours)}, which the trainer sets itself: leave it out")
         if eval_count < 1:
             raise ConfigError(f"eval_count={eval_count}: at least 1 picture is compared before and after")
         check_sampling(pipe, self.call, allow_no_guidance=allow_no_guidance)
+        check_columns(pipe, self.call, self.prompts, self.eval_prompts)
         if min(batch, micro_batch or 1) < 1:
             raise ConfigError(f"batch={batch}, micro_batch={micro_batch}: each must be at least 1")
         if batch < self.processes.world:
@@ -264,7 +267,9 @@ class RewardTuner:
             state = TrainingState(self.denoiser, **moves)
             stack.callback(self.trackers.finish)
             facts = moves | {"clip": clip, "batch": self.batch, "max_seconds": max_seconds}
-            settings = (self.settings or self._settings()) | {"prompts_digest": checkpoint.digest(self.prompts)}
+            settings = (self.settings or self._settings()) | {
+                "prompts_digest": checkpoint.digest(identity(self.prompts))
+            }
             settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
             found = self._find(settings)
             for stale in ("error", "kept_step"):  # of the run that is resumed
@@ -341,6 +346,8 @@ class RewardTuner:
         settings = self.regularize.denoise
         if not settings.weight:
             return None
+        if isinstance(self.prompts[0], Conditioned):
+            raise ConfigError("regularize.denoise does not go with pictures in the prompt file: set its weight to 0")
         loss = Denoising(**settings.model_dump())
         file = self.folder.path / DENOISING_FILE
         mine = file if self.folder.writes or file.exists() else None  # the others sample the same pictures
@@ -594,7 +601,8 @@ class RewardTuner:
         self.saved = self.step
         if not self.processes.first and not self.processes.sharded:
             return
-        short = self.call | {"num_inference_steps": min(2, self.call["num_inference_steps"])}
+        asked = self.call["num_inference_steps"]  # of which img2img takes the last ones alone
+        short = self.call | {"num_inference_steps": min(asked, math.ceil(2 * asked / max(1, min(self.T, asked))))}
         call = evaluate.for_prompts(self.eval_prompts[:1], short)
         with state.averaged():
             path = self.folder.path / LORA_FILE
@@ -705,6 +713,26 @@ def _raise(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def check_columns(pipe: Any, call: dict[str, Any], prompts: Sequence[str], eval_prompts: Sequence[str]) -> None:
+    """ConfigError for columns of the prompt file that the pipeline's call does not take, or that are given for all."""
+    given, held = (
+        set(p[0].arguments) if p and isinstance(p[0], Conditioned) else set() for p in (prompts, eval_prompts)
+    )
+    if given != held:
+        raise ConfigError(
+            f"the training prompts bring {', '.join(sorted(given)) or 'nothing'} along, the eval prompts "
+            f"{', '.join(sorted(held)) or 'nothing'}: name the same columns for both"
+        )
+    legal = [name for name in inspect.signature(pipe.__call__).parameters if name not in ("args", "kwargs", *OURS)]
+    for name in sorted(given):
+        if name not in legal:
+            near = nearest(name, legal)
+            likely = ", ".join(key for key in legal if "image" in key or "prompt" in key)
+            raise ConfigError(f"column {name!r}: {type(pipe).__name__} has no such argument{near}; it has {likely}")
+        if name in call:
+            raise ConfigError(f"column {name!r} of the prompts is an argument of the call too: keep one of them")
 
 
 def check_sampling(pipe: Any, call: dict[str, Any], *, allow_no_guidance: bool) -> None:

@@ -63,17 +63,25 @@ class Surroundings:
                 if layer.processor is not processor:
                     stack.callback(layer.set_processor, layer.processor)
                     layer.set_processor(processor)
-            if not hasattr(module, "gradient_checkpointing"):
-                hold(stack, module, "gradient_checkpointing", False)  # Z-Image's ControlNet reads what it lacks
-            for experts in _closed_experts(module):
-                hold(stack, experts, "training", True)
-                hold(stack, experts, "_force_inference_output", False)
+            stack.enter_context(differentiable(module))
             yield
 
     def autocasting(self) -> torch.autocast:
         # The weight cache is off: it outlives the graph and would swallow adapter gradients.
         enabled, dtype = self.autocast
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+@contextmanager
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """What a few networks of diffusers need before a gradient can pass them; as it was afterwards."""
+    with ExitStack() as stack:
+        if not hasattr(module, "gradient_checkpointing"):
+            hold(stack, module, "gradient_checkpointing", False)  # Z-Image's ControlNet reads what it lacks
+        for experts in _closed_experts(module):
+            hold(stack, experts, "training", True)
+            hold(stack, experts, "_force_inference_output", False)
+        yield
 
 
 @dataclass

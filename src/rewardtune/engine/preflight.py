@@ -1,23 +1,31 @@
 """Preflight: does this pipeline open exactly? A few small calls that find out before any training.
 
 Checked: the pipeline repeats itself, the doors change no picture, one chain of steps with the denoiser between them,
-network calls are functions of their arguments, gradients flow and are finite (plain and with early stop), and the
-pipeline is as before afterwards.
+network calls are functions of their arguments, gradients flow and are finite (plain and with early stop), the sweep's
+gradient is that of one autograd graph, and the pipeline is as before afterwards.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewardtune.engine import guidance
 from rewardtune.engine.chain import count_steps, fresh, one_sample, rollout, seeded, snapshot
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
-from rewardtune.errors import PreflightError
+from rewardtune.engine.literal import literal_gradient
+from rewardtune.engine.tape import Tape
+from rewardtune.errors import PreflightError, out_of_memory
 from rewardtune.plan import Plan
 from rewardtune.prediction import NoPredictionError
 from rewardtune.stretches import Rescaled
+
+#: How far a nested gradient may be from one autograd graph's: half precision rounds every product on the way.
+LEGAL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +75,12 @@ def preflight(
     name = find_denoiser(pipe, denoiser)
     T = count_steps(pipe, denoiser=name, **call)
     small = one_sample(call)
-    small["num_inference_steps"] = min(steps, int(call.get("num_inference_steps", steps)))
+    asked = int(call.get("num_inference_steps", steps))
+    # Image-to-image takes the last of the steps asked for; second-order samplers make more of them.
+    small["num_inference_steps"] = min(asked, math.ceil(steps * asked / max(1, min(T, asked))))
     notes: list[str] = []
+    _plain(pipe, small)  # leaves what every call leaves
+    there = _attributes(pipe)
 
     first = _plain(pipe, small)
     _check_range(pipe, small, first)
@@ -109,8 +121,11 @@ def preflight(
         weighed = Plan(T=small_T, train=frozenset({small_T - 1}), weight=Rescaled(1.0))
         _check_gradient(pipe, name, weighed, small)
 
+    notes += _check_exactness(pipe, name, small_T, small)
     guided = _guidance(pipe, name, small_T, small, asked=conditional)
 
+    if moved := sorted(set(_attributes(pipe).items()) ^ set(there.items())):
+        raise PreflightError(f"{type(pipe).__name__}: {moved[0][0]} is not what it was; please report this")
     if float((_plain(pipe, small) - first).abs().max()) > noise:
         raise PreflightError(f"{type(pipe).__name__} renders other pictures after a rollout: please report this")
     return Facts(T=T, denoiser=name, calls_per_step=max(calls), early_stop=can_stop, guidance=guided, notes=notes)
@@ -161,17 +176,91 @@ def _guidance(pipe: Any, denoiser: str, T: int, call: dict[str, Any], *, asked: 
     return guidance.EMBEDDED if inside else guidance.NONE
 
 
+def _attributes(pipe: Any) -> dict[str, int]:
+    """Which object stands in each public attribute of the networks, and in those that the doors take."""
+    found = {}
+    for name, part in pipe.components.items():
+        for key, value in vars(part).items() if isinstance(part, nn.Module) else ():
+            if not key.startswith("_") or key == "_compiled_call_impl":
+                found[f"pipe.{name}.{key}"] = id(value)
+    for key in ("step", "set_timesteps"):
+        if key in vars(pipe.scheduler):
+            found[f"pipe.scheduler.{key}"] = id(vars(pipe.scheduler)[key])
+    return found
+
+
+def _check_exactness(pipe: Any, denoiser: str, T: int, call: dict[str, Any]) -> list[str]:
+    """The sweep's gradient of the last two steps, nested, against one autograd graph; at the latents, without decoder.
+
+    A note where the graphs do not fit into the memory: they are more than training needs.
+    """
+    train = frozenset(range(max(0, T - 2), T))
+    network = pipe.components[denoiser]
+    decodes = any(isinstance(part, nn.Module) and hasattr(part, "decode") for part in pipe.components.values())
+    call = {**call, "output_type": "latent" if decodes else "pt"}  # those without a decoder turn latents into numpy
+    parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def loss(latent: Tensor) -> Tensor:
+        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
+        return (latent * torch.linspace(-1, 1, latent.numel()).view_as(latent).to(latent)).sum()
+
+    restore = snapshot(pipe, call)
+    try:
+        with seeded(0, pipe):
+            expected, exact = literal_gradient(pipe, denoiser, train, fresh(call), loss)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return ["the gradient was not compared with one autograd graph, which takes more memory than training"]
+    finally:
+        restore()
+    plan = Plan(T=T, train=train, input_gradient=1.0)
+    with _gradients_aside(parameters, pipe, call), seeded(0, pipe):
+        doors = Doors(pipe, plan, denoiser=denoiser)
+        with doors.open():
+            pipe(**fresh({**call, "return_dict": False}))
+        assert doors.final is not None
+        tape = Tape(plan, doors.final, doors.calls, network, [])
+        tape.backward(loss(tape.images), allow_zero=True)
+        found = [p.grad for p in parameters]
+    legal = LEGAL.get(expected.dtype, 1e-3)
+    apart = max(_apart(found, exact), _apart([doors.final.detach()], [expected]))
+    if not apart <= legal:
+        raise PreflightError(
+            f"{type(pipe).__name__}: the gradient of the last two steps (or their latent) differs from that of one "
+            f"autograd graph by {apart:.1e} (relative; legal is {legal:.0e}). Switch off what changes the networks "
+            "during the call, and please report this pipeline"
+        )
+    return []
+
+
+def _apart(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> float:
+    """Norm of the difference over the norm of the second, all tensors together."""
+    pairs = [(a, b) for a, b in zip(found, exact, strict=True) if a is not None or b is not None]
+    filled = [(torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b) for a, b in pairs]  # type: ignore[arg-type]
+    off = sum(float((a.double() - b.double()).square().sum()) for a, b in filled)
+    size = sum(float(b.double().square().sum()) for _, b in filled)
+    return math.sqrt(off / size) if size else math.sqrt(off)
+
+
 def _check_gradient(pipe: Any, denoiser: str, plan: Plan, call: dict[str, Any]) -> list[Tensor | None]:
     parameters = [p for p in pipe.components[denoiser].parameters() if p.requires_grad]
+    with _gradients_aside(parameters, pipe, call):
+        with rollout(pipe, plan, denoiser=denoiser, seed=0, **call) as tape:
+            weights = torch.linspace(-1, 1, tape.images.numel(), dtype=tape.images.dtype, device=tape.images.device)
+            tape.backward((tape.images * weights.view_as(tape.images)).mean())
+        return [p.grad for p in parameters]
+
+
+@contextmanager
+def _gradients_aside(parameters: Sequence[nn.Parameter], pipe: Any, call: dict[str, Any]) -> Iterator[None]:
+    """The parameters without gradients for the block; theirs, and the states of generators, come back."""
     before = [p.grad for p in parameters]
     restore = snapshot(pipe, call)
     try:
         for p in parameters:
             p.grad = None
-        with rollout(pipe, plan, denoiser=denoiser, seed=0, **call) as tape:
-            weights = torch.linspace(-1, 1, tape.images.numel(), dtype=tape.images.dtype, device=tape.images.device)
-            tape.backward((tape.images * weights.view_as(tape.images)).mean())
-        return [p.grad for p in parameters]
+        yield
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad

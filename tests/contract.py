@@ -1,0 +1,273 @@
+"""What every pipeline must hold, put to the small ones of `zoo`: the engine's contract, and a row of the table.
+
+Pictures: a chain whose steps are all left alone is plain `pipe(...)` bit for bit, one with an early stop is the
+oracle's. Gradients: Algorithm 1 by one autograd graph (`oracle.py`), for DRTune with its early stop, nested DRaFT-3 and
+ReFL. Afterwards the pipeline is what it was. A LoRA that is saved and loaded into the same weights gives the same
+pictures. Other schedulers are tried by DRTune with its early stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import judge
+import oracle
+import tiny
+import torch
+import zoo
+
+from rewardtune import adapters
+from rewardtune.engine import find_denoiser, preflight
+from rewardtune.errors import PreflightError, RewardTuneError
+
+METHODS = ("drtune", "draft-3", "refl")
+#: Bound of a gradient's relative difference in float32. Kandinsky 5 rounds more: test_pipelines.py has it in float64.
+BOUND = 1e-5
+BOUNDS = {"Kandinsky5T2IPipeline": 3e-4}
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+#: What a pipeline is tried with besides its own scheduler, by what its scheduler is.
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "diffusion": {
+        "DDIMScheduler": {},
+        "EulerDiscreteScheduler": {},
+        "DPMSolverMultistepScheduler": {},
+        "UniPCMultistepScheduler": {},
+    },
+    "flow": {
+        "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+        "FlowMatchHeunDiscreteScheduler": {"shift": 3.0},
+        "FlowMatchLCMScheduler": {"shift": 3.0},
+        "DPMSolverMultistepScheduler": FLOW,
+        "UniPCMultistepScheduler": FLOW,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A pipeline's row in the table.
+
+    status: "exact", or "refused" with the `reason` that the preflight gives. schedulers: other ones that are exact.
+    calls: of the denoiser between two steps of the scheduler. lora: who writes and reads the file, "pipeline" or,
+    where its class has no `load_lora_weights`, "denoiser" (`adapters.load_lora`).
+    """
+
+    pipeline: str
+    denoiser: str
+    scheduler: str
+    schedulers: tuple[str, ...] = ()
+    guidance: str = ""
+    calls: int = 0
+    lora: str = ""
+    status: str = "exact"
+    reason: str = ""
+
+
+def row(name: str, *, methods: Sequence[str] = METHODS, others: bool = True) -> Row:
+    """The contract on `zoo.PIPELINES[name]`; AssertionError where it is broken."""
+    pipe, call = zoo.PIPELINES[name]()
+    kinds = {
+        "pipeline": name,
+        "denoiser": type(tiny_denoiser(pipe)).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+    try:
+        facts = preflight(pipe, **tiny.fresh(call))
+    except PreflightError as refusal:
+        return Row(**kinds, status="refused", reason=str(refusal))
+    for method in methods:
+        check_gradient(pipe, call, method, T=facts.T, bound=BOUNDS.get(name, BOUND))
+    check_left_as_it_was(pipe, call, T=facts.T)
+    check_lora(name, pipe, call)
+    tried = tuple(other for other in candidates(pipe) if others and exact_with(name, other))
+    lora = "pipeline" if hasattr(pipe, "load_lora_weights") else "denoiser"
+    return Row(**kinds, schedulers=tried, guidance=facts.guidance, calls=facts.calls_per_step, lora=lora)
+
+
+def tiny_denoiser(pipe: Any) -> torch.nn.Module:
+    return pipe.components[find_denoiser(pipe)]
+
+
+def check_gradient(pipe: Any, call: tiny.Call, method: str, *, T: int, bound: float) -> None:
+    plan = judge.PLANS[method](T)
+    pictures, gradient, result = judge.engine_gradient(pipe, plan, call)
+    fields: dict[str, Any] = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient}
+    with for_autograd(pipe):
+        literal = oracle.images(pipe, **fields, call=tiny.fresh(call), own_decoding=True)
+        exact = oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(literal))
+    expected = literal.detach()
+    if plan.end is None:
+        expected = in_unit_range(judge.plain_images(pipe, call))
+    apart = float((pictures - expected).abs().max())
+    assert apart <= (0 if plan.end is None or oracle.own_prediction(pipe.scheduler) else 2e-6), (method, apart)
+    assert oracle.difference(gradient, exact) < bound, method
+    assert result.trained == plan.executed
+    assert result.replay_error == 0
+
+
+def in_unit_range(pictures: torch.Tensor) -> torch.Tensor:
+    """A few pipelines leave the last line to their output as "np"."""
+    return (pictures / 2 + 0.5).clamp(0, 1) if float(pictures.min()) < 0 else pictures
+
+
+@contextlib.contextmanager
+def for_autograd(pipe: Any) -> Iterator[None]:
+    """Two networks of diffusers cannot be differentiated as they are; this mends them for the oracle.
+
+    HiDream's experts are summed under `no_grad` unless they train, and Z-Image's ControlNet reads an attribute that it
+    lacks as soon as a gradient is wanted.
+    """
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    experts = [m for part in networks for m in part.modules() if hasattr(m, "moe_infer") and not m.training]
+    lacking = [part for part in networks if not hasattr(part, "gradient_checkpointing")]
+    for module in experts:
+        module.training = True
+    for module in lacking:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.training = False
+        for module in lacking:
+            del module.gradient_checkpointing
+
+
+def check_left_as_it_was(pipe: Any, call: tiny.Call, *, T: int) -> None:
+    """Attributes, pictures, what is trained, and the gradients that were there."""
+    before, kept = judge.plain_images(pipe, call), attributes(pipe)
+    flags = [p.requires_grad for p in tiny_denoiser(pipe).parameters()]
+    judge.engine_gradient(pipe, judge.PLANS["drtune"](T), call)
+    assert attributes(pipe) == kept
+    assert flags == [p.requires_grad for p in tiny_denoiser(pipe).parameters()]
+    assert torch.equal(judge.plain_images(pipe, call), before)
+    assert all(
+        p.grad is None for part in pipe.components.values() if hasattr(part, "parameters") for p in part.parameters()
+    )
+
+
+def attributes(pipe: Any) -> dict[str, dict[str, int | None]]:
+    """Which attributes the pipeline, its networks and its scheduler have, and which object each of a network's is."""
+    owners = {"": pipe, **{key: part for key, part in pipe.components.items() if hasattr(part, "__dict__")}}
+    found = {}
+    for name, owner in owners.items():
+        network = isinstance(owner, torch.nn.Module)
+        found[name] = {
+            key: id(value) if network and not key.startswith("_") else None for key, value in vars(owner).items()
+        }
+    return found
+
+
+def check_lora(name: str, pipe: Any, call: tiny.Call) -> None:
+    tuned = judge.plain_images(pipe, call)
+    other, _ = zoo.PIPELINES[name]()
+    adapters.detach(tiny_denoiser(other))
+    bare = judge.plain_images(other, call)
+    assert not torch.equal(bare, tuned), "the LoRA changes no picture: this comparison could not fail"
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.save(pipe, folder)
+        adapters.load_lora(other, folder)
+    assert torch.equal(judge.plain_images(other, call), tuned)
+    adapters.unload_lora(other)
+    assert torch.equal(judge.plain_images(other, call), bare)
+
+
+# Other schedulers -----------------------------------------------------------------------------------------------------
+
+
+def candidates(pipe: Any) -> list[str]:
+    kind = "diffusion" if hasattr(pipe.scheduler, "alphas_cumprod") else "flow"
+    return [name for name in OTHERS[kind] if name != type(pipe.scheduler).__name__]
+
+
+def exact_with(name: str, scheduler: str) -> bool:
+    """Whether the pipeline samples with this scheduler, and its gradient is then exact. AssertionError: it is not."""
+    pipe, call = zoo.PIPELINES[name]()
+    kind = "diffusion" if hasattr(pipe.scheduler, "alphas_cumprod") else "flow"
+    tiny.set_scheduler(pipe, scheduler, **OTHERS[kind][scheduler])
+    try:
+        plain = judge.plain_images(pipe, call)
+    except Exception:  # each pipeline has its own way of refusing; the table leaves the scheduler out
+        return False
+    if not torch.isfinite(plain).all():
+        return False
+    try:
+        facts = preflight(pipe, **tiny.fresh(call))
+    except RewardTuneError:
+        return False
+    check_gradient(pipe, call, "drtune", T=facts.T, bound=BOUNDS.get(name, BOUND))
+    return True
+
+
+# What is left out -----------------------------------------------------------------------------------------------------
+
+#: Pipelines of diffusers that are no text-to-image pipelines, by name or by the file that has them (first that fits).
+NOT_TEXT_TO_IMAGE: dict[str, str] = {
+    r"/deprecated/|^AltDiffusion|^VersatileDiffusion|^UniDiffuser": "deprecated in diffusers",
+    r"Modular|^DiffusionPipeline$": "modular or abstract: no single call whose networks and scheduler can be held",
+    r"Onnx": "no torch graph",
+    r"Img2Img|Depth2Img|Kandinsky5I2I|^LEdits|Emb2Emb": "starts from a picture: tests/test_conditions.py",
+    r"Inpaint|Fill|RePaint|PaintByExample": "fills a hole of a given picture",
+    r"Edit|Pix2Pix|Layered|VisualCloze|Redux|ImageVariation|DualGuided": "edits or varies a given picture",
+    r"Upscale|SuperResolution|Upsample|Refiner|Kandinsky6SR": "enlarges or refines a given picture",
+    r"Video|I2V|T2V|TI2V|^(AnimateDiff|Allegro|AnyFlow|ConsisID|EasyAnimate|Helios|HunyuanSkyreels|LTX|Latte|Mochi|PIA|"
+    r"SkyReels|Wan)|^Cosmos(?!2TextToImage)|^SanaWM": "moving pictures",
+    r"Audio|Music|Dance|Spectrogram|AceStep": "sound",
+    r"ShapE|RFD4|LLaDA|Gemma": "gives no picture: shapes, molecules, text",
+    r"^(DDIM|DDPM|PNDM|LDM|ScoreSdeVe|KarrasVe|ConsistencyModel|DiT)Pipeline": "has no prompt",
+    r"Marigold": "measures a given picture",
+    r"Prior|Decoder": "one stage of several: gives, or begins with, an embedding",
+}
+#: Text-to-image pipelines that are not in the zoo.
+LEFT_OUT: dict[str, str] = {
+    "AmusedPipeline": "masked tokens are drawn: no gradient",
+    "BlipDiffusionControlNetPipeline": "needs a picture of a subject, and a class that is deprecated",
+    "BriaFibo2Pipeline": "not built: its processor reads pictures and text by Qwen3-VL's own template",
+    "Cosmos2TextToImagePipeline": "needs the package cosmos_guardrail",
+    "KandinskyCombinedPipeline": "two stages; as KandinskyV22CombinedPipeline, which is in the table",
+    "KandinskyPipeline": "begins with the embedding of a prior, not with a prompt alone",
+    "KandinskyV22Pipeline": "begins with the embedding of a prior, not with a prompt",
+    "KandinskyV22ControlnetPipeline": "begins with the embedding of a prior, not with a prompt",
+    "LDMTextToImagePipeline": "not built: the latent diffusion of 2022 with a BERT of its own",
+    "OmniGenPipeline": "not built: a language model that keeps keys and values from step to step",
+    "StableCascadeCombinedPipeline": "two stages with a scheduler each",
+    "StableUnCLIPPipeline": "two stages: a prior's chain in the same call",
+}
+
+
+@cache
+def defined() -> dict[str, str]:
+    """Every pipeline class in the installed diffusers' sources: its file below `pipelines`."""
+    import diffusers
+
+    root = Path(diffusers.__file__).parent / "pipelines"
+    found = {}
+    for path in root.rglob("*.py"):
+        for name in re.findall(r"^class (\w+Pipeline)\(", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            found[name] = f"/{path.relative_to(root).as_posix()}"
+    return found
+
+
+def exported() -> list[str]:
+    """The pipeline classes that `import diffusers` offers."""
+    import diffusers
+
+    return sorted(name for name in dir(diffusers) if name.endswith("Pipeline"))
+
+
+def why_not(name: str) -> str | None:
+    """Why this pipeline is not in the zoo; None: nobody has said."""
+    if name in LEFT_OUT:
+        return LEFT_OUT[name]
+    for pattern, reason in NOT_TEXT_TO_IMAGE.items():
+        if re.search(pattern, name) or re.search(pattern, defined().get(name, "")):
+            return reason
+    return None
