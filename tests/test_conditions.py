@@ -1,0 +1,323 @@
+"""Pictures and texts of the prompt file that go into the pipeline's call with their prompt: ControlNet, img2img."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import judge
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from PIL import Image
+from tiny_runs import redness, save_tiny, write_run
+
+from rewardtune import RewardTuner, evaluate, methods
+from rewardtune.cli import main
+from rewardtune.engine import count_steps, preflight
+from rewardtune.errors import ConfigError
+from rewardtune.gradient import derive_seed
+from rewardtune.processes import Processes
+from rewardtune.prompts import Conditioned, identity, load_prompts, with_categories
+
+T = 4
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """prompts.jsonl with a picture and a negative prompt for each, and columns that are nothing to the pipeline."""
+    rows = []
+    for number, (prompt, negative) in enumerate([("red heart", "grey"), ("blue stars", "dull"), ("moon", "red")]):
+        draw(tmp_path / "given" / f"{number}.png", number)
+        row = {"prompt": prompt, "image": f"given/{number}.png", "negative_prompt": negative, "id": number}
+        rows.append({**row, "category": f"kind {number}"})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "prompts.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.csv"])
+def test_columns_become_arguments(folder: Path, name: str) -> None:
+    prompts = load_prompts(folder / name, columns=["image", "negative_prompt"], template="a {}")
+    assert prompts == ["a red heart", "a blue stars", "a moon"]
+    given = evaluate.for_prompts(prompts[1:], {"num_inference_steps": 3})
+    assert given["prompt"] == ["a blue stars", "a moon"]
+    assert [type(prompt) for prompt in given["prompt"]] == [str, str]
+    assert given["negative_prompt"] == ["dull", "red"]
+    for picture, number in zip(given["image"], (1, 2), strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(folder / "given" / f"{number}.png")))
+
+
+def test_other_columns_are_read_past(folder: Path) -> None:
+    assert not any(isinstance(prompt, Conditioned) for prompt in load_prompts(folder / "prompts.jsonl"))
+    rows = with_categories(folder / "prompts.jsonl", columns=["image"])
+    assert [category for _, category in rows] == ["kind 0", "kind 1", "kind 2"]
+    assert evaluate.for_prompts([rows[0][0]], {}).keys() == {"prompt", "image"}
+
+
+def test_prompts_travel_to_other_processes(folder: Path) -> None:
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
+    for there in (pickle.loads(pickle.dumps(prompts)), copy.deepcopy(prompts)):
+        assert there == prompts
+        assert [prompt.arguments for prompt in there] == [prompt.arguments for prompt in prompts]
+
+
+def test_a_resume_tells_other_pictures(folder: Path) -> None:
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
+    assert identity(prompts)[0] == ["red heart", {"image": "0.png"}]
+    assert identity(["red heart"]) == ["red heart"], "the digest of runs without columns stays what it was"
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no such column": ({"imag": "given/0.png"}, r"line 1: no column 'image' \(did you mean 'imag'\?\)"),
+    "no path": ({"image": None}, "line 1, column image: None; legal is text"),
+    "a number": ({"image": 3}, "line 1, column image: 3; legal is text"),
+    "no such file": ({"image": "given/none.png"}, "none.png does not exist; paths begin at the folder of the prompt"),
+    "no picture": ({"image": "prompts.jsonl"}, "is no picture that can be opened"),
+    "another size": ({"image": "given/wide.png"}, "0.png is 16 x 16, but .*wide.png is 24 x 16"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_files(folder: Path, what: str) -> None:
+    change, said = WRONG[what]
+    draw(folder / "given" / "wide.png", 9, size=(24, 16))
+    rows = [{"prompt": "a red heart", **change}, {"prompt": "a blue star", "image": "given/0.png"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=said):
+        load_prompts(folder / "prompts.jsonl", columns=["image"])
+
+
+@pytest.mark.parametrize("source", ["playground:train", "builtin:simple_animals", ["a cat"], "lines.txt"])
+def test_sources_without_columns(folder: Path, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("lines.txt").write_text("a cat\n")
+    with pytest.raises(ConfigError, match=r"image.*\.jsonl, \.json, \.csv, \.parquet file"):
+        load_prompts(source, columns=["image"])
+
+
+# -- the gradient ----------------------------------------------------------------------------------------------------
+
+
+def controlnet() -> tuple[Any, dict[str, Any]]:
+    pipe, call = tiny.stable_diffusion_controlnet(steps=T)
+    return pipe, {"num_inference_steps": T, "guidance_scale": call["guidance_scale"]}
+
+
+def img2img() -> tuple[Any, dict[str, Any]]:
+    """Half of eight steps."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    base, call = tiny.stable_diffusion(steps=2 * T)
+    pipe = StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
+    own = {"num_inference_steps": 2 * T, "guidance_scale": call["guidance_scale"], "strength": 0.5}
+    return tiny.quiet(pipe), own
+
+
+PIPES = {"controlnet": controlnet, "img2img": img2img}
+
+
+@pytest.mark.parametrize("method", ["drtune", "refl", "draft-3", "draft-LV"])
+@pytest.mark.parametrize("kind", PIPES)
+def test_the_gradient_is_algorithm_1(folder: Path, kind: str, method: str) -> None:
+    pipe, call = PIPES[kind]()
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image", "negative_prompt"])[:2]
+    given = {**evaluate.for_prompts(prompts, call), "generator": tiny.generators()}
+    steps = count_steps(pipe, **tiny.fresh(given))
+    assert steps == oracle.count_steps(pipe, tiny.fresh(given)) == T
+    verdict = judge.compare(pipe, judge.PLANS[method](T), given)
+    assert verdict.images_equal
+    assert verdict.gradient_difference < 1e-5
+    other = evaluate.for_prompts(load_prompts(folder / "prompts.jsonl", columns=["image", "negative_prompt"])[1:], call)
+    moved = judge.plain_images(pipe, {**other, "prompt": given["prompt"], "generator": tiny.generators()})
+    assert not torch.equal(moved, judge.plain_images(pipe, given)), "the picture is not looked at"
+
+
+@pytest.mark.parametrize("strength", [0.13, 0.5, 1.0])
+def test_the_preflight_of_a_shortened_chain(folder: Path, strength: float) -> None:
+    """At a small strength few of the asked steps are made: its small calls must have some."""
+    pipe, call = img2img()
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])[:1]
+    given = evaluate.for_prompts(prompts, {**call, "strength": strength}) | {"generator": tiny.generators(1)}
+    facts = preflight(pipe, **given)
+    assert facts.T == max(1, int(2 * T * strength))
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def tuner(pipe: Any, call: dict[str, Any], prompts: Any, folder: Path, **more: Any) -> RewardTuner:
+    own = {key: value for key, value in call.items() if key not in ("num_inference_steps", "guidance_scale")}
+    fields: dict[str, Any] = {
+        "reward": redness,
+        "method": methods.drtune(K=2, m=2),
+        "output_dir": folder / "run",
+        "num_inference_steps": call["num_inference_steps"],
+        "guidance_scale": call["guidance_scale"],
+        "call": own,
+        "rank": 2,
+        "batch": 2,
+        "eval_count": 2,
+        "show_progress": False,
+    }
+    return RewardTuner(pipe, prompts=prompts, **fields | more)
+
+
+def bare(kind: str) -> tuple[Any, dict[str, Any]]:
+    pipe, call = PIPES[kind]()
+    pipe.unet.unload_lora() if hasattr(pipe.unet, "unload_lora") else pipe.unet.delete_adapters("default")
+    return pipe, call
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_training(folder: Path, kind: str) -> None:
+    """Two updates by micro-batches of one; the pictures before it are those of the pipeline with each prompt's own."""
+    pipe, call = bare(kind)
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image", "negative_prompt"])
+    made = tuner(pipe, call, prompts, folder, micro_batch=1).train(2, lr=1e-2)
+    assert made.steps == 2
+    untuned, call = bare(kind)
+    seeds = [derive_seed(0, "eval", index) for index in range(2)]
+    given = evaluate.for_prompts(prompts[:2], call) | {"generator": evaluate.generators(seeds)}
+    assert torch.allclose(made.before_images, untuned(**given, output_type="pt")[0], atol=1e-5)
+    assert not torch.equal(made.before_images, made.after_images)
+
+
+def test_micro_batches_and_processes_give_the_same_gradient(folder: Path) -> None:
+    """A sample's picture goes with its index in the batch, whoever computes it."""
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
+    found = []
+    for micro_batch in (2, 1):
+        pipe, call = controlnet()
+        run = tuner_with_lora(pipe, call, prompts, folder / str(micro_batch), micro_batch=micro_batch)
+        gradient = run.gradient()
+        for p in run.parameters:
+            p.grad = None
+        for first in gradient.chunks():  # as the processes do, a chunk each
+            gradient.add(0, first, Processes())
+        found.append({str(i): p.grad.clone() for i, p in enumerate(run.parameters) if p.grad is not None})
+    assert oracle.difference(found[1], found[0]) < 1e-5
+
+
+def tuner_with_lora(pipe: Any, call: dict[str, Any], prompts: Any, folder: Path, **more: Any) -> RewardTuner:
+    """As far as `train` gets before its first update, with the LoRA that is there."""
+    run = tuner(pipe, call, prompts, folder, **more)
+    run.parameters = list(tiny.trainable(pipe).values())
+    run.T = T
+    return run
+
+
+def test_columns_that_the_pipeline_does_not_take(folder: Path) -> None:
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
+    pipe, call = tiny.stable_diffusion(steps=T, lora=False)
+    call = {"num_inference_steps": T, "guidance_scale": 3.0}
+    with pytest.raises(ConfigError, match="column 'image': StableDiffusionPipeline has no such argument"):
+        tuner(pipe, call, prompts, folder)
+    pipe, call = bare("controlnet")
+    with pytest.raises(ConfigError, match="is an argument of the call too"):
+        tuner(pipe, {**call, "image": None}, prompts, folder)
+    with pytest.raises(ConfigError, match="name the same columns for both"):
+        tuner(pipe, call, prompts, folder, eval_prompts=["a cat"])
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion in a folder, and a ControlNet for it beside."""
+    from diffusers import ControlNetModel
+
+    place = tmp_path_factory.mktemp("model")
+    save_tiny(place / "tiny")
+    pipe, _ = tiny.stable_diffusion(lora=False)
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    tiny.liven(net, seed=9, gain=0.7).save_pretrained(place / "control")
+    return place
+
+
+def sections(model: Path, kind: str) -> dict[str, Any]:
+    prompts = {"source": "prompts.jsonl", "columns": ["image", "negative_prompt"]}
+    if kind == "img2img":
+        named = {"id": str(model / "tiny"), "pipeline": "StableDiffusionImg2ImgPipeline"}
+        return {
+            "model": named,
+            "prompts": prompts,
+            "sampling": {"steps": 8, "guidance": 3.0, "call": {"strength": 0.5}},
+        }
+    named = {"id": str(model / "tiny"), "pipeline": "StableDiffusionControlNetPipeline"}
+    return {"model": {**named, "controlnet": str(model / "control")}, "prompts": prompts}
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_check(folder: Path, model: Path, kind: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(folder)
+    path = write_run(folder, model / "tiny", **sections(model, kind))
+    assert main(["check", str(path)]) == 0, capsys.readouterr().out
+    assert "3 prompts, each with its image, negative_prompt" in capsys.readouterr().out
+    (folder / "given" / "1.png").unlink()
+    assert main(["check", str(path)]) == 2
+    assert "1.png does not exist" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # two runs of the command, and their comparison
+@pytest.mark.parametrize("kind", PIPES)
+def test_train_and_compare(folder: Path, model: Path, kind: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(folder)
+    path = write_run(folder, model / "tiny", **sections(model, kind))
+    assert main(["train", str(path)]) == 0, capsys.readouterr()
+    assert main(["compare", "base", str(folder / "out"), "--count", "2"]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"id": "playground", "controlnet": "x"}}, "needs a pipeline that takes it"),
+        ({"sampling": {"call": {"guidance_scale": 3.0}}}, "guidance_scale is sampling.guidance"),
+        (
+            {"prompts": {"source": "p.jsonl", "columns": ["image"]}, "sampling": {"call": {"image": "x"}}},
+            "image stands in sampling.call too",
+        ),
+        (
+            {"prompts": {"source": "p.jsonl", "columns": ["negative_prompt"], "negative": "grey"}},
+            "negative_prompt is given for all too",
+        ),
+        (
+            {"prompts": {"source": "p.jsonl", "columns": ["image"]}, "regularize": {"denoise": {"weight": 0.1}}},
+            "does not go with prompts.columns",
+        ),
+    ],
+)
+def test_contradictions(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    from rewardtune.config import load_config
+
+    with pytest.raises(ConfigError, match=said):
+        load_config(write_run(tmp_path, Path("playground"), **changes))
+
+
+def test_a_pipeline_class_that_does_not_fit(tmp_path: Path, model: Path) -> None:
+    from rewardtune.models import load_pipeline
+
+    with pytest.raises(ConfigError, match="did you mean 'StableDiffusionPipeline'"):
+        load_pipeline(str(model / "tiny"), device="cpu", pipeline="StableDifusionPipeline")
+    with pytest.raises(ConfigError, match="cannot be made of this StableDiffusionPipeline"):
+        load_pipeline(str(model / "tiny"), device="cpu", pipeline="StableDiffusionControlNetPipeline")
