@@ -450,6 +450,8 @@ def _pipeline(config: RunConfig, pipe: Any, known: _Known, findings: Findings) -
     plans = attempt("plan", lambda: _plans(tuner)) if counted is not None and known.method is not None else None
     if attached is not None and counted is not None:
         attempt("preflight", lambda: _preflight(tuner, call, plans or []), phase=f"{dryrun.STEP} 0", config=config)
+    if attached is not None and counted is not None and config.adapter.kind != "full":
+        attempt("adapter file", lambda: _round_trip(tuner, call))
     if config.regularize.denoise.weight and known.images and attached is not None and counted is not None:
         attempt("regularize.denoise", lambda: _denoising(tuner, config))
     pictures = None
@@ -505,6 +507,25 @@ def _preflight(tuner: "RewardTuner", call: dict[str, Any], plans: list[Any]) -> 
     one = tuner.method.conditional_only
     facts = preflight(tuner.pipe, early_stop=stops, levels=levels, conditional=one, **call)
     return facts, "; ".join(["the pipeline opens exactly", f"guidance: {facts.guidance}", *facts.notes])
+
+
+def _round_trip(tuner: "RewardTuner", call: dict[str, Any]) -> tuple[float, str]:
+    """The adapter with numbers in place of its zeros, saved, loaded back and compared; a temporary folder holds it."""
+    zeros = [p for p in tuner.parameters if not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    short = evaluate.few_steps(call, T=tuner.T)
+    try:
+        with torch.no_grad():
+            for p in zeros:
+                p.copy_(0.01 * torch.randn(p.shape, generator=generator))
+        with tempfile.TemporaryDirectory() as folder:
+            adapters.save(tuner.pipe, folder)
+            difference = adapters.verify(tuner.pipe, folder, call=short)
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
+    return difference, f"saved, loaded back and compared: pictures differ by {difference:.0e}"
 
 
 def _denoising(tuner: "RewardTuner", config: RunConfig) -> tuple[bool, str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import __version__, evaluate, launch, modelcard
 from .candidates import settings_of
 from .config import Model, RunConfig
-from .engine import find_denoiser
+from .engine import count_steps, find_denoiser
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
 from .quietly import no_loading_bars
@@ -282,7 +282,8 @@ class _Trained:
 
     def sample(self, pipe: Any) -> Tensor:
         prompts = list(self.run.prompts[:2]) or ["a red heart"]
-        call = self.run.call | {"num_inference_steps": min(4, self.run.call["num_inference_steps"])}
+        T = count_steps(pipe, **evaluate.for_prompts(prompts[:1], self.run.call))
+        call = evaluate.few_steps(self.run.call, T=T, steps=4)
         return evaluate.sample(pipe, prompts, seeds=range(len(prompts)), call=call)
 
     def compare(self, pipe: Any, what: str) -> tuple[float, float, str]:

@@ -601,9 +601,7 @@ class RewardTuner:
         self.saved = self.step
         if not self.processes.first and not self.processes.sharded:
             return
-        asked = self.call["num_inference_steps"]  # of which img2img takes the last ones alone
-        short = self.call | {"num_inference_steps": min(asked, math.ceil(2 * asked / max(1, min(self.T, asked))))}
-        call = evaluate.for_prompts(self.eval_prompts[:1], short)
+        call = evaluate.for_prompts(self.eval_prompts[:1], evaluate.few_steps(self.call, T=self.T))
         with state.averaged():
             path = self.folder.path / LORA_FILE
             if self.processes.first:

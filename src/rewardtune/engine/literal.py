@@ -30,10 +30,11 @@ def literal_gradient(
         arrives.
     """
     network, scheduler = pipe.components[denoiser], pipe.scheduler
-    inner = network._compiled_call_impl or network._call_impl
     real_step, latents = scheduler.step, list[Tensor]()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    trained = {id(p) for p in parameters}
 
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def called(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if len(latents) not in train:
             with torch.no_grad():
                 return inner(*args, **kwargs)
@@ -51,11 +52,12 @@ def literal_gradient(
         stack.enter_context(quiet(pipe))
         for part in parts:
             stack.enter_context(differentiable(part))
-        hold(stack, network, "_compiled_call_impl", called)
+            if any(id(p) in trained for p in part.parameters()):  # a ControlNet may share layers with the denoiser
+                inner = part._compiled_call_impl or part._call_impl
+                hold(stack, part, "_compiled_call_impl", functools.partial(called, inner))
         hold(stack, scheduler, "step", step)
         with torch.no_grad():  # its exit restores the mode, whatever is switched on in between
             pipe(**{**call, "return_dict": False})
-        parameters = [p for p in network.parameters() if p.requires_grad]
         with torch.enable_grad():
             found = torch.autograd.grad(loss(latents[-1]), parameters, allow_unused=True)
     return latents[-1].detach(), list(found)
