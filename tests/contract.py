@@ -50,7 +50,8 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
 class Row:
     """A pipeline's row in the table.
 
-    status: "exact", or "refused" with the `reason` that the preflight gives. schedulers: other ones that are exact.
+    status: "exact", or "refused" with the `reason` that the preflight gives. schedulers: other ones that are exact;
+    None: none was tried.
     calls: of the denoiser between two steps of the scheduler. lora: who writes and reads the file, "pipeline" or,
     where its class has no `load_lora_weights`, "denoiser" (`adapters.load_lora`).
     """
@@ -58,7 +59,7 @@ class Row:
     pipeline: str
     denoiser: str
     scheduler: str
-    schedulers: tuple[str, ...] = ()
+    schedulers: tuple[str, ...] | None = None
     guidance: str = ""
     calls: int = 0
     lora: str = ""
@@ -71,7 +72,7 @@ def row(name: str, *, methods: Sequence[str] = METHODS, others: bool = True) -> 
     pipe, call = zoo.PIPELINES[name]()
     kinds = {
         "pipeline": name,
-        "denoiser": type(tiny_denoiser(pipe)).__name__,
+        "denoiser": type(denoiser_of(pipe)).__name__,
         "scheduler": type(pipe.scheduler).__name__,
     }
     try:
@@ -82,14 +83,15 @@ def row(name: str, *, methods: Sequence[str] = METHODS, others: bool = True) -> 
         check_gradient(pipe, call, method, T=facts.T, bound=BOUNDS.get(name, BOUND))
     check_left_as_it_was(pipe, call, T=facts.T)
     check_lora(name, pipe, call)
-    tried = tuple(
-        other for other in candidates(pipe) if others and exact_with(pipe, call, other, BOUNDS.get(name, BOUND))
-    )
+    tried = None
+    if others:
+        bound = BOUNDS.get(name, BOUND)
+        tried = tuple(other for other in candidates(pipe) if exact_with(pipe, call, other, bound))
     lora = "pipeline" if hasattr(pipe, "load_lora_weights") else "denoiser"
     return Row(**kinds, schedulers=tried, guidance=facts.guidance, calls=facts.calls_per_step, lora=lora)
 
 
-def tiny_denoiser(pipe: Any) -> torch.nn.Module:
+def denoiser_of(pipe: Any) -> torch.nn.Module:
     return pipe.components[find_denoiser(pipe)]
 
 
@@ -141,10 +143,10 @@ def for_autograd(pipe: Any) -> Iterator[None]:
 def check_left_as_it_was(pipe: Any, call: tiny.Call, *, T: int) -> None:
     """Attributes, pictures, what is trained, and the gradients that were there."""
     before, kept = judge.plain_images(pipe, call), attributes(pipe)
-    flags = [p.requires_grad for p in tiny_denoiser(pipe).parameters()]
+    flags = [p.requires_grad for p in denoiser_of(pipe).parameters()]
     judge.engine_gradient(pipe, judge.PLANS["drtune"](T), call)
     assert attributes(pipe) == kept
-    assert flags == [p.requires_grad for p in tiny_denoiser(pipe).parameters()]
+    assert flags == [p.requires_grad for p in denoiser_of(pipe).parameters()]
     assert torch.equal(judge.plain_images(pipe, call), before)
     assert all(
         p.grad is None for part in pipe.components.values() if hasattr(part, "parameters") for p in part.parameters()
@@ -166,7 +168,7 @@ def attributes(pipe: Any) -> dict[str, dict[str, int | None]]:
 def check_lora(name: str, pipe: Any, call: tiny.Call) -> None:
     tuned = judge.plain_images(pipe, call)
     other, _ = zoo.PIPELINES[name]()
-    adapters.detach(tiny_denoiser(other))
+    adapters.detach(denoiser_of(other))
     bare = judge.plain_images(other, call)
     assert not torch.equal(bare, tuned), "the LoRA changes no picture: this comparison could not fail"
     with tempfile.TemporaryDirectory() as folder:

@@ -84,7 +84,8 @@ def page(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in exact:
-        others = ", ".join(short(name) for name in row["schedulers"]) or "none"
+        tried = row["schedulers"]
+        others = "not tried" if tried is None else ", ".join(short(name) for name in tried) or "none"
         cells = [short(row["pipeline"]), row["denoiser"], short(row["scheduler"]), others, row["guidance"]]
         lines.append("| " + " | ".join([*cells, str(row["calls"]), row["lora"]]) + " |")
     refused = [f"| {short(row['pipeline'])} | {row['reason']} |" for row in rows if row["status"] != "exact"]

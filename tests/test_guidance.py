@@ -8,6 +8,7 @@ below which of its outputs is conditional: the engine is told nothing of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
@@ -85,9 +86,16 @@ def conditional(plan: Plan, factor: float | None) -> Plan:
     return dataclasses.replace(plan, conditional_only=True, guidance_factor=factor)
 
 
-@pytest.mark.parametrize("factor", [None, 1.0, 0.4])
-@pytest.mark.parametrize("method", PLANS)
-@pytest.mark.parametrize("family", LAYOUTS)
+QUICK = [(family, "drtune", None) for family in LAYOUTS] + [("sd", "draft-3", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "factor"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in itertools.product(LAYOUTS, PLANS, [None, 1.0, 0.4])
+    ],
+)
 def test_the_gradient_is_that_of_the_conditional_branch(family: str, method: str, factor: float | None) -> None:
     layout = LAYOUTS[family]
     plan = judge.PLANS[method](T)

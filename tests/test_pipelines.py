@@ -27,7 +27,6 @@ QUICK = [
     "AuraFlowPipeline",
     "CogView4Pipeline",
     "ZImagePipeline",
-    "PRXPipeline",
     "LatentConsistencyModelPipeline",
 ]
 REFUSED = {
@@ -42,16 +41,28 @@ def as_json(row: contract.Row) -> dict:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_contract(name: str) -> None:
-    """Without the other schedulers, the rest of the row is the table's."""
-    row = as_json(contract.row(name, methods=["drtune"], others=False))
-    assert row == {**TABLE[name], "schedulers": []}
+def test_contract_in_small(name: str) -> None:
+    """One method and the LoRA's way; the whole row is compared by the slow test."""
+    pipe, call = zoo.PIPELINES[name]()
+    contract.check_gradient(pipe, call, "drtune", T=count_steps(pipe, **tiny.fresh(call)), bound=contract.BOUND)
+    contract.check_lora(name, pipe, call)
+    assert TABLE[name]["status"] == "exact"
+    assert TABLE[name]["denoiser"] == type(contract.denoiser_of(pipe)).__name__
+    assert TABLE[name]["scheduler"] == type(pipe.scheduler).__name__
+    assert TABLE[name]["lora"] == ("pipeline" if hasattr(pipe, "load_lora_weights") else "denoiser")
+
+
+def test_a_whole_row() -> None:
+    assert as_json(contract.row("PRXPipeline", methods=["drtune"], others=False)) == {
+        **TABLE["PRXPipeline"],
+        "schedulers": None,
+    }
 
 
 @pytest.mark.slow  # two seconds a pipeline
 @pytest.mark.parametrize("name", EXACT)
 def test_contract_of_every_pipeline(name: str) -> None:
-    row = as_json(contract.row(name))
+    row = as_json(contract.row(name, others=TABLE[name]["schedulers"] is not None))
     assert row["status"] == "exact", row["reason"]
     assert row == TABLE[name]
 

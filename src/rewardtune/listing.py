@@ -51,7 +51,9 @@ def _models() -> list[tuple[str, str]]:
     for row in pipelines():
         if row["status"] == "exact":
             words = f"exact; guidance: {row['guidance']}; calls a step: {row['calls']}"
-            words += f"; schedulers: {', '.join(_plain(name) for name in (row['scheduler'], *row['schedulers']))}"
+            words += (
+                f"; schedulers: {', '.join(_plain(name) for name in (row['scheduler'], *(row['schedulers'] or ())))}"
+            )
         else:
             words = f"{row['status']}: {row['reason']}"
         rows.append((row["pipeline"], words))

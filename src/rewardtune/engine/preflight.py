@@ -199,6 +199,8 @@ def _check_exactness(pipe: Any, denoiser: str, T: int, call: dict[str, Any]) -> 
     decodes = any(isinstance(part, nn.Module) and hasattr(part, "decode") for part in pipe.components.values())
     call = {**call, "output_type": "latent" if decodes else "pt"}  # those without a decoder turn latents into numpy
     parameters = [p for p in network.parameters() if p.requires_grad]
+    if any(hasattr(p, "device_mesh") for p in network.parameters()):
+        return ["the gradient was not compared with one autograd graph: the denoiser is shared out over the processes"]
 
     def loss(latent: Tensor) -> Tensor:
         latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
