@@ -87,7 +87,7 @@ def row(name: str, *, methods: Sequence[str] = METHODS, others: bool = True) -> 
     if others:
         bound = BOUNDS.get(name, BOUND)
         tried = tuple(other for other in candidates(pipe) if exact_with(pipe, call, other, bound))
-    lora = "pipeline" if hasattr(pipe, "load_lora_weights") else "denoiser"
+    lora = "pipeline" if adapters.loads_lora(pipe) else "denoiser"
     return Row(**kinds, schedulers=tried, guidance=facts.guidance, calls=facts.calls_per_step, lora=lora)
 
 

@@ -144,6 +144,8 @@ def pass_gradient(x: Tensor, share: float) -> Tensor:
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
+    if type(value) is dict:
+        return {key: each_tensor(item, change) for key, item in value.items()}
     if isinstance(value, dict):
         return type(value)(**{key: each_tensor(item, change) for key, item in value.items()})
     if isinstance(value, list | tuple):

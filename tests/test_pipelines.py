@@ -12,6 +12,7 @@ import pytest
 import tiny
 import zoo
 
+from rewardtune import adapters
 from rewardtune.engine import count_steps, preflight
 from rewardtune.errors import PreflightError
 from rewardtune.listing import listing
@@ -49,7 +50,7 @@ def test_contract_in_small(name: str) -> None:
     assert TABLE[name]["status"] == "exact"
     assert TABLE[name]["denoiser"] == type(contract.denoiser_of(pipe)).__name__
     assert TABLE[name]["scheduler"] == type(pipe.scheduler).__name__
-    assert TABLE[name]["lora"] == ("pipeline" if hasattr(pipe, "load_lora_weights") else "denoiser")
+    assert TABLE[name]["lora"] == ("pipeline" if adapters.loads_lora(pipe) else "denoiser")
 
 
 def test_a_whole_row() -> None:

@@ -230,9 +230,19 @@ def save_lora(pipe: Any, folder: str | Path) -> Path:
     return target
 
 
+def loads_lora(pipe: Any) -> bool:
+    """Whether the pipeline's class loads LoRAs by itself.
+
+    Many do not (PixArt, Hunyuan-DiT ...), and a few have the method of another family, which asks for networks that
+    they lack (PRX, Kolors with PAG).
+    """
+    parts = getattr(pipe, "_lora_loadable_modules", ())
+    return hasattr(pipe, "load_lora_weights") and all(name in pipe.components for name in parts)
+
+
 def load_lora(pipe: Any, folder: str | Path, *, weight_name: str = LORA_FILE, adapter_name: str | None = None) -> None:
-    """`pipe.load_lora_weights`, also for the pipeline classes of diffusers that lack it (PixArt, Hunyuan-DiT ...)."""
-    if hasattr(pipe, "load_lora_weights"):
+    """`pipe.load_lora_weights`, also for the pipeline classes of diffusers that lack it (see `loads_lora`)."""
+    if loads_lora(pipe):
         pipe.load_lora_weights(str(folder), weight_name=weight_name, adapter_name=adapter_name)
         return
     name = find_denoiser(pipe)
@@ -242,15 +252,17 @@ def load_lora(pipe: Any, folder: str | Path, *, weight_name: str = LORA_FILE, ad
 
 def unload_lora(pipe: Any) -> None:
     """Take off what `load_lora` has loaded."""
-    owner = pipe if hasattr(pipe, "unload_lora_weights") else getattr(pipe, find_denoiser(pipe))
-    (owner.unload_lora_weights if owner is pipe else owner.unload_lora)()
+    if loads_lora(pipe):
+        pipe.unload_lora_weights()
+    else:
+        getattr(pipe, find_denoiser(pipe)).unload_lora()
 
 
 def weigh_lora(pipe: Any, adapter_name: str, weight: float) -> None:
     """The adapter with `weight` times its strength."""
     from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 
-    if hasattr(pipe, "set_adapters"):
+    if loads_lora(pipe):
         pipe.set_adapters([adapter_name], adapter_weights=[weight])
     else:
         set_weights_and_activate_adapters(getattr(pipe, find_denoiser(pipe)), [adapter_name], [weight])

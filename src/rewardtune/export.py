@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, evaluate, launch, modelcard
+from .adapters import loads_lora
 from .candidates import settings_of
 from .config import Model, RunConfig
 from .engine import count_steps, find_denoiser
@@ -267,8 +268,8 @@ class _Trained:
                 "a quantised base cannot take the LoRA into its weights: export diffusers, or merge into the "
                 "unquantised model with --model"
             )
-        if form != "merged" and not hasattr(self.pipe, "load_lora_weights"):
-            raise ConfigError(f"{kind} has no load_lora_weights in diffusers: use --format merged")
+        if form != "merged" and not loads_lora(self.pipe):
+            raise ConfigError(f"{kind} has no load_lora_weights of its own in diffusers: use --format merged")
 
     def take_pictures(self) -> None:
         """Base and trained pictures of the first prompts, a few steps; the pipeline is given up afterwards."""

@@ -30,7 +30,10 @@ def _methods() -> list[tuple[str, str]]:
         shown = ", ".join(f"{p.name}={'null' if p.default is None else p.default}" for p in options)
         return f"{head}({shown})", (factory.__doc__ or "").strip().splitlines()[0]
 
-    wrappers = [("method.rsa_ft", methods.rsa_ft), ("method.conditional_only", methods.conditional_only)]
+    wrappers: list[tuple[str, Callable[..., Any]]] = [
+        ("method.rsa_ft", methods.rsa_ft),
+        ("method.conditional_only", methods.conditional_only),
+    ]
     return [row(name, factory) for name, factory in [*methods.ALL.items(), *wrappers]]
 
 
