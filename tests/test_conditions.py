@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,9 @@ def test_check(folder: Path, model: Path, kind: str, monkeypatch: Any, capsys: A
     (folder / "given" / "1.png").unlink()
     assert main(["check", str(path)]) == 2
     assert "1.png does not exist" in capsys.readouterr().out
+    path = write_run(folder, model / "tiny", **sections(model, kind) | {"prompts": ["a cat"]})
+    assert main(["check", str(path)]) == 2
+    assert re.search(r"error +steps: \w+ with DDIMScheduler refuses this call", capsys.readouterr().out)
 
 
 @pytest.mark.slow  # two runs of the command, and their comparison

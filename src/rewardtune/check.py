@@ -134,10 +134,12 @@ def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None
         load = lambda: _load(config, scheduler)  # noqa: E731
         pipe = attempt("pipeline", load, phase=dryrun.SAMPLING, config=config)
     run = None
-    if pipe is not None:
+    if pipe is not None and prompts is None and config.prompts.columns:
+        findings.add("warning", "sampling", "not tried: the pipeline's pictures come with the prompts")
+    elif pipe is not None:
         known = _Known(prompts, eval_prompts, method, trained, held_out, features, bool(images))
         run = _pipeline(config, pipe, known, findings)
-    else:
+    if pipe is None or (prompts is None and config.prompts.columns):
         _without_pictures(config, trained, held_out, prompts, findings)
     if dry_run and not findings.exit_code and run is not None:
         _dry_run(run, config, findings)

@@ -78,7 +78,7 @@ def count_steps(pipe: Any, *, denoiser: str | None = None, **call: Any) -> int:
     try:
         with doors.open():
             pipe(**fresh({**one_sample(call), "output_type": "latent"}))
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError) as error:
         raise ConfigError(
             f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} refuses this call "
             f"(num_inference_steps={call.get('num_inference_steps')}): {error}"
