@@ -38,7 +38,7 @@ Each text-to-image pipeline of diffusers as a small one of random weights, with 
 **{exact} of {all} classes are exact**; {refused} are refused by the preflight, for the reason that stands below. The
 same table: `rewardtune ls models`.
 
-*other schedulers*: those that the class takes in place of its own, of the {others} that were tried; DRTune with its
+*other schedulers*: those that the class takes in place of its own, of those that were tried ({others}); DRTune with its
 early stop is exact with each. *guidance*: one call (both branches in one batch), two calls, two networks, embedded (an
 input of the denoiser), none; with the arguments of the test. *calls*: of the denoiser between two steps. *LoRA*:
 `pipeline` where the class has `load_lora_weights`, `denoiser` where it lacks it and
@@ -90,7 +90,7 @@ def page(rows: list[dict]) -> str:
         lines.append("| " + " | ".join([*cells, str(row["calls"]), row["lora"]]) + " |")
     refused = [f"| {short(row['pipeline'])} | {row['reason']} |" for row in rows if row["status"] != "exact"]
     counts = {"exact": len(exact), "all": len(rows), "refused": len(refused)}
-    others = " or ".join(str(len(names)) for names in contract.OTHERS.values())
+    others = " and ".join(f"{len(names)} for {kind}" for kind, names in contract.OTHERS.items())
     head = HEADER.format(**counts, others=others, versions=oracle_table.versions())
     parts = [head, "## Exact\n", "\n".join(lines), "\n## Refused\n", "| pipeline | reason |\n|---|---|"]
     left = "\n".join(f"| {short(name)} | {why} |" for name, why in contract.LEFT_OUT.items())
