@@ -105,8 +105,25 @@ def test_the_gradient_is_that_of_the_conditional_branch(family: str, method: str
         exact = literal(pipe, plan, call, layout, 1 / layout.weight if factor is None else factor)
     assert torch.equal(pictures, both)
     assert oracle.difference(found, exact) < 1e-9
-    assert result.replay_error == 0
+    assert result.replay_error < 1e-12  # the conditional rows alone are another size of batch
     assert oracle.difference(found, gradient) > 1e-3, "both branches give the same: this test could not fail"
+
+
+@pytest.mark.parametrize(("family", "rows"), [("sd", {4: 2}), ("sd-pag", {6: 6}), ("flux", {2: 2})])
+def test_only_rows_that_carry_gradient_are_replayed(family: str, rows: dict[int, int]) -> None:
+    """2 prompts: 4 rows with guidance. PAG's attention mixes the branches, so its calls are replayed whole."""
+    layout = LAYOUTS[family]
+    pipe, call = layout.build(steps=T)
+    sizes: list[tuple[bool, int]] = []
+
+    def note(network: Any, args: Any, kwargs: Any) -> None:
+        sizes.append((torch.is_grad_enabled(), len(kwargs.get("hidden_states", args[0] if args else None))))
+
+    handle = tiny.denoiser_of(pipe).register_forward_pre_hook(note, with_kwargs=True)
+    judge.engine_gradient(pipe, conditional(judge.PLANS["drtune"](T), None), call)
+    handle.remove()
+    (sampled,) = {size for with_graph, size in sizes if not with_graph and size in rows}
+    assert {size for with_graph, size in sizes if with_graph} == {rows[sampled]}
 
 
 def test_graphs_that_are_kept_are_shared_too() -> None:
@@ -116,7 +133,7 @@ def test_graphs_that_are_kept_are_shared_too() -> None:
     with judge.rollout(pipe, plan, seed=0, recompute=False, **tiny.fresh(call)) as tape:
         tape.backward(oracle.generic_loss(tape.images))
     kept = {name: p.grad for name, p in tiny.trainable(pipe).items()}
-    assert oracle.difference(kept, swept) < 1e-6
+    assert oracle.difference(kept, swept) < 1e-5  # kept graphs are of all rows
 
 
 def test_rescaled_true_guidance() -> None:

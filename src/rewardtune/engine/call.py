@@ -47,7 +47,7 @@ class Surroundings:
             rng=torch.get_rng_state(),
             device_rng=torch.cuda.get_rng_state(device) if kind == "cuda" else None,
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            processors=[(layer, layer.processor) for layer in _attention_layers(module)],
+            processors=[(layer, layer.processor) for layer in _layers_with(module, "set_processor")],
         )
 
     @contextmanager
@@ -78,9 +78,12 @@ def differentiable(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if not hasattr(module, "gradient_checkpointing"):
             hold(stack, module, "gradient_checkpointing", False)  # Z-Image's ControlNet reads what it lacks
-        for experts in _closed_experts(module):
-            hold(stack, experts, "training", True)
-            hold(stack, experts, "_force_inference_output", False)
+        for experts in _layers_with(module, "moe_infer"):
+            if not experts.training:
+                # Mixtures of experts (HiDream) compute under a no_grad of their own unless they are in training mode: a
+                # replay would take their outputs for constants. In training mode the values are the same.
+                hold(stack, experts, "training", True)
+                hold(stack, experts, "_force_inference_output", False)
         yield
 
 
@@ -128,7 +131,7 @@ class Call:
         if self.keep:
             inputs = self._leaves_of(self.inputs)
             args, kwargs = pytree.tree_unflatten(inputs, self.spec)
-            with torch.enable_grad(), self.surroundings.autocasting():
+            with torch.enable_grad(), self.surroundings.autocasting(), differentiable(self.module):
                 output = self.run(*args, **kwargs)
         else:
             with torch.no_grad():
@@ -200,7 +203,8 @@ class Call:
             live = self._live
             sent: dict[int, list[Tensor]] = {i: [] for i in live}
             base = self._reference(reference) if pull else None  # before this call's graph takes its memory
-            for part in self._parts():
+            rows = None if pull else self._rows()
+            for part in self._parts(rows):
                 inputs, output = self._again(part)
                 error = max(error, self._compare(output, part))
                 pairs = [
@@ -218,7 +222,10 @@ class Call:
                     torch.autograd.backward(outputs, arrived, retain_graph=bool(pulls))
                 for i in live:
                     grad, inputs[i].grad = inputs[i].grad, None
-                    sent[i].append(torch.zeros_like(inputs[i]) if grad is None else grad)
+                    grad = torch.zeros_like(inputs[i]) if grad is None else grad
+                    if rows is not None and grad.ndim:
+                        grad = torch.zeros_like(self.inputs[i]).index_copy(0, rows, grad)
+                    sent[i].append(grad)
                 if pulls:  # a second product, whose gradient at the inputs is dropped
                     torch.autograd.backward([out for out, _ in pulls], [c for _, c in pulls])
         for leaf in self.leaves:
@@ -259,8 +266,34 @@ class Call:
         with self.surroundings.restored(network), off, torch.no_grad(), self.surroundings.autocasting():
             return pytree.tree_flatten(run(*args, **kwargs))[0]
 
-    def _parts(self) -> list[Callable[[Tensor], Tensor]]:
-        """The call whole, or in chunks of its leading dimension when every tensor argument shares it."""
+    def _rows(self) -> Tensor | None:
+        """The rows that carry gradient, if these are a part and the network computes each row by itself.
+
+        Whether it does is tried, without a graph, at its first call: some mix the branches of guidance (PAG).
+        """
+        shares = [share for share in self.shares if share is not None]
+        if not shares or self.graph is not None or self.module in _mixing:
+            return None
+        used = torch.stack([share != 0 for share in shares]).any(0)
+        tensors = [x for x in (*self.inputs, *self.leaves) if isinstance(x, Tensor) and x.ndim]
+        if used.all() or any(len(x) != len(used) for x in tensors):
+            return None
+        rows = used.nonzero()[:, 0]
+        if self.module not in _by_row:
+            try:
+                (part,) = self._parts(rows)
+                with torch.no_grad():
+                    self._compare(self._again(part)[1], part)
+            except Exception:
+                _mixing.add(self.module)
+                return None
+            _by_row.add(self.module)
+        return rows
+
+    def _parts(self, rows: Tensor | None = None) -> list[Callable[[Tensor], Tensor]]:
+        """The call whole, its `rows` alone, or chunks of its leading dimension when every tensor argument shares it."""
+        if rows is not None:
+            return [lambda x: x[rows] if x.ndim else x]
         tensors = [x for x in (*self.inputs, *self.leaves) if isinstance(x, Tensor)]
         batch = next((leaf.shape[0] for leaf in self.leaves if leaf is not None), 0)
         if not 0 < self.chunk < batch or any(x.ndim == 0 or x.shape[0] != batch for x in tensors):
@@ -289,7 +322,7 @@ class Call:
             scale = recorded.abs().max().double().clamp_min(1e-30)
             error = float((out.detach() - recorded).abs().max().double() / scale)
             legal = TOLERANCE.get(recorded.dtype, 1e-5)
-            if self.chunk and recorded.device.type != "cpu":
+            if (self.chunk or len(recorded) < len(leaf)) and recorded.device.type != "cpu":
                 legal = max(TOLERANCE.values())  # a GPU may take another kernel (TF32) for another batch size
             if not error <= legal:
                 raise ReplayError(
@@ -380,22 +413,17 @@ def _adapter_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-_layers: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
+_by_row: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_mixing: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_layers: "weakref.WeakKeyDictionary[nn.Module, dict[str, list[Any]]]" = weakref.WeakKeyDictionary()
 
 
-def _attention_layers(module: nn.Module) -> list[Any]:
-    """Those with a processor; looked for once, since looking at each call took a twentieth of an update."""
-    if module not in _layers:
-        _layers[module] = [m for m in module.modules() if hasattr(m, "set_processor") and hasattr(m, "processor")]
-    return _layers[module]
-
-
-def _closed_experts(module: nn.Module) -> list[nn.Module]:
-    """Mixtures of experts that compute under a no_grad of their own unless they are in training mode (HiDream).
-
-    A replay would take their outputs for constants, without an error. In training mode they give the same values.
-    """
-    return [child for child in module.modules() if hasattr(child, "moe_infer") and not child.training]
+def _layers_with(module: nn.Module, attribute: str) -> list[Any]:
+    """Looked for once: looking for attention's processors at each call took a twentieth of an update."""
+    found = _layers.setdefault(module, {})
+    if attribute not in found:
+        found[attribute] = [layer for layer in module.modules() if hasattr(layer, attribute)]
+    return found[attribute]
 
 
 def hold(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
