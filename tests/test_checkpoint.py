@@ -617,6 +617,10 @@ def test_settings_that_may_change():
     assert "optim.steps: 100 at the checkpoint, 200 now" in lines
     assert compare_settings(SETTINGS, changed()) == []
     assert compare_settings(SETTINGS, changed(adapter=None)) == []  # absent is null
+    newer = {"sampling": {**SETTINGS.get("sampling", {}), "call": {}}, "columns": []}  # keys of a later version
+    assert compare_settings(SETTINGS, {**SETTINGS, **newer}) == []
+    with pytest.raises(CheckpointError, match=r"columns: null at the checkpoint, \["):
+        compare_settings(SETTINGS, {**SETTINGS, "columns": ["image"]})
 
 
 def test_settings_that_may_not_change_are_listed_all_at_once():

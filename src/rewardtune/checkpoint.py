@@ -412,7 +412,7 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
     Legal are eval, guards, checkpoints, log, memory (but its vae_dtype), output_dir, model.device, optim.max_seconds,
     optim.micro_batch, adapter.inference_weight; and optim.steps when the schedule is constant: any other schedule's
-    length is part of its state. A key that is absent counts as null.
+    length is part of its state. A key that is absent counts as null, and as an empty list or mapping.
     Raises CheckpointError listing every other difference with both values.
     """
     schedules = {dict(settings.get("optim") or {}).get("schedule") or "constant" for settings in (saved, now)}
@@ -443,8 +443,15 @@ def _differences(saved: Any, now: Any, where: str) -> Iterator[tuple[str, Any, A
     elif isinstance(saved, list | tuple) and isinstance(now, list | tuple) and len(saved) == len(now):
         for index, (was, present) in enumerate(zip(saved, now, strict=True)):
             yield from _differences(was, present, f"{where}.{index}")
-    elif saved != now:
+    elif saved != now and not (_nothing(saved) and _nothing(now)):
         yield where, saved, now
+
+
+def _nothing(value: Any) -> bool:
+    """What a key that an earlier version did not have stands for."""
+    if isinstance(value, Mapping):
+        return all(map(_nothing, value.values()))
+    return value is None or value in ([], ())
 
 
 def _short(value: Any) -> str:
