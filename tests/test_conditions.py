@@ -137,10 +137,18 @@ def img2img() -> tuple[Any, dict[str, Any]]:
 PIPES = {"controlnet": controlnet, "img2img": img2img}
 
 
+def slow(*cases: tuple[Any, ...]) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [(kind, method) for kind in PIPES for method in ("drtune", "refl", "draft-3")]
-    + [("controlnet", "draft-LV")],  # the oracle's re-noising knows whole chains alone
+    [
+        ("controlnet", "drtune"),
+        ("img2img", "draft-3"),
+        *slow(("controlnet", "draft-3"), ("controlnet", "refl"), ("img2img", "drtune"), ("img2img", "refl")),
+        *slow(("controlnet", "draft-LV")),  # the oracle's re-noising knows whole chains alone
+    ],
 )
 def test_the_gradient_is_algorithm_1(folder: Path, kind: str, method: str) -> None:
     pipe, call = PIPES[kind]()
@@ -156,7 +164,7 @@ def test_the_gradient_is_algorithm_1(folder: Path, kind: str, method: str) -> No
     assert not torch.equal(moved, judge.plain_images(pipe, given)), "the picture is not looked at"
 
 
-@pytest.mark.parametrize("strength", [0.13, 0.5, 1.0])
+@pytest.mark.parametrize("strength", [0.13, *slow((0.5,), (1.0,))])
 def test_the_preflight_of_a_shortened_chain(folder: Path, strength: float) -> None:
     """At a small strength few of the asked steps are made: its small calls must have some."""
     pipe, call = img2img()
@@ -192,7 +200,7 @@ def bare(kind: str) -> tuple[Any, dict[str, Any]]:
     return pipe, call
 
 
-@pytest.mark.parametrize("kind", PIPES)
+@pytest.mark.parametrize("kind", ["img2img", *slow(("controlnet",))])
 def test_training(folder: Path, kind: str) -> None:
     """Two updates by micro-batches of one; the pictures before it are those of the pipeline with each prompt's own."""
     pipe, call = bare(kind)
@@ -272,7 +280,7 @@ def sections(model: Path, kind: str) -> dict[str, Any]:
     return {"model": {**named, "controlnet": str(model / "control")}, "prompts": prompts}
 
 
-@pytest.mark.parametrize("kind", PIPES)
+@pytest.mark.parametrize("kind", ["controlnet", *slow(("img2img",))])
 def test_check(folder: Path, model: Path, kind: str, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(folder)
     path = write_run(folder, model / "tiny", **sections(model, kind))

@@ -21,14 +21,10 @@ TABLE = {row["pipeline"]: row for row in json.loads(pipelines_table.DATA.read_te
 #: Families that `tiny` does not have, the cheap ones: run with the quick tests, with one method.
 QUICK = [
     "Flux2Pipeline",
-    "ChromaPipeline",
     "PixArtAlphaPipeline",
-    "SanaPipeline",
     "QwenImagePipeline",
-    "AuraFlowPipeline",
     "CogView4Pipeline",
     "ZImagePipeline",
-    "LatentConsistencyModelPipeline",
 ]
 REFUSED = {
     "StableDiffusionAdapterPipeline": "returns ndarray for output_type='pt'",
