@@ -74,14 +74,6 @@ def test_refused(name: str) -> None:
     assert TABLE[name]["reason"] == str(refusal.value)
 
 
-@pytest.mark.slow  # in float64
-def test_kandinsky_5_is_exact_in_float64() -> None:
-    """Its bound in float32 is a wider one; here it is not the engine's error."""
-    with tiny.double(*zoo.PIPELINES["Kandinsky5T2IPipeline"]()) as (pipe, call):
-        T = count_steps(pipe, **tiny.fresh(call))
-        contract.check_gradient(pipe, call, "draft-3", T=T, bound=1e-9)
-
-
 def test_the_contract_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that is told nothing of the gradient of its input, and an attribute that stays behind."""
     pipe, call = zoo.PIPELINES["SanaPipeline"]()
