@@ -29,7 +29,7 @@ from rewardtune.errors import PreflightError, RewardTuneError
 
 METHODS = ("drtune", "draft-3", "refl")
 #: Bound of a gradient's relative difference in float32. Kandinsky 5's nested gradient was found 7e-5 away (DRTune's
-#: 3e-8). Its transformer computes parts in float32 whatever it is given, so float64 cannot tell whether that is rounding.
+#: 3e-8). Its transformer computes parts in float32 whatever it is given: float64 cannot tell whether that is rounding.
 BOUND = 1e-5
 BOUNDS = {"Kandinsky5T2IPipeline": 3e-4}
 
