@@ -24,6 +24,7 @@ import zoo
 
 from rewardtune import launch, methods
 from rewardtune.config import load_config, presets
+from rewardtune.engine import call as engine_call
 from rewardtune.engine import preflight
 from rewardtune.errors import ConfigError, PreflightError
 from rewardtune.plan import Plan
@@ -105,7 +106,8 @@ def test_the_gradient_is_that_of_the_conditional_branch(family: str, method: str
         exact = literal(pipe, plan, call, layout, 1 / layout.weight if factor is None else factor)
     assert torch.equal(pictures, both)
     assert oracle.difference(found, exact) < 1e-9
-    assert result.replay_error < 1e-12  # the conditional rows alone are another size of batch
+    halved = family in ("sd", "sd3")  # its conditional rows are replayed alone, another size of batch
+    assert result.replay_error < 1e-14 if halved else result.replay_error == 0
     assert oracle.difference(found, gradient) > 1e-3, "both branches give the same: this test could not fail"
 
 
@@ -126,14 +128,30 @@ def test_only_rows_that_carry_gradient_are_replayed(family: str, rows: dict[int,
     assert {size for with_graph, size in sizes if with_graph} == {rows[sampled]}
 
 
-def test_graphs_that_are_kept_are_shared_too() -> None:
+def test_dropout_and_another_processor_are_replayed_whole() -> None:
+    """Dropout draws other numbers for half of the rows; PAG on a network that was replayed by rows before."""
     pipe, call = tiny.stable_diffusion(steps=T)
     plan = conditional(judge.PLANS["drtune"](T), None)
-    _, swept, _ = judge.engine_gradient(pipe, plan, call)
-    with judge.rollout(pipe, plan, seed=0, recompute=False, **tiny.fresh(call)) as tape:
-        tape.backward(oracle.generic_loss(tape.images))
-    kept = {name: p.grad for name, p in tiny.trainable(pipe).items()}
-    assert oracle.difference(kept, swept) < 1e-5  # kept graphs are of all rows
+    judge.engine_gradient(pipe, plan, call)
+    mixed = LAYOUTS["sd-pag"].build(steps=T)[0]
+    pag = type(mixed)(
+        **{**mixed.components, "unet": pipe.unet}, pag_applied_layers="mid", requires_safety_checker=False
+    )
+    judge.engine_gradient(tiny.quiet(pag), plan, {**call, "pag_scale": 2.0})
+    for module in pipe.unet.modules():
+        for name in getattr(module, "lora_dropout", ()):
+            module.lora_dropout[name] = torch.nn.Dropout(0.2)
+    pipe.unet.train()
+    engine_call._by_row.pop(pipe.unet)
+    judge.engine_gradient(pipe, plan, call)
+
+
+def test_graphs_that_are_kept_are_shared_too() -> None:
+    plan = conditional(judge.PLANS["drtune"](T), None)
+    with tiny.double(*tiny.stable_diffusion(steps=T)) as (pipe, call):
+        _, swept, _ = judge.engine_gradient(pipe, plan, call)
+        _, kept, _ = judge.engine_gradient(pipe, plan, call, recompute=False)
+    assert oracle.difference(kept, swept) < 1e-9
 
 
 def test_rescaled_true_guidance() -> None:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rewardtune.errors import ConfigError, PreflightError, ReplayError
+from rewardtune.errors import ConfigError, PreflightError, ReplayError, out_of_memory
 
 #: Largest relative difference between a replayed output and the recorded one.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -47,7 +48,7 @@ class Surroundings:
             rng=torch.get_rng_state(),
             device_rng=torch.cuda.get_rng_state(device) if kind == "cuda" else None,
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            processors=[(layer, layer.processor) for layer in _layers_with(module, "set_processor")],
+            processors=[(at, at.processor) for at in _layers_with(module, "set_processor") if hasattr(at, "processor")],
         )
 
     @contextmanager
@@ -269,26 +270,36 @@ class Call:
     def _rows(self) -> Tensor | None:
         """The rows that carry gradient, if these are a part and the network computes each row by itself.
 
-        Whether it does is tried, without a graph, at its first call: some mix the branches of guidance (PAG).
+        Whether it does is tried, without a graph, at its first call with its present attention processors: some mix the
+        branches of guidance (PAG), and dropout draws other numbers for another number of rows.
         """
         shares = [share for share in self.shares if share is not None]
-        if not shares or self.graph is not None or self.module in _mixing:
+        if not shares or self.graph is not None:
             return None
         used = torch.stack([share != 0 for share in shares]).any(0)
         tensors = [x for x in (*self.inputs, *self.leaves) if isinstance(x, Tensor) and x.ndim]
         if used.all() or any(len(x) != len(used) for x in tensors):
             return None
         rows = used.nonzero()[:, 0]
-        if self.module not in _by_row:
+        assert self.surroundings is not None
+        processors, by_row = _by_row.get(self.module, ([], False))
+        present = [processor for _, processor in self.surroundings.processors]
+        if self.module not in _by_row or any(a is not b for a, b in zip_longest(processors, present)):
+            by_row = self._is_by_row(rows)
+            _by_row[self.module] = (present, by_row)
+        return rows if by_row else None
+
+    def _is_by_row(self, rows: Tensor) -> bool:
+        assert self.surroundings is not None
+        (part,) = self._parts(rows)
+        with _forked_rng(self.surroundings), torch.no_grad():  # the replay itself begins with the recorded state
             try:
-                (part,) = self._parts(rows)
-                with torch.no_grad():
-                    self._compare(self._again(part)[1], part)
-            except Exception:
-                _mixing.add(self.module)
-                return None
-            _by_row.add(self.module)
-        return rows
+                self._compare(self._again(part)[1], part)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                return False
+        return True
 
     def _parts(self, rows: Tensor | None = None) -> list[Callable[[Tensor], Tensor]]:
         """The call whole, its `rows` alone, or chunks of its leading dimension when every tensor argument shares it."""
@@ -413,8 +424,8 @@ def _adapter_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-_by_row: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-_mixing: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+#: Of each network, the attention processors with which it was tried, and whether it computes rows by themselves.
+_by_row: "weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], bool]]" = weakref.WeakKeyDictionary()
 _layers: "weakref.WeakKeyDictionary[nn.Module, dict[str, list[Any]]]" = weakref.WeakKeyDictionary()
 
 
