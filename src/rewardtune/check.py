@@ -25,6 +25,7 @@ from .config import Checkpoints, Guards, Log, Part, PromptSource, RunConfig
 from .diversity import Features
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
+from .engine.chain import few_steps
 from .errors import ConfigError, PreflightError, RewardError, RewardTuneError
 from .methods import Method
 from .optimizers import make_optimizer
@@ -515,7 +516,7 @@ def _round_trip(tuner: "RewardTuner", call: dict[str, Any]) -> tuple[float, str]
     """The adapter with numbers in place of its zeros, saved, loaded back and compared; a temporary folder holds it."""
     zeros = [p for p in tuner.parameters if not p.any()]
     generator = torch.Generator().manual_seed(0)
-    short = evaluate.few_steps(call, T=tuner.T)
+    short = few_steps(call, T=tuner.T)
     try:
         with torch.no_grad():
             for p in zeros:

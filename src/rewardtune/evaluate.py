@@ -34,15 +34,6 @@ def for_prompts(prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": [str(prompt) for prompt in prompts]} | call | repeated | own_arguments(prompts)
 
 
-def few_steps(call: dict[str, Any], *, T: int, steps: int = 2) -> dict[str, Any]:
-    """`call` with so few inference steps that about `steps` of its `T` scheduler steps are made.
-
-    Image-to-image makes the last of the steps asked for alone, so fewer than two asked for may be none.
-    """
-    asked = int(call["num_inference_steps"])
-    return call | {"num_inference_steps": min(asked, math.ceil(steps * asked / max(1, min(T, asked))))}
-
-
 def sample(
     pipe: Any,
     prompts: Sequence[str],

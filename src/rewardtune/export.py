@@ -27,6 +27,7 @@ from .adapters import loads_lora
 from .candidates import settings_of
 from .config import Model, RunConfig
 from .engine import count_steps, find_denoiser
+from .engine.chain import few_steps
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
 from .quietly import no_loading_bars
@@ -284,7 +285,7 @@ class _Trained:
     def sample(self, pipe: Any) -> Tensor:
         prompts = list(self.run.prompts[:2]) or ["a red heart"]
         T = count_steps(pipe, **evaluate.for_prompts(prompts[:1], self.run.call))
-        call = evaluate.few_steps(self.run.call, T=T, steps=4)
+        call = few_steps(self.run.call, T=T, steps=4)
         return evaluate.sample(pipe, prompts, seeds=range(len(prompts)), call=call)
 
     def compare(self, pipe: Any, what: str) -> tuple[float, float, str]:

@@ -23,6 +23,7 @@ from . import adapters, checkpoint, evaluate, guards, sharding
 from .config import Checkpoints, Guards, Log, Regularize, section
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
+from .engine.chain import few_steps
 from .errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
 from .gradient import Gradient, doing
 from .listing import versions
@@ -601,7 +602,7 @@ class RewardTuner:
         self.saved = self.step
         if not self.processes.first and not self.processes.sharded:
             return
-        call = evaluate.for_prompts(self.eval_prompts[:1], evaluate.few_steps(self.call, T=self.T))
+        call = evaluate.for_prompts(self.eval_prompts[:1], few_steps(self.call, T=self.T))
         with state.averaged():
             path = self.folder.path / LORA_FILE
             if self.processes.first:

@@ -1,9 +1,9 @@
 """The ablations of section 4.2 at equal compute: what runs, and what is claimed of it.
 
 Figures 6, 8 and 9, equally spaced against random steps, with and without early stop; and, not of the paper, the newer
-methods beside DRTune. The paper does not name their
-reward: HPS v2.1 here, the one it tunes SDXL with. Methods that differ in kind have their learning rate chosen from the
-grid, each for itself; DRTune with another K, m or T keeps that of DRTune, as the paper keeps its hyperparameters.
+methods beside DRTune. The paper does not name their reward: HPS v2.1 here, the one it tunes SDXL with. Methods that
+differ in kind have their learning rate chosen from the grid, each for itself; DRTune with another K, m or T keeps that
+of DRTune, as the paper keeps its hyperparameters.
 """
 
 from collections.abc import Callable, Sequence

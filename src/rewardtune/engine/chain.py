@@ -1,6 +1,7 @@
 """Sampling chains: the user's own ``pipe(...)`` under a plan, with the doors held open."""
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -219,6 +220,15 @@ def generators_of(call: dict[str, Any]) -> list[torch.Generator]:
 def fresh(call: dict[str, Any]) -> dict[str, Any]:
     """The same arguments in new lists and dicts: some pipelines write into those they get (Z-Image: the prompts)."""
     return pytree.tree_map(lambda x: x, call)
+
+
+def few_steps(call: dict[str, Any], *, T: int, steps: int = 2) -> dict[str, Any]:
+    """`call` with so few inference steps that about `steps` of its `T` scheduler steps are made.
+
+    Image-to-image makes the last of the steps asked for alone; second-order samplers make more than are asked for.
+    """
+    asked = int(call["num_inference_steps"])
+    return call | {"num_inference_steps": min(asked, math.ceil(steps * asked / max(1, min(T, asked))))}
 
 
 def one_sample(call: dict[str, Any]) -> dict[str, Any]:

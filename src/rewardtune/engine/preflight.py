@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.engine import guidance
-from rewardtune.engine.chain import count_steps, fresh, one_sample, rollout, seeded, snapshot
+from rewardtune.engine.chain import count_steps, few_steps, fresh, one_sample, rollout, seeded, snapshot
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.engine.literal import literal_gradient
 from rewardtune.engine.tape import Tape
@@ -75,9 +75,7 @@ def preflight(
     name = find_denoiser(pipe, denoiser)
     T = count_steps(pipe, denoiser=name, **call)
     small = one_sample(call)
-    asked = int(call.get("num_inference_steps", steps))
-    # Image-to-image takes the last of the steps asked for; second-order samplers make more of them.
-    small["num_inference_steps"] = min(asked, math.ceil(steps * asked / max(1, min(T, asked))))
+    small = few_steps({"num_inference_steps": steps} | small, T=T, steps=steps)
     notes: list[str] = []
     _plain(pipe, small)  # leaves what every call leaves
     there = _attributes(pipe)
