@@ -71,6 +71,17 @@ def test_rows_are_found_again_and_none_is_run_twice(tmp_path):
     assert again.missing([cell, other, cell]) == [cell]
 
 
+def test_a_run_judged_on_more_prompts_serves_for_fewer(tmp_path):
+    cell = Cell(setting="playground", reward="hpsv2", method="DRTune", lr=1e-4, seed=0, T=20, budget=8e3, count=400)
+    rows = Rows(tmp_path / "rows.jsonl")
+    scores = {"scores": {"hpsv2": [0.7, 0.1]}, "first": {"128": {"hpsv2": [0.6, 0.2]}}}
+    rows.add({"cell": json.loads(cell.key), "updates": 3, **scores})
+    assert rows.get(cell)["scores"] == scores["scores"]
+    assert rows.get(replace(cell, count=128)) == {**rows.get(cell), "scores": scores["first"]["128"]}
+    for other in (replace(cell, count=64), replace(cell, count=128, seed=1), replace(cell, count=128, judged="search")):
+        assert rows.get(other) is None
+
+
 def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"cell": {}}\n{"cell": \n')
@@ -342,6 +353,16 @@ def test_the_untuned_model_is_judged_as_it_is(cell):
     assert made["updates"] == made["evaluations"] == 0
     assert made["moved"] is None
     assert 0 < made["scores"]["symmetry"][0] < 2
+
+
+def test_the_first_prompts_are_those_that_fewer_would_be(cell):
+    fewer = setting_of(cell.setting).counted
+    more = run_cell(replace(cell, method=BASE, lr=0.0, count=fewer + 1), COST)
+    few = run_cell(replace(cell, method=BASE, lr=0.0, count=fewer), COST)
+    assert more["scores"]["hpsv2"] != few["scores"]["hpsv2"]
+    assert "first" not in few
+    for name, value in few["scores"].items():
+        assert more["first"][str(fewer)][name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_missing_runs_are_made_once(cell, tmp_path):

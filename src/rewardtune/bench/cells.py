@@ -94,7 +94,7 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
         "updates": updates,
         "evaluations": round(used[-1]),
         **trace,
-        "scores": judge(tuner, setting, cell, images),
+        **judge(tuner, setting, cell, images),
         "moved": moved(tuner) if updates and cell.judged == "final" and setting.features == "playground" else None,
         "on": _where(tuner),
     }
@@ -118,8 +118,12 @@ def sample(tuner: "RewardTuner", setting: Setting, cell: Cell) -> "Tensor":
     return evaluate.sample(tuner.pipe, prompts, seeds=seeds, call=tuner.call, batch=min(16, 4 * tuner.micro_batch))
 
 
-def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") -> dict[str, list[float]]:
-    """name -> [mean, half of its 95 % interval over prompts]: the trained reward, its parts, and those besides."""
+def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") -> dict[str, Any]:
+    """{"scores": {name: [mean, half of its 95 % interval over prompts]}}: the trained reward, its parts, those besides.
+
+    A final run judged on more prompts than ablations are keeps "first" as well, {count: scores on so many}: it need not
+    run again for them.
+    """
     from .. import evaluate
     from ..diversity import Features, pairwise_distance
     from ..stats import mean_interval
@@ -128,11 +132,16 @@ def judge(tuner: "RewardTuner", setting: Setting, cell: Cell, images: "Tensor") 
     extra = launch.make_reward([Part(**{**part, "weight": 1.0}) for part in setting.extra])
     found = evaluate.score(extra, images, prompts, batch=16, device=tuner.device)
     found |= evaluate.score(tuner.reward, images, prompts, batch=16, device=tuner.device)  # also its total
-    scores = {name: list(mean_interval(values.tolist())) for name, values in found.items()}
-    if setting.features is not None:
-        features = Features(setting.features).to(tuner.device)
-        scores["pairwise_distance"] = [pairwise_distance(features(images, batch=16)), 0.0]
-    return scores
+    features = Features(setting.features).to(tuner.device)(images, batch=16) if setting.features is not None else None
+
+    def of_first(count: int) -> dict[str, list[float]]:
+        scores = {name: list(mean_interval(values[:count].tolist())) for name, values in found.items()}
+        if features is not None:
+            scores["pairwise_distance"] = [pairwise_distance(features[:count]), 0.0]
+        return scores
+
+    fewer = setting.counted if cell.judged == "final" and len(prompts) > setting.counted else None
+    return {"scores": of_first(len(prompts)), **({"first": {str(fewer): of_first(fewer)}} if fewer else {})}
 
 
 def moved(tuner: "RewardTuner", *, steps: int = 20, count: int = 32) -> dict[str, float]:

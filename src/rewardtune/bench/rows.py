@@ -67,13 +67,23 @@ class Rows:
             raise cannot_write(self.path, error) from error
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        return self._found.get(_key(asdict(cell)))
+        """The row of a cell; of a run judged on more prompts, with its scores on the first `count` of them."""
+        row = self._found.get(_key(asdict(cell)))
+        if row is not None:
+            return row
+        longer = (row for row in self if str(cell.count) in row.get("first", {}) and _judged_alike(row["cell"], cell))
+        return next(({**row, "scores": row["first"][str(cell.count)]} for row in longer), None)
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         return list({cell.key: cell for cell in cells if self.get(cell) is None}.values())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._found.values())
+
+
+def _judged_alike(found: dict[str, Any], cell: Cell) -> bool:
+    """Equal but for the number of prompts."""
+    return _key({**found, "count": cell.count}) == _key(asdict(cell))
 
 
 def _key(cell: dict[str, Any]) -> str:
