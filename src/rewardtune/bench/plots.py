@@ -32,19 +32,21 @@ def lines(
     title: str,
     log: bool = False,
 ) -> Path:
-    """found: label -> one list of (x, y) for each seed."""
+    """found: label -> one list of (x, y) for each seed. A mean over fewer seeds than the others' says so."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    most = max(map(len, found.values()), default=0)
     for k, (label, seeds) in enumerate((name, runs) for name, runs in found.items() if runs):
         colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
         for points in seeds:
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=1)
+        fewer = "" if len(seeds) == most else f" ({len(seeds)} of {most} seeds)"
         mean = _mean(seeds)
-        axes.plot(*zip(*mean, strict=True), color=colour, marker=mark, markersize=5, linewidth=2, label=label)
+        axes.plot(*zip(*mean, strict=True), color=colour, marker=mark, markersize=5, linewidth=2, label=label + fewer)
     axes.set(xlabel=x, ylabel=y, title=title)
     if log:
         axes.set_yscale("log")
