@@ -32,6 +32,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "raises": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "raises"},
     "sharded": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "shard": True},
     "sharded_nan": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "shard": True, "fault": "nan"},
+    "shared_by_two": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "shard": "node", "local": 2},
     "killed": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "fault": "killed"},
 }
 
@@ -42,6 +43,8 @@ def run(folder: Path, *, method: str, batch: int, micro_batch: int, steps: int, 
     pipe, _ = stable_diffusion(lora=False)
     pipe.to(torch.float64)
     rank = join().rank
+    if "local" in more:  # as if so many of the processes were on one machine
+        os.environ["LOCAL_WORLD_SIZE"] = str(more["local"])
     running: list[RewardTuner] = []  # once it is there
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

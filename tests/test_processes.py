@@ -23,7 +23,7 @@ from rewardtune.errors import ConfigError
 from rewardtune.processes import Processes
 
 SCRIPT = Path(one_of_several.__file__)
-START = "import sys; from rewardtune.processes import start; sys.exit(start(2, sys.argv[1:], cpu=True))"
+START = "import sys; from rewardtune.processes import start; sys.exit(start({count}, sys.argv[1:], cpu=True))"
 QUICK = ("drtune", "nan")
 SLOW = ("draft", "resumed", "guarded", "raises", "sharded", "sharded_nan")
 
@@ -35,8 +35,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)}
 
 
-def start(folder: Path, *scenarios: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", START, str(SCRIPT), str(folder), *scenarios]
+def start(folder: Path, *scenarios: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", START.format(count=count), str(SCRIPT), str(folder), *scenarios]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
@@ -81,8 +81,8 @@ def status(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
 
-def ends(folder: Path) -> list[dict]:
-    return [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(2)]
+def ends(folder: Path, count: int = 2) -> list[dict]:
+    return [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(count)]
 
 
 def same_weights(first: Path, second: Path, *kinds: str) -> bool:
@@ -139,6 +139,30 @@ def test_a_sharded_denoiser_gives_the_same_weights(one, more):
     for name in ("step-000000", "final"):
         files = [sorted((folder / "samples" / name).glob("*.png")) for folder in (one / "drtune", more / "sharded")]
         assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]] != []
+
+
+@slow
+def test_machines_each_share_a_copy_among_their_own_processes(one, tmp_path):
+    """Four processes on what counts as two machines."""
+    done = start(tmp_path, "shared_by_two", count=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_weights(one / "drtune", tmp_path / "shared_by_two", "gradients", "weights")
+    trained = sum(weights.numel() for weights in torch.load(one / "drtune" / "out.pt")["weights"])
+    (whole,) = {json.loads((one / "drtune" / "end-0.json").read_text())["held"]}
+    held = [end["held"] for end in ends(tmp_path / "shared_by_two", 4)]
+    assert held[:2] == held[2:]  # the same shares on both
+    assert sum(held[:2]) - 2 * trained == whole - trained  # a whole copy on each
+
+
+def test_a_machine_s_processes_have_to_be_known(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert sharding.sharers(True, 6) == 6
+    with pytest.raises(ConfigError, match=r"memory.shard=node: 6 processes, LOCAL_WORLD_SIZE=not set: .*torchrun"):
+        sharding.sharers("node", 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert sharding.sharers("node", 6) == 2
+    with pytest.raises(ConfigError, match="5 processes, LOCAL_WORLD_SIZE=2"):
+        sharding.sharers("node", 5)
 
 
 def test_what_cannot_be_shared_evenly_is_refused():

@@ -273,8 +273,9 @@ class Memory(_Section):
     """of the VAE, which gives black images in float16; null: as model.dtype"""
     offload: list[Literal["text_encoders", "vae", "reward"]] = []
     """what waits on the CPU while the denoiser works"""
-    shard: bool = False
-    """with several processes: each holds a share of the denoiser's frozen weights (FSDP2); docs/processes.md"""
+    shard: bool | Literal["node"] = False
+    """with several processes: each holds a share of the denoiser's frozen weights (FSDP2); node: shared inside each
+    machine, whole on every one; docs/processes.md"""
 
 
 class Optim(_Section):

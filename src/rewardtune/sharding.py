@@ -7,8 +7,9 @@ Left out: full fine-tuning (its optimiser's state would have to be sharded too),
 norms of whole weights, which no process has), quantised and compiled denoisers.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,16 +29,37 @@ def _at(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def shard(denoiser: Any, trained: Sequence[nn.Parameter], device: torch.device, *, world: int) -> None:
-    """Leave 1 / `world` of every frozen weight of `denoiser` in this process, on `device`; all processes call it.
+def sharers(among: bool | Literal["node"], world: int) -> int:
+    """How many processes share one copy of the weights: all of them (True), or those of a machine ("node").
 
+    Raises ConfigError where the launcher did not say how many a machine has, or not all have as many.
+    """
+    if among != "node":
+        return world
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    local = int(told) if told.isdigit() else 0
+    if local < 1 or world % local:
+        raise ConfigError(
+            f"memory.shard=node: {world} processes, LOCAL_WORLD_SIZE={told or 'not set'}; every machine has to run as many, "
+            "and the launcher to say how many: start with torchrun or accelerate launch, or use memory.shard=true"
+        )
+    return local
+
+
+def shard(
+    denoiser: Any, trained: Sequence[nn.Parameter], device: torch.device, *, world: int, group: int | None = None
+) -> None:
+    """Leave 1 / `group` of every frozen weight of `denoiser` in this process, on `device`; all processes call it.
+
+    group: processes that follow each other share one copy, e.g. those of a machine; a divisor of `world`, None: all.
     Block by block, so a denoiser that waits on the CPU never is on the device as a whole. `trained` goes there whole.
     From here on every process has to call the denoiser equally often. It cannot be undone.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world,))
+    group = group or world
+    mesh = init_device_mesh(device.type, (world // group, group), mesh_dim_names=("copies", "shares"))["shares"]
     for parameter in trained:
         parameter.data = parameter.data.to(device)
     ours = set(trained)

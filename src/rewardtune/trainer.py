@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ class RewardTuner:
         offload: what waits on the CPU while the denoiser works: "text_encoders", "vae", "reward".
         cache_text: encode each prompt once.
         recompute: see `rollout`; False keeps the graphs of all trained steps: faster, more memory.
-        shard: each of several processes holds a share of the denoiser's frozen weights (sharding.py).
+        shard: each of several processes holds a share of the denoiser's frozen weights; "node": of a copy for each
+            machine (sharding.py).
         regularize, guards, checkpoints, log: the run file's sections of these names, as mappings;
             `guards["rewards"]` may also be a reward.
         eval_prompts, eval_count: the fixed pictures of the before/after comparison; None = the first prompts.
@@ -110,7 +111,7 @@ class RewardTuner:
         offload: Sequence[str] = (),
         cache_text: bool = True,
         recompute: bool = True,
-        shard: bool = False,
+        shard: bool | Literal["node"] = False,
         regularize: Mapping[str, Any] | Regularize | None = None,
         guards: Mapping[str, Any] | None = None,
         checkpoints: Mapping[str, Any] | Checkpoints | None = None,
@@ -157,6 +158,7 @@ class RewardTuner:
             if not recompute:
                 raise ConfigError("shard=True does not go with recompute=False: a graph would need the whole weights")
             sharding.check_even(batch, self.micro_batch, self.processes.world)
+            self._sharers = sharding.sharers(shard, self.processes.world)
             self.processes = replace(self.processes, sharded=True)
         self.adapter: dict[str, Any] = {"kind": kind, "rank": rank, "alpha": alpha, "targets": targets}
         self.regularize = section(Regularize, regularize, "regularize")
@@ -315,7 +317,8 @@ class RewardTuner:
         try:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
             if self.processes.sharded:
-                sharding.shard(self.denoiser, self.parameters, self.device, world=self.processes.world)
+                many = {"world": self.processes.world, "group": self._sharers}
+                sharding.shard(self.denoiser, self.parameters, self.device, **many)
             if self.regularize.kl or self.method.kl:
                 check_reference(self.denoiser)
             call = evaluate.for_prompts(self.prompts[:1], self.call)
