@@ -40,8 +40,8 @@ def sharers(among: bool | Literal["node"], world: int) -> int:
     local = int(told) if told.isdigit() else 0
     if local < 1 or world % local:
         raise ConfigError(
-            f"memory.shard=node: {world} processes, LOCAL_WORLD_SIZE={told or 'not set'}; every machine has to run as many, "
-            "and the launcher to say how many: start with torchrun or accelerate launch, or use memory.shard=true"
+            f"memory.shard=node: {world} processes, LOCAL_WORLD_SIZE={told or 'not set'}: machines must run equally "
+            "many, and the launcher say how many: use torchrun or accelerate launch, or memory.shard=true"
         )
     return local
 
