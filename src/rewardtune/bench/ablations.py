@@ -69,7 +69,7 @@ class Ablation:
         return next(v for v in self.variants if v.label == label)
 
     def run(self, work: Work) -> None:
-        work.do([cell for method in self.searched() for cell in work.search(method, self.reward)])
+        work.choose(self.searched(), self.reward)
         for T in dict.fromkeys(v.T for v in self.variants):  # one length after another, seeds outermost
             of_T = [self.cells(work, variant) for variant in self.variants if variant.T == T]
             work.do([cell for cells in zip(*of_T, strict=True) for cell in cells])
@@ -85,15 +85,16 @@ class Ablation:
         lines = [
             f"# {self.title}",
             "",
-            f"`rewardtune bench {self.name} --setting {s.name}`: {done} of {len(self.variants) * len(s.seeds)} runs.",
+            f"`{work.command(self.name)}`: {done} of {len(self.variants) * len(s.seeds)} runs.",
             f"{self.reward}, {s.budget:g} denoiser evaluations a run, {s.counted} held-out prompts; mean ± standard",
             "deviation over seeds. Gradient norms are those before clipping, mean over the updates.",
             "",
             markdown_table(["", self.reward, "updates", "trained steps", "gradient norm", "learning rate"], body),
             "",
             markdown_table(HEADINGS, [claim.cells() for claim in self.told(self, work, rows)]),
+            *(["", f"![{self.title}]({self.name}.png)"] if done else []),
             "",
-            f"![{self.title}]({self.name}.png)",
+            work.made_by(),
         ]
         return "\n".join(lines) + "\n"
 
@@ -271,13 +272,15 @@ NEWER_METHODS = Ablation(
 ABLATIONS = {a.name: a for a in (FIG6, FIG8, FIG9, SPACING, EARLYSTOP, NEWER_METHODS)}
 
 
-def picture(a: Ablation, work: Work) -> Path:
-    """Curves against the budget; in figures with an axis, the final score against it, a line for each T."""
+def picture(a: Ablation, work: Work) -> Path | None:
+    """Curves against the budget; in figures with an axis, the final score against it, one line a T. None: no rows."""
     from . import plots
 
     s, rows, native = work.setting, work.rows, work.setting.tasks[a.reward].native
     path, told = work.folder / f"{a.name}.png", f"{a.reward} on held-out prompts"
     found: dict[str, list[list[tuple[float, float]]]] = {}
+    if not any(a.rows(work, rows, v) for v in a.variants):
+        return None
     if a.axis is None:
         for v in a.variants:
             found[v.label] = [

@@ -26,7 +26,7 @@ class Claim:
         return [self.says, self.figure, self.spread, self.verdict]
 
 
-HEADINGS = ["claim of the paper", "here", "95 % interval over seeds", "verdict"]
+HEADINGS = ["claim", "here", "95 % interval over seeds", "verdict"]
 
 
 def better(says: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool, names: tuple[str, str]) -> Claim:
@@ -52,7 +52,7 @@ def best(
     """`ours` is better than each rival; values by seed. One rival that was not run leaves the claim "not run".
 
     holds: above every rival at 95 % (all have to be beaten, so no correction is due). fails: below one of them, at
-    95 % for the whole family (Bonferroni). Shown: the rival that comes nearest.
+    95 % for the whole family (Bonferroni). Shown: the best of the rivals.
     """
     if not ours or not rivals or not all(ours.keys() & values.keys() for values in rivals.values()):
         return Claim(says=says)
@@ -60,14 +60,14 @@ def best(
         rival: [(values[seed] - ours[seed]) * (1 if less else -1) for seed in sorted(ours.keys() & values.keys())]
         for rival, values in rivals.items()
     }
-    nearest = min(gains, key=lambda rival: fmean(gains[rival]))
-    common = sorted(ours.keys() & rivals[nearest].keys())
+    strongest = min(gains, key=lambda rival: fmean(gains[rival]))
+    common = sorted(ours.keys() & rivals[strongest].keys())
     told = better(
         says,
         [ours[seed] for seed in common],
-        [rivals[nearest][seed] for seed in common],
+        [rivals[strongest][seed] for seed in common],
         less=less,
-        names=(name, f"the nearest, {nearest},"),
+        names=(name, f"the best other, {strongest},"),
     )
     if min(map(len, gains.values())) < 2:
         return replace(told, verdict="cannot be told here")

@@ -99,23 +99,27 @@ def report(work: Work) -> str:
     lines = [
         "# The norm of the gradient against K (Fig. 7)",
         "",
-        f"`rewardtune bench fig7 --setting {s.name}`: {len(rows)} of {len(s.seeds)} seeds. DRaFT-K, untuned model,",
+        f"`{work.command('fig7')}`: {len(rows)} of {len(s.seeds)} seeds. DRaFT-K, untuned model,",
         f"T = {s.T}, {REWARD}, mean over {BATCHES} batches of {batch}; ± standard deviation over seeds.",
         "",
         markdown_table(["K", "norm without stop-gradient", "norm with it"], body),
         "",
-        markdown_table(HEADINGS, [claim.cells() for claim in (claims(rows, s.T) if rows else [])]),
+        markdown_table(HEADINGS, [claim.cells() for claim in claims(rows, s.T)]),
+        *(["", "![gradient norm](fig7.png)"] if rows else []),
         "",
-        "![gradient norm](fig7.png)",
+        work.made_by(),
     ]
     return "\n".join(lines) + "\n"
 
 
-def picture(work: Work) -> Path:
+def picture(work: Work) -> Path | None:
+    """None without rows."""
     from . import plots
 
     s = work.setting
     rows = [row for row in (work.rows.get(cell_of(s, seed)) for seed in s.seeds) if row is not None]
+    if not rows:
+        return None
     lines = {
         label: [[(int(K), norm) for K, norm in row[name].items()] for row in rows]
         for label, name in (("full back-propagation", "full"), ("stop-gradient", "stopped"))

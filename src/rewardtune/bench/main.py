@@ -1,5 +1,6 @@
 """`rewardtune bench`: from the name of an experiment to its page."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ def bench(
 ) -> Path:
     """Run what is missing of the experiment `name`, write its page and its plot; gives the page.
 
-    devices: one process each; None: the cores of the CPU, or all GPUs. rewards: of Table 1, None: all.
+    devices: one process each; None: the cores of the CPU, or all GPUs. rewards: of Table 1, to be run; None: all.
     seeds: 0, 1, ... so many; budget, lrs: instead of the setting's.
     only_report: run nothing. Raises ConfigError.
     """
@@ -44,10 +45,17 @@ def bench(
 
         check_installed()
     asked = chosen_tasks(chosen, rewards)
+    if rewards and name != "table1":
+        raise ConfigError(f"--reward {' --reward '.join(rewards)}: only table1 takes rewards; leave it out for {name}")
+    wrong = [value for value in (*(lrs or ()), *([] if budget is None else [budget])) if not 0 < value < math.inf]
+    if wrong:
+        raise ConfigError(f"learning rate or budget {wrong[0]:g}: give a positive number")
+    if only_report and results == RESULTS and not results.exists():
+        raise ConfigError(f"no rows in {results}: run it in a checkout of rewardtune, or give the folder by --results")
     if seeds is not None:
         chosen = replace(chosen, seeds=tuple(range(seeds)))
     if lrs:
-        chosen = replace(chosen, lrs=tuple(lrs))
+        chosen = replace(chosen, lrs=tuple(sorted(set(lrs))))
     if budget is not None:
         chosen = replace(chosen, budget=budget)
     work = Work(
@@ -55,6 +63,13 @@ def bench(
         folder=results / setting,
         devices=tuple(devices or default_devices(setting)),
         say=say,
+        given="".join(
+            [
+                f" --seeds {seeds}" * (seeds is not None),
+                f" --budget {budget:g}" if budget is not None else "",
+                *(f" --lr {lr:g}" for lr in lrs or ()),
+            ]
+        ),
     )
     page = work.folder / f"{name}.md"
     write_text(page, _page(name, work, asked, run=not only_report, plots=plots))
@@ -66,8 +81,8 @@ def _page(name: str, work: Work, rewards: Sequence[str], *, run: bool, plots: bo
         if run:
             table1.run(work, rewards)
         if plots:
-            table1.picture(work, rewards)
-        return table1.report(work, rewards)
+            table1.picture(work)
+        return table1.report(work)
     if name in pictures.REWARDS:
         if run:
             table1.run(work, [pictures.REWARDS[name]])

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..progress import digits
 from ..runfolder import atomic
+from ..tables import markdown_table
 from .cells import SHOWN, final_prompts
 from .setting import METHODS
 from .table1 import BASE, base_cell
@@ -24,13 +26,14 @@ def report(work: Work, name: str) -> str:
         lr = work.lr(method, reward)
         if lr is not None:
             cells[method] = work.cell(method, reward, seed, lr=lr)
-    run = {m: work.picture(cell) for m, cell in cells.items() if work.rows.get(cell) is not None}
-    strips = {m: path for m, path in run.items() if path.exists()}
+    native = work.setting.tasks[reward].native
+    found = {m: row["scores"][native][0] for m, cell in cells.items() if (row := work.rows.get(cell)) is not None}
+    strips = {m: path for m in found if (path := work.picture(cells[m])).exists()}
     prompts = final_prompts(work.setting, cells[BASE])[:SHOWN]
     lines = [
         f"# Pictures for {reward} (Fig. {name[-1]})",
         "",
-        f"`rewardtune bench {name} --setting {work.setting.name}`: seed {seed} of Table 1, the first {SHOWN} held-out",
+        f"`{work.command(name)}`: seed {seed} of Table 1, the first {SHOWN} held-out",
         "prompts, the same noise in every row. The paper's claim, for people to judge: " + CAPTIONS[name] + ".",
         "",
         *(f"{k}. {prompt}" for k, prompt in enumerate(prompts, start=1)),
@@ -38,8 +41,16 @@ def report(work: Work, name: str) -> str:
         "Not run: " + (", ".join(m for m in (BASE, *METHODS) if m not in strips) or "nothing") + ".",
     ]
     if strips:
-        sheet(strips, work.folder / f"{name}.png")
-        lines += ["", f"![pictures]({name}.png)"]
+        sheet({f"{m} {digits(found[m])}": path for m, path in strips.items()}, work.folder / f"{name}.png")
+        lines += [
+            "",
+            markdown_table(
+                ["method", f"{native} of all its held-out prompts", "learning rate"],
+                [[m, digits(found[m]), f"{cells[m].lr:g}" if cells[m].lr else ""] for m in strips],
+            ),
+            "",
+            f"![pictures, numbered from the left]({name}.png)",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -49,7 +60,7 @@ def sheet(strips: dict[str, Path], path: Path, *, height: int = 96) -> None:
 
     if not strips:
         raise ConfigError("no pictures to show")
-    font, left, gap = ImageFont.load_default(15), 110, 6
+    font, left, gap = ImageFont.load_default(15), 150, 6
     rows = {}
     for name, file in strips.items():
         with Image.open(file) as opened:

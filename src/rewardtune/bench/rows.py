@@ -74,6 +74,11 @@ class Rows:
         longer = (row for row in self if str(cell.count) in row.get("first", {}) and _judged_alike(row["cell"], cell))
         return next(({**row, "scores": row["first"][str(cell.count)]} for row in longer), None)
 
+    def machines(self) -> list[str]:
+        """Versions and machines that made the rows, each once."""
+        told = ({k: v for k, v in row["on"].items() if v is not None} for row in self if "on" in row)
+        return list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in on.items()) for on in told))
+
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         return list({cell.key: cell for cell in cells if self.get(cell) is None}.values())
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..prompts import load_prompts
 from ..spelling import nearest
+from .cost import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Setting:
     """Everything that the runs share.
 
     preset, changes: the run file and what is changed in it. T, batch: of the chain and of an update.
-    budget: denoiser evaluations of one run; half of them for a run that chooses a learning rate among `lrs`.
+    budget: denoiser evaluations of one run; half of them for a run that chooses a learning rate among `lrs` (rising).
+    cost: of a replay, measured once; None: measured on the machine that runs.
     count: final prompts of Table 1, counted: of the ablations, looked: of the curves (`looks` after the first);
     searched: to choose on. extra: parts measured besides; features: for diversity.
     """
@@ -68,6 +70,7 @@ class Setting:
     searched: int = 48
     looks: int = 2
     seeds: tuple[int, ...] = (0, 1, 2)
+    cost: Cost | None = None
     search_seed: int = 7
     extra: list[dict[str, Any]] = field(default_factory=list)
     features: str | None = None
@@ -149,8 +152,9 @@ PLAYGROUND = Setting(
             parts=[{"name": "compressibility", "weight": 300.0}, _KEEP], native="compressibility", less=True, **_WORLD
         ),
     },
-    lrs=(3e-4, 9e-4),
+    lrs=(1e-4, 3e-4, 9e-4, 2.7e-3),
     budget=8e3,
+    cost=Cost(replay=1.9, nested=2.17, evaluation=0.0307, head=2.57),  # on 33 GFLOP/s a core, quiet
     extra=[{"name": "symmetry"}, *map(_small, ("clipscore", "hpsv2", "pickscore", "aesthetic"))],
     features="playground",
 )

@@ -28,7 +28,7 @@ def base_cell(work: Work, reward: str) -> Cell:
 def run(work: Work, rewards: Sequence[str]) -> None:
     """Search, then all seeds, reward by reward."""
     for reward in rewards:
-        work.do([cell for method in METHODS for cell in work.search(method, reward)])
+        work.choose(METHODS, reward)
         work.do([base_cell(work, reward), *final_cells(work, reward)])
 
 
@@ -69,25 +69,35 @@ def spread(numbers: Sequence[float]) -> str:
     if len(numbers) == 1:
         return f"{digits(mean)} (1 seed)"
     deviation = (sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) ** 0.5
-    return f"{digits(mean)} ± {deviation:.2g}"
+    return f"{digits(mean)} ± {deviation:.0f}" if deviation >= 10 else f"{digits(mean)} ± {deviation:.2g}"
 
 
-def report(work: Work, rewards: Sequence[str]) -> str:
+def shared_seeds(table: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Only the seeds that every method with rows has: looks differ by seed, so other means would not be comparable."""
+    common = set.intersection(*(set(runs) for runs in table.values() if runs)) if any(table.values()) else set()
+    return {method: {seed: row for seed, row in runs.items() if seed in common} for method, runs in table.items()}
+
+
+def report(work: Work) -> str:
     """The page, of whatever is there."""
     s, rows = work.setting, work.rows
+    rewards = list(s.tasks)
     tables = {reward: found(work, rows, reward) for reward in rewards}
     done = sum(len(seeds) for table in tables.values() for seeds in table.values())
     lines = [
         f"# Table 1 on the setting `{s.name}`",
         "",
-        f"`rewardtune bench table1 --setting {s.name}`: {done} of {len(METHODS) * len(s.seeds) * len(rewards)} runs.",
+        f"`{work.command('table1')}`: {done} of {len(METHODS) * len(s.seeds) * len(rewards)} runs",
+        "(`--reward NAME` runs one column of them).",
         f"T = {s.T}, batch {s.batch}, {s.budget:g} denoiser evaluations a run, judged on up to {s.count} held-out",
-        "prompts with fixed noise; mean ± standard deviation over seeds. Every row stands in `rows.jsonl`.",
+        "prompts with fixed noise; mean ± standard deviation over seeds, of those that were run. Every row stands in",
+        "`rows.jsonl`.",
         "",
         "## Ours, at equal denoiser evaluations",
         "",
         markdown_table(["method", *(_head(s, r) for r in rewards)], _rows(work, rows, rewards, tables)),
         "",
+        *_sums(work, rows, tables),
         "## The paper's (Stable Diffusion 1.5, 2 hours on 4 A100)",
         "",
         markdown_table(
@@ -104,7 +114,7 @@ def report(work: Work, rewards: Sequence[str]) -> str:
         markdown_table(["method", "updates", "evaluations", "processor seconds", "wall seconds"], _bought(tables)),
         "",
         "Runs share the machine, so wall seconds are no measure here; processor seconds are less disturbed. At the",
-        "processor time of the quickest method (interpolated between looks, on their prompts):",
+        "processor time of the quickest method (interpolated between looks, on their prompts; seeds that all have):",
         "",
         markdown_table(["method", *(_head(s, r) for r in rewards)], _equal_time(s, rewards, tables)),
         "",
@@ -112,14 +122,12 @@ def report(work: Work, rewards: Sequence[str]) -> str:
         "",
         markdown_table(["method", *rewards], [[m, *(_rate(work, m, r) for r in rewards)] for m in METHODS]),
         "",
-        f"From {', '.join(f'{lr:g}' for lr in s.lrs)}, by runs of {s.search_budget:g} evaluations with seed",
-        f"{s.search_seed} on {s.searched} prompts of the training source that are never trained on; the highest",
-        "trained reward (its sum, where CLIPScore stands beside) wins. `<`, `>`: the lowest, the highest of the grid.",
+        *_how_chosen(s),
+        "",
+        *_symmetry(work, tables["symmetry"]),
     ]
-    if "symmetry" in rewards:
-        lines += ["", *_symmetry(work, tables["symmetry"])]
     drawn = [reward for reward in rewards if any(tables[reward].values())]
-    lines += ["", "## Curves", "", *(f"![{reward}](table1_{reward}.png)\n" for reward in drawn)]
+    lines += ["", "## Curves", "", *(f"![{reward}](table1_{reward}.png)\n" for reward in drawn), work.made_by()]
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +161,7 @@ def at_equal(row: dict[str, Any], share: float) -> float:
 
 def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """The claim of section 4.1: DRTune reaches a symmetry that the late-step methods do not, at equal CLIPScore."""
-    body, told = [], []
+    body, told, table = [], [], shared_seeds(table)
     for method, runs in table.items():
         cells = [spread([at_equal(row, share) for _, row in sorted(runs.items())]) for share in LEVELS]
         moved = [row["moved"] for row in runs.values() if row.get("moved")]
@@ -164,16 +172,17 @@ def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[s
         for late in ("DRaFT-LV", "ReFL-10"):
             common = sorted(table["DRTune"].keys() & table[late].keys())
             pair = [[at_equal(table[m][seed], share) for seed in common] for m in ("DRTune", late)]
-            says = f"at {share:.0%} of the untuned CLIPScore DRTune is more symmetric than {late}"
+            says = f"(ours) at {share:.0%} of the untuned CLIPScore DRTune is more symmetric than {late}"
             told.append(better(says, *pair, less=True, names=("DRTune", late)))
-    looked = work.setting.looked
+    looked, looks = work.setting.looked, work.setting.looks + 1
     return [
         "## Symmetry at equal CLIPScore",
         "",
-        f"Lower is better. The lowest symmetry among the looks ({looked} prompts) at which CLIPScore keeps at least",
-        "that share of its untuned value, crossings between looks included. Last column: how far the tuned network",
-        "moves x0-hat at the first step of the chain, over how far it moves it at the last: what training one part of",
-        "the chain does to another.",
+        f"Lower is better. The lowest symmetry among the {looks} looks ({looked} prompts each) at which CLIPScore",
+        "keeps at least that share of its untuned value, crossings between looks included: coarse, and equal",
+        "where CLIPScore never fell so far. Seeds that all methods have. Last column: how far the tuned network",
+        "moves x0-hat at the first step of the chain, over how far it moves it at the last: what training one part",
+        "does to another.",
         "",
         markdown_table(["method", *(f"{share:.0%}" for share in LEVELS), "moved, first / last step"], body),
         "",
@@ -207,11 +216,12 @@ def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[lis
 def _equal_time(setting: Setting, rewards: Sequence[str], tables: dict[str, Any]) -> list[list[str]]:
     body = {method: [method] for method in METHODS}
     for reward in rewards:
-        runs = [row for seeds in tables[reward].values() for row in seeds.values()]
+        table = shared_seeds(tables[reward])
+        runs = [row for seeds in table.values() for row in seeds.values()]
         limit = min((row["cpu_seconds"] for row in runs), default=0.0)
         for method in METHODS:
             native = setting.tasks[reward].native
-            numbers = [at_time(row["trace"], limit, native) for row in tables[reward][method].values()]
+            numbers = [at_time(row["trace"], limit, native) for row in table[method].values()]
             body[method].append(spread(numbers))
     return list(body.values())
 
@@ -231,19 +241,51 @@ def _rate(work: Work, method: str, reward: str) -> str:
         return "not run"
     grid = work.setting.lrs
     edge = "" if len(grid) < 2 else "<" if rate == min(grid) else ">" if rate == max(grid) else ""
-    return f"{edge}{rate:g}"
+    tried = ", ".join(f"{lr:g}: {digits(found)}" for lr, found in work.searched(method, reward).items())
+    return f"{edge}{rate:g}" + (f" ({tried})" if tried else "")
 
 
-def picture(work: Work, rewards: Sequence[str]) -> list[Path]:
-    """A curve for each reward: its value against the budget."""
+def _how_chosen(s: Setting) -> list[str]:
+    if len(s.lrs) < 2:
+        return ["One rate for all: nothing was chosen."]
+    return [
+        f"From {', '.join(f'{lr:g}' for lr in s.lrs)}, by runs of {s.search_budget:g} evaluations with seed",
+        f"{s.search_seed} on {s.searched} prompts of the training source that are never trained on; the highest",
+        "trained reward (its sum, where CLIPScore stands beside) wins; in brackets what each reached. The middle two",
+        "are tried, and the next one as long as the best lies at the edge of what was tried. `<`, `>`: the grid ends.",
+    ]
+
+
+def _sums(work: Work, rows: Rows, tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[str]:
+    """What was trained where it is a sum: the table above shows one part of it."""
+    lines = []
+    for reward, task in work.setting.tasks.items():
+        if len(task.parts) < 2:
+            continue
+        names = [task.native, *(part["name"] for part in task.parts if part["name"] != task.native), "reward"]
+        base = rows.get(base_cell(work, reward))
+        body = [[BASE, *(digits(base["scores"][name][0]) if base else "not run" for name in names)]]
+        body += [[method, *(spread(values(runs, name)) for name in names)] for method, runs in tables[reward].items()]
+        told = ", ".join(f"{part['name']} (weight {part.get('weight', 1):g})" for part in task.parts)
+        lines += [
+            f"For {reward} the sum of {told} is trained; less {task.native} counts as more reward:",
+            "",
+            markdown_table(["method", *names], body),
+            "",
+        ]
+    return lines
+
+
+def picture(work: Work) -> list[Path]:
+    """A curve for each reward with rows: its value against the budget, over the seeds that all methods have."""
     from . import plots
 
     made, rows = [], work.rows
-    for reward in rewards:
+    for reward in work.setting.tasks:
         native = work.setting.tasks[reward].native
         lines = {
             method: [[(look["evaluations"], look["scores"][native]) for look in row["trace"]] for row in runs.values()]
-            for method, runs in found(work, rows, reward).items()
+            for method, runs in shared_seeds(found(work, rows, reward)).items()
         }
         if not any(lines.values()):
             continue

@@ -25,13 +25,15 @@ class Work:
     """Where results are, and who works.
 
     folder: of the setting's results; its rows.jsonl, cost.json and pictures are shared by all experiments.
-    devices: one process each, e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"].
+    devices: one process each, e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. given: what the command was given besides
+    the setting, as typed.
     """
 
     setting: Setting
     folder: Path
     devices: tuple[str, ...] = ("cpu",)
     say: Callable[[str], None] = print
+    given: str = ""
     rows: Rows = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,8 +48,18 @@ class Work:
         )
         return self.folder / "pictures" / f"{name}.png"
 
+    def command(self, name: str) -> str:
+        """What makes the page of `name` again."""
+        return f"rewardtune bench {name} --setting {self.setting.name}{self.given}"
+
+    def made_by(self) -> str:
+        """For the foot of a page: versions and machines of the rows that are there."""
+        return "Rows made with " + ("; ".join(self.rows.machines()) or "nothing yet") + "."
+
     def cost(self) -> Cost:
-        """What is stored, or measured now: on a quiet machine, before anything else runs."""
+        """The setting's, so that a budget buys the same updates everywhere; else what is stored, or measured now."""
+        if self.setting.cost is not None:
+            return self.setting.cost
         path = self.folder / "cost.json"
         if not path.exists():
             self.say("measuring what a replay costs on this machine ...")
@@ -96,8 +108,39 @@ class Work:
             f"{native} {row['scores'][native][0]:.4g} after {row['updates']} updates, {seconds:.0f} processor seconds"
         )
 
+    def choose(self, methods: Sequence[str], reward: str) -> None:
+        """Run the searches for learning rates, until there is nothing more to look at."""
+        while missing := self.rows.missing([cell for method in methods for cell in self.search(method, reward)]):
+            self.do(missing)
+
     def search(self, method: str, reward: str) -> list[Cell]:
-        """The runs that choose the learning rate of a method; none where there is nothing to choose."""
+        """The runs that choose the learning rate of a method, as far as can be told now; none for a single rate.
+
+        The middle two of the grid; then its next rate, as long as the best so far lies at the edge of what was tried.
+        """
+        cells = self._grid(method, reward)
+        low, high = max(0, (len(cells) - 1) // 2), min(len(cells), len(cells) // 2 + 1)
+        while all(self.rows.get(cell) is not None for cell in cells[low:high]):
+            best = max(range(low, high), key=lambda k: self._reward(cells[k]), default=0)
+            if best == low > 0:
+                low -= 1
+            elif best == high - 1 < len(cells) - 1:
+                high += 1
+            else:
+                break
+        return cells[low:high]
+
+    def _reward(self, cell: Cell) -> float:
+        """The trained reward on the search prompts; a run that broke down counts as the worst."""
+        row = self.rows.get(cell)
+        reward = math.nan if row is None else float(row["scores"]["reward"][0])
+        return reward if math.isfinite(reward) else -math.inf
+
+    def searched(self, method: str, reward: str) -> dict[float, float]:
+        """Learning rate -> trained reward on the search prompts, of the runs that are there."""
+        return {cell.lr: self._reward(cell) for cell in self._grid(method, reward) if self.rows.get(cell) is not None}
+
+    def _grid(self, method: str, reward: str) -> list[Cell]:
         s = self.setting
         if len(s.lrs) < 2:
             return []
@@ -112,11 +155,9 @@ class Work:
         cells = self.search(method, reward)
         if not cells:
             return self.setting.lrs[0]
-        found = [(self.rows.get(cell), cell.lr) for cell in cells]
-        if any(row is None for row, _ in found):
+        if self.rows.missing(cells):
             return None
-        rewards = [(row["scores"]["reward"][0], lr) for row, lr in found if row is not None]
-        return max((reward if math.isfinite(reward) else -math.inf, lr) for reward, lr in rewards)[1]
+        return max(cells, key=lambda cell: (self._reward(cell), cell.lr)).lr
 
     def cell(self, method: str, reward: str, seed: int, *, lr: float, T: int | None = None, **given: Any) -> Cell:
         """A final run. Options equal to the method's own are left out: one run has one row, whoever asks for it."""
