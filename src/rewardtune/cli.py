@@ -152,12 +152,20 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: those of the run.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: that of the run.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=VALUE",
+            help="ControlNet, image-to-image: image=photo.png, once for all prompts, or once for each.",
+        ),
+    ] = None,
 ) -> None:
     """Pictures from a tuned model."""
     from .sampling import sample_candidate
 
     given: dict[str, Any] = {"model": model, "output": output, "steps": steps, "guidance": guidance, "seed": seed}
-    for path in sample_candidate(candidate, prompt, **given):
+    for path in sample_candidate(candidate, prompt, **given, inputs=inputs or ()):
         print(path)
 
 
