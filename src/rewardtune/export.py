@@ -271,8 +271,8 @@ class _Trained:
             )
         if form != "merged" and not loads_lora(self.pipe):
             raise ConfigError(
-                f"{kind} has no load_lora_weights of its own in diffusers: use --format merged, or load the run's own file "
-                f"by rewardtune.adapters.load_lora(pipe, {str(self.run.folder)!r})"
+                f"{kind} has no load_lora_weights of its own in diffusers: use --format merged, or load the run's own "
+                f"file by rewardtune.adapters.load_lora(pipe, {str(self.run.folder)!r})"
             )
 
     def take_pictures(self) -> None:
