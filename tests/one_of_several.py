@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
 from tiny import stable_diffusion
 from tiny_runs import redness
 
 from rewardtune import methods
 from rewardtune.errors import RewardTuneError
 from rewardtune.processes import join
+from rewardtune.prompts import Conditioned
 from rewardtune.sharding import held
 from rewardtune.trainer import RewardTuner
 
@@ -25,6 +29,7 @@ CHECKPOINTS = {"every": 2, "keep": 9, "best": None}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "drtune": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5},
     "draft": {"method": "draft", "batch": 3, "micro_batch": 1, "steps": 3},
+    "pictures": {"method": "drtune", "batch": 3, "micro_batch": 1, "steps": 3, "pictures": True},
     "half": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 2},  # of drtune, to go on from
     "resumed": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "resume": "latest"},
     "guarded": {"method": "drtune", "batch": 4, "micro_batch": 2, "steps": 5, "guard": True},
@@ -37,14 +42,33 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_pictures(prompts: list[str], folder: Path, *, first: int) -> list[str]:
+    """The prompts with a picture and a negative prompt each: equal ones in every process, in a folder of its own.
+
+    first: the seed of the first prompt's picture; those of the others follow.
+    """
+    folder.mkdir(parents=True)
+    made = list[str]()
+    for number, prompt in enumerate(prompts):
+        values = np.random.default_rng(first + number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{number}.png")
+        made.append(Conditioned(prompt, {"image": folder / f"{number}.png", "negative_prompt": f"no {prompt}"}))
+    return made
+
+
 def run(folder: Path, *, method: str, batch: int, micro_batch: int, steps: int, **more: Any) -> None:
     """One training; rank 0 saves the weights, and all save how it ended (end-RANK.json)."""
     torch.set_num_threads(1)
-    pipe, _ = stable_diffusion(lora=False)
-    pipe.to(torch.float64)
     rank = join().rank
     if "local" in more:  # as if so many of the processes were on one machine
         os.environ["LOCAL_WORLD_SIZE"] = str(more["local"])
+    pipe, _ = stable_diffusion(lora=False)
+    prompts, sizes = ["red heart", "blue star", "green moon", "pink cat", "grey dog"], {"height": 16, "width": 16}
+    if more.get("pictures"):
+        pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        place = folder.parent / f"{folder.name}-given-{rank}"
+        prompts, sizes = with_pictures(prompts, place, first=1 if more["pictures"] == "swapped" else 0), {}
+    pipe.to(torch.float64)
     running: list[RewardTuner] = []  # once it is there
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -61,12 +85,11 @@ def run(folder: Path, *, method: str, batch: int, micro_batch: int, steps: int, 
         pipe,
         reward=reward,
         method=METHODS[method],
-        prompts=["red heart", "blue star", "green moon", "pink cat", "grey dog"],
+        prompts=prompts,
         output_dir=folder,
         num_inference_steps=4,
         guidance_scale=3.0,
-        height=16,
-        width=16,
+        **sizes,
         rank=4,
         batch=batch,
         micro_batch=micro_batch,

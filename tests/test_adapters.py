@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 from tiny import denoiser_of, fresh, set_scheduler, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_runs import BASE, write_run
 
-from rewardtune import adapters
+from rewardtune import adapters, cli
 from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.runfolder import LORA_FILE
 
@@ -325,3 +327,32 @@ def test_kinds_and_the_way_back():
         assert not adapters.trainable(pipe.unet)
         assert not getattr(pipe.unet, "peft_config", None)
         assert torch.equal(images(pipe, call), before)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "PixArtAlphaPipeline", "KolorsPAGPipeline"])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_the_line_that_tells_how_to_use_a_run_works(name, weight, tmp_path):
+    """Executed as it stands: with diffusers' own loader, without one, and with one that asks for other networks."""
+    pipe, call = tuned(zoo.PIPELINES[name])
+    adapters.save(pipe, tmp_path)
+    plain, _ = without_lora(zoo.PIPELINES[name])
+    base = images(plain, call)
+    line = adapters.how_to_use(pipe, tmp_path, weight=weight)
+    assert ("rewardtune" in line) == (name != "StableDiffusionPipeline")
+    exec(line, {"pipe": plain})
+    for key, parameter in denoiser_of(pipe).named_parameters():
+        if ".lora_B." in key:
+            parameter.data *= weight
+    assert torch.allclose(images(plain, call), images(pipe, call), atol=1e-5)
+    assert (base - images(pipe, call)).abs().max() > 0.001
+
+
+@pytest.mark.slow  # trains
+def test_the_command_prints_that_line(tmp_path, capsys):
+    pipe, _ = without_lora(zoo.PIPELINES["PixArtAlphaPipeline"])
+    pipe.save_pretrained(tmp_path / "tiny")
+    own = {"sampling": BASE["sampling"] | {"call": {"use_resolution_binning": False}}, "eval": {"count": 1}}
+    run = write_run(tmp_path, tmp_path / "tiny", optim={"steps": 1, "lr": 1e-3, "batch": 1}, **own)
+    assert cli.main(["train", str(run)]) == 0, capsys.readouterr()
+    line = f"use it: from rewardtune.adapters import load_lora; load_lora(pipe, '{tmp_path / 'out'}'), or: rewardtune"
+    assert line in capsys.readouterr().out

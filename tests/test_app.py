@@ -200,6 +200,43 @@ def test_the_page_answers_and_asks_nobody_else(served, pair):
 
 
 @needs_gradio
+@pytest.mark.slow  # opens a model, and gradio
+def test_the_page_of_a_run_with_pictures_has_a_field_for_each(tmp_path, monkeypatch):
+    """Asked as a browser asks: the example's own picture is uploaded, and one is missing."""
+    from gradio_client import Client, handle_file
+    from PIL import Image
+    from tiny_runs import made_run, save_tiny
+
+    monkeypatch.chdir(tmp_path)
+    given = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(given).save("one.png")
+    Path("prompts.jsonl").write_text('{"prompt": "red heart", "image": "one.png", "negative_prompt": "grey"}\n')
+    made_run(
+        tmp_path / "run",
+        save_tiny(tmp_path / "tiny"),
+        model={"id": str(tmp_path / "tiny"), "pipeline": "StableDiffusionImg2ImgPipeline"},
+        prompts={"source": "prompts.jsonl", "columns": ["image", "negative_prompt"]},
+        sampling={"steps": 8, "guidance": 3.0, "call": {"strength": 0.5}},
+    )
+    pair = app.Pair("run")
+    blocks = app.page(pair)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        labels = [block.label for block in blocks.blocks.values() if getattr(block, "label", None)]
+        assert [label for label in labels if label in ("image", "negative_prompt")][:2] == ["image", "negative_prompt"]
+        client = Client(address, verbose=False)
+        asked = ["red heart", 3, 1.0, 8, 3.0]
+        files = client.predict(*asked, handle_file("one.png"), "dull", api_name="/pictures")
+        expected = pair.pictures("red heart", 3, weight=1.0, inputs={"image": "one.png", "negative_prompt": "dull"})
+        for file, picture in zip(files, pixels(expected), strict=True):
+            assert (np.asarray(Image.open(file)) == picture).all()
+        with pytest.raises(Exception, match="image: choose a picture"):
+            client.predict(*asked, None, "", api_name="/pictures")
+    finally:
+        blocks.close()
+
+
+@needs_gradio
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_draws_the_page_without_other_hosts(served, tmp_path):

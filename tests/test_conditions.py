@@ -17,12 +17,14 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from tiny_runs import redness, save_tiny, write_run
+from tiny_runs import BASE, made_run, redness, save_tiny, write_run
 
-from rewardtune import RewardTuner, evaluate, methods
+from rewardtune import RewardTuner, app, evaluate, methods, modelcard
+from rewardtune.candidates import candidates, load_base, opened
 from rewardtune.cli import main
 from rewardtune.engine import count_steps, preflight
 from rewardtune.errors import ConfigError
+from rewardtune.export import open_run
 from rewardtune.gradient import derive_seed
 from rewardtune.processes import Processes
 from rewardtune.prompts import Conditioned, identity, load_prompts, with_categories
@@ -336,3 +338,160 @@ def test_a_pipeline_class_that_does_not_fit(tmp_path: Path, model: Path) -> None
         load_pipeline(str(model / "tiny"), device="cpu", pipeline="StableDifusionPipeline")
     with pytest.raises(ConfigError, match="cannot be made of this StableDiffusionPipeline"):
         load_pipeline(str(model / "tiny"), device="cpu", pipeline="StableDiffusionControlNetPipeline")
+
+
+# -- what takes a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A folder with a run of each kind, one that takes prompts alone (plain), and the pictures of their prompts."""
+    place = tmp_path_factory.mktemp("tuned")
+    rows = []
+    for number, (prompt, negative) in enumerate([("red heart", "grey"), ("blue stars", "dull")]):
+        draw(place / "given" / f"{number}.png", number)
+        rows.append({"prompt": prompt, "image": f"given/{number}.png", "negative_prompt": negative})
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw(place / "wide.png", 9, size=(24, 16))
+    for kind in PIPES:
+        own = sections(model, kind)
+        own["prompts"] = own["prompts"] | {"source": str(place / "prompts.jsonl")}
+        if kind == "controlnet":  # so strong that the little network's pictures show which one was given
+            own["sampling"] = BASE["sampling"] | {"call": {"controlnet_conditioning_scale": 20.0}}
+        made_run(place / kind, model / "tiny", **own)
+    made_run(place / "plain", model / "tiny")
+    return place
+
+
+def saved(path: Path) -> Any:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_sample_takes_pictures(tuned: Path, kind: str, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    """The pictures of `sample` are the plain pipeline's with the same arguments; each prompt has its own picture."""
+    monkeypatch.chdir(tuned)
+    words = ["sample", kind, "--output", str(tmp_path), "-p", "red heart", "-p", "blue stars"]
+    each = ["--input", "image=given/0.png", "--input", "image=given/1.png", "--input", "negative_prompt=grey"]
+    assert main([*words, *each]) == 0, capsys.readouterr()
+    made = [saved(tmp_path / f"00{number}.png") for number in range(2)]
+    (one,) = candidates([kind])
+    pictures = [Image.open(tuned / "given" / f"{number}.png").convert("RGB") for number in range(2)]
+    with opened(load_base([one]), one, prompts=["unused where nothing is mixed"]) as pipe:
+        arrays = pipe(
+            prompt=["red heart", "blue stars"],
+            image=pictures,
+            negative_prompt=["grey", "grey"],
+            generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+            output_type="np",
+            **one.settings.call,
+        )[0]
+    assert np.abs(np.stack(made) - 255 * arrays).max() <= 1
+    assert main([*words, "--input", "image=given/1.png", "--input", "negative_prompt=grey"]) == 0, capsys.readouterr()
+    assert not np.array_equal(saved(tmp_path / "000.png"), made[0]), "the first prompt has another picture now"
+    assert np.array_equal(saved(tmp_path / "001.png"), made[1])
+
+
+ASKED: dict[str, tuple[list[str], str]] = {
+    "nothing": ([], "controlnet samples from a picture beside each prompt (image): add --input image=PICTURE"),
+    "no file": (["image=none.png"], "image: the picture none.png does not exist; an input is the path of a picture"),
+    "no picture": (["image=prompts.jsonl"], "prompts.jsonl is no picture that can be opened"),
+    "no name": (["given/0.png"], "--input 'given/0.png': write NAME=VALUE, e.g. image=photo.png"),
+    "the prompt": (["prompt=a cat"], "the prompt has its own option, --prompt"),
+    "no argument": (["image=given/0.png", "imag=given/0.png"], "has no such argument (did you mean 'image'?); it has"),
+    "too many": (["image=given/0.png"] * 3, "input image: 3 values for 2 prompts; legal is one for all prompts or 2"),
+    "two sizes": (["image=given/0.png", "image=wide.png"], "input, image: wide.png is 24 x 16, but given/0.png is 16"),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_inputs_that_sample_cannot_take(tuned: Path, what: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tuned)
+    given, said = ASKED[what]
+    words = ["sample", "controlnet", "-p", "a cat", "-p", "a dog"]
+    assert main([*words, *(word for value in given for word in ("--input", value))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_without_pictures_takes_none(tuned: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tuned)
+    assert main(["sample", "plain", "-p", "a cat", "--input", "image=given/0.png"]) == 2
+    assert "--input image: StableDiffusionPipeline has no such argument" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_lacks_its_picture_says_so(model: Path) -> None:
+    """A run that was started from Python tells no columns: the pipeline's own words, in one line."""
+    pipe, call = controlnet()
+    with pytest.raises(ConfigError, match="StableDiffusionControlNetPipeline with DDIMScheduler refuses this call"):
+        evaluate.sample(pipe, ["a cat"], seeds=[0], call=call)
+
+
+@pytest.mark.parametrize("kind", ["img2img", *slow(("controlnet",))])
+def test_a_mix_counts_the_steps_of_its_own_call(tuned: Path, kind: str, monkeypatch: Any, tmp_path: Path) -> None:
+    """Of eight steps image-to-image makes four: four steps of the base model are all of them."""
+    monkeypatch.chdir(tuned)
+    made = {}
+    for spec in (kind, f"{kind}:base_steps={T}", f"{kind}:aig=0", f"{kind}@0"):
+        words = ["sample", spec, "-p", "red heart", "--input", "image=given/0.png", "--output", str(tmp_path / spec)]
+        assert main(words) == 0
+        made[spec] = saved(tmp_path / spec / "000.png")
+    assert np.array_equal(made[f"{kind}:base_steps={T}"], made[f"{kind}@0"])
+    assert np.array_equal(made[f"{kind}:aig=0"], made[kind])
+    assert np.abs(made[kind] - made[f"{kind}@0"]).max() > 2
+
+
+def test_prompts_without_pictures_are_not_compared(tuned: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tuned)
+    assert main(["eval", "img2img", "--prompts", "playground:eval", "--count", "2"]) == 2
+    assert "(image), which playground:eval does not name; give a .jsonl" in capsys.readouterr().err
+    assert main(["compare", "plain", "controlnet", "--count", "2"]) == 2
+    assert "plain is sampled by the model's own pipeline and controlnet by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["controlnet", *slow(("img2img",))])
+def test_eval_and_sweep_take_the_pictures_of_the_file(tuned: Path, kind: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tuned)
+    assert main(["eval", kind, f"{kind}:base_steps=1", "--count", "2"]) == 0, capsys.readouterr()
+    assert main(["sweep", kind, "--weights", "1", "--count", "2"]) == 0, capsys.readouterr()
+    swept, found = (tuned / kind / "sweep" / f"{kind}@1", tuned / kind / "eval" / "eval" / kind)
+    assert [saved(swept / name).tolist() for name in ("000.png", "001.png")] == [
+        saved(found / name).tolist() for name in ("000.png", "001.png")
+    ]
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_the_app_takes_pictures(tuned: Path, kind: str, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tuned)
+    pair = app.Pair(kind)
+    assert pair.columns == ["image", "negative_prompt"]
+    first = pair.prompts()[0]
+    assert isinstance(first, Conditioned)
+    beside = {"image": "given/0.png", "negative_prompt": "grey"}
+    base, made = pair.pictures("red heart", 0, inputs=beside)
+    words = ["sample", kind, "-p", "red heart", "--output", str(tmp_path)]
+    assert main([*words, *(w for name, value in beside.items() for w in ("--input", f"{name}={value}"))]) == 0
+    assert np.array_equal(np.asarray(made), saved(tmp_path / "000.png"))
+    other, _ = pair.pictures("red heart", 0, inputs=beside | {"image": "given/1.png"})
+    assert not np.array_equal(np.asarray(base), np.asarray(other)), "another picture, another base"
+    with pytest.raises(ConfigError, match="samples from a picture beside each prompt"):
+        pair.pictures("red heart", 0)
+    with pytest.raises(ConfigError, match=r"input 'imag': .* has no such argument"):
+        pair.pictures("red heart", 0, inputs=beside | {"imag": "given/0.png"})
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_the_model_card_tells_how_to_sample_it(tuned: Path, kind: str, monkeypatch: Any, tmp_path: Path) -> None:
+    """Its snippet, run beside the base model and a picture, gives what `sample` gives."""
+    monkeypatch.chdir(tuned)
+    run = open_run(kind)
+    code = modelcard.snippet(run, repo=str(tuned / kind))
+    assert "given_image = load_image('0.png')" in code
+    for folder, place in (("tiny", run.model.id), ("control", run.model.controlnet)):
+        code = code.replace(f"'{folder}'", repr(place))  # the card tells no local paths
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.png").write_bytes((tuned / "given" / "0.png").read_bytes())
+    names: dict[str, Any] = {}
+    exec(compile(code, "snippet", "exec"), names)
+    words = ["sample", str(tuned / kind), "-p", "red heart", "--output", str(tmp_path / "s")]
+    assert main([*words, "--input", "image=0.png", "--input", "negative_prompt=grey"]) == 0
+    assert np.abs(np.asarray(names["image"]).astype(int) - saved(tmp_path / "s" / "000.png")).max() <= 1

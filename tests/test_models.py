@@ -2,17 +2,21 @@
 
 import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import zoo
 from ldm import save_single_file
 from safetensors.torch import save_file
 from tiny import fresh
+from tiny_runs import redness, write_run
 
-from rewardtune import adapters, models
-from rewardtune.engine import rollout
-from rewardtune.errors import ConfigError
+from rewardtune import RewardTuner, adapters, cli, evaluate, launch, methods, models
+from rewardtune.engine import count_steps, rollout
+from rewardtune.errors import ConfigError, missing_package
 from rewardtune.plan import Plan
 
 
@@ -204,3 +208,69 @@ def test_the_playground_loads():
     assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
     assert adapters.attach(pipe.unet, rank=2)
     assert json.loads(json.dumps(pipe.unet.config["in_channels"])) == 4
+
+
+# -- optional packages of diffusers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_ftfy(monkeypatch):
+    """PRX, which uses the name ftfy whether it was imported or not, where ftfy is not installed."""
+    pipe, call = zoo.PIPELINES["PRXPipeline"]()
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    monkeypatch.delattr(sys.modules[type(pipe).__module__], "ftfy", raising=False)
+    return pipe, call
+
+
+NO_FTFY = "PRXPipeline needs the package ftfy, which is not installed: pip install ftfy"
+
+
+def test_a_package_that_the_pipeline_lacks_is_named(without_ftfy, tmp_path):
+    pipe, call = without_ftfy
+    with pytest.raises(NameError, match="ftfy"):
+        pipe(**fresh(call))
+    with pytest.raises(ConfigError, match=NO_FTFY):
+        count_steps(pipe, **fresh(call))
+    with pytest.raises(ConfigError, match=NO_FTFY):
+        evaluate.sample(pipe, ["a cat"], seeds=[0], call={"num_inference_steps": 2})
+    pipe.transformer.unload_lora()
+    tuner = RewardTuner(
+        pipe, reward=redness, method=methods.refl(m=1), prompts=["a cat"], output_dir=tmp_path / "run", batch=1,
+        num_inference_steps=2, guidance_scale=3.0, rank=2, show_progress=False,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=NO_FTFY):
+        tuner.train(1)
+
+
+def test_check_names_it(without_ftfy, tmp_path, monkeypatch, capsys):
+    pipe, _ = without_ftfy
+    pipe.transformer.unload_lora()
+    monkeypatch.setattr(launch, "load_pipeline", lambda *_, **__: pipe)
+    assert cli.main(["check", str(write_run(tmp_path, Path("playground")))]) == 2
+    assert f"error    steps: {NO_FTFY}" in capsys.readouterr().out
+
+
+def test_a_package_that_loading_lacks_is_named(folder, monkeypatch):
+    """diffusers' own words for Kolors without its tokenizer's library; other failed imports stay what they are."""
+    words = "\nKolorsPipeline requires the sentencepiece library but it was not found in your environment."
+
+    def fails(*_, **__):
+        raise ImportError(words)
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", fails)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match=r"needs the package sentencepiece, .*: pip install sentencepiece"):
+        models.load_pipeline(str(folder), device="cpu")
+    words = "cannot import name 'x' from 'y'"
+    with pytest.raises(ImportError, match="cannot import name"):
+        models.load_pipeline(str(folder), device="cpu")
+
+
+def test_other_names_are_bugs_and_stay_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    assert missing_package(NameError("name 'ftfy' is not defined", name="ftfy")) == "ftfy"
+    assert missing_package(NameError("name 'fty' is not defined", name="fty")) is None
+    assert missing_package(ImportError("cannot import name 'Image' from 'PIL'", name="PIL")) is None
+    assert missing_package(ValueError("ftfy")) is None
+    monkeypatch.setitem(sys.modules, "ftfy", pytest)  # it is there: then its name is missing for another reason
+    assert missing_package(NameError("name 'ftfy' is not defined", name="ftfy")) is None

@@ -25,7 +25,7 @@ from rewardtune.processes import Processes
 SCRIPT = Path(one_of_several.__file__)
 START = "import sys; from rewardtune.processes import start; sys.exit(start({count}, sys.argv[1:], cpu=True))"
 QUICK = ("drtune", "nan")
-SLOW = ("draft", "resumed", "guarded", "raises", "sharded", "sharded_nan")
+SLOW = ("draft", "pictures", "resumed", "guarded", "raises", "sharded", "sharded_nan")
 
 slow = pytest.mark.slow  # a start of two processes, and their runs: a minute
 
@@ -68,7 +68,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def more(one, two):
     """The runs of the slow tests, in the same folders; `resumed` goes on from what one process has begun."""
-    alone(one, "draft", "half")
+    alone(one, "draft", "pictures", "half")
     shutil.copytree(one / "half", two / "resumed")
     return together(two, *SLOW)
 
@@ -94,6 +94,15 @@ def same_weights(first: Path, second: Path, *kinds: str) -> bool:
 @slow
 def test_two_processes_equal_one_with_an_odd_batch(one, more):
     check_equal("draft", one, more)
+
+
+@slow
+def test_two_processes_equal_one_with_pictures_beside_the_prompts(one, more):
+    """Each picture goes with its prompt, whichever process has the sample: with others, the weights are others."""
+    check_equal("pictures", one, more)
+    swapped = one_of_several.SCENARIOS["pictures"] | {"pictures": "swapped"}
+    one_of_several.run(one / "swapped", **swapped)
+    assert not same_weights(one / "pictures", one / "swapped", "weights")
 
 
 def test_two_processes_equal_one_with_the_whole_batch(one, two):

@@ -268,6 +268,23 @@ def weigh_lora(pipe: Any, adapter_name: str, weight: float) -> None:
         set_weights_and_activate_adapters(getattr(pipe, find_denoiser(pipe)), [adapter_name], [weight])
 
 
+def how_to_use(pipe: Any, folder: str | Path, *, weight: float = 1.0) -> str:
+    """The line of Python that puts what `save` wrote to `folder` into another `pipe` of this class, at `weight`."""
+    where = str(folder)
+    if not _has_adapter(pipe):
+        return f"the weights are in {Path(folder) / DENOISER_FOLDER}"
+    if loads_lora(pipe):
+        if weight == 1:
+            return f"pipe.load_lora_weights({where!r})"
+        return f'pipe.load_lora_weights({where!r}, adapter_name="tuned"); pipe.set_adapters(["tuned"], [{weight:g}])'
+    if weight == 1:
+        return f"from rewardtune.adapters import load_lora; load_lora(pipe, {where!r})"
+    return (
+        "from rewardtune.adapters import load_lora, weigh_lora; "
+        f'load_lora(pipe, {where!r}, adapter_name="tuned"); weigh_lora(pipe, "tuned", {weight:g})'
+    )
+
+
 def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float:
     """Load the saved file back under another name and compare with the live adapter; return the images' difference.
 

@@ -2,7 +2,8 @@
 
 What it shows is made by `Pair`, which knows nothing of gradio. One picture at a time, whatever browsers ask: the two
 pipelines share one set of weights. Nothing leaves the machine: gradio's analytics, version check and web fonts are off
-(`--share` alone opens a tunnel, and says so). Left out: several runs at once (`rewardtune compare`), batches.
+(`--share` alone opens a tunnel, and says so). A run whose prompts come with pictures (`prompts.columns`) has a field
+for each of these columns. Left out: several runs at once (`rewardtune compare`), batches.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .candidates import BASE, Candidate, candidates, load_base, opened
+from .candidates import BASE, Candidate, asked, candidates, load_base, opened
 from .errors import ConfigError
+from .prompts import Conditioned, check_argument, is_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,16 +55,21 @@ class Pair:
         """The weight at which the run is meant to be used."""
         return self.candidate.weight
 
+    @property
+    def columns(self) -> list[str]:
+        """What stands beside a prompt of the run: pictures and texts, by argument of `pipe(...)`."""
+        return self.candidate.settings.columns
+
     def prompts(self) -> list[str]:
-        """A few of the run's eval prompts to start from; none where they would have to be downloaded."""
+        """A few of the run's eval prompts to start from, with what they bring along; none where they would have to be
+        downloaded."""
         from .prompts import load_prompts
 
-        config = self.candidate.settings.config
-        source = None if config is None else config.eval.prompts or config.prompts
+        source = self.candidate.settings.prompts
         if source is None or str(source.source).startswith("hf:"):
             return []
         try:
-            return load_prompts(source.source, template=source.template)[:6]
+            return load_prompts(source.source, template=source.template, columns=source.columns)[:6]
         except ConfigError:  # a file that has moved since: the page works without
             return []
 
@@ -72,12 +81,21 @@ class Pair:
         weight: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        inputs: Mapping[str, str | Path] | None = None,
     ) -> tuple[Image, Image]:
-        """(base, tuned) with the same noise. None: what the run has. Raises ConfigError for what cannot be sampled."""
+        """(base, tuned) with the same noise. None: what the run has. Raises ConfigError for what cannot be sampled.
+
+        inputs: what stands beside the prompt (`columns`): paths of pictures, and texts.
+        """
         weight = self.weight if weight is None else weight
         seed, given = _checked(prompt, seed, weight, steps, guidance)
         call = self.call | given
-        key = (prompt, seed, *sorted(given.items()))
+        beside = {name: str(value) for name, value in (inputs or {}).items()}
+        for name in beside:
+            check_argument(self._pipe, name, f"input {name!r}")
+        (prompt,) = asked(self.candidate, [prompt], {name: [value] for name, value in beside.items()})
+        held = [Path(value).read_bytes() if is_picture(name) else value for name, value in sorted(beside.items())]
+        key = (str(prompt), seed, *sorted(given.items()), *sorted(beside), *held)
         with self._lock:
             if key not in self._base:
                 untuned = replace(self.candidate, place=None, weight=1.0, mix=None)
@@ -90,7 +108,7 @@ class Pair:
         from . import evaluate
 
         settings = replace(candidate.settings, call=call)  # a mix counts the steps of this call
-        with opened(self._pipe, replace(candidate, settings=settings)) as pipe:
+        with opened(self._pipe, replace(candidate, settings=settings), prompts=[prompt]) as pipe:
             (image,) = evaluate.sample(pipe, [prompt], seeds=[seed], call=call, checkers=True)
         return evaluate.to_pil(image)
 
@@ -128,16 +146,29 @@ def page(pair: Pair) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import gradio
 
-    def pictures(prompt: str, seed: float, weight: float, steps: float, guidance: float | None) -> tuple[Any, Any]:
+    def pictures(
+        prompt: str, seed: float, weight: float, steps: float, guidance: float | None, *beside: str | None
+    ) -> tuple[Any, Any]:
+        inputs = {name: value for name, value in zip(pair.columns, beside, strict=True) if value}
+        if empty := [name for name in pair.columns if is_picture(name) and name not in inputs]:
+            raise gradio.Error(f"{', '.join(empty)}: choose a picture")
         try:
-            return pair.pictures(prompt, seed, weight=weight, steps=steps, guidance=guidance)  # type: ignore[arg-type]
+            return pair.pictures(prompt, seed, weight=weight, steps=steps, guidance=guidance, inputs=inputs)  # type: ignore[arg-type]
         except ConfigError as error:
             raise gradio.Error(str(error)) from error
 
     call, prompts = pair.call, pair.prompts()
+    examples = [[str(text), *_beside(text, pair.columns)] for text in prompts]
     with gradio.Blocks(title=f"{pair.candidate.label}: base and tuned", analytics_enabled=False) as blocks:
         gradio.Markdown(f"# Base and tuned: `{pair.candidate.label.replace('`', '')}`")
         prompt = gradio.Textbox(label="Prompt", value=prompts[0] if prompts else "", lines=2)
+        with gradio.Row(visible=bool(pair.columns)):
+            beside = [
+                gradio.Image(label=name, type="filepath", value=value)
+                if is_picture(name)
+                else gradio.Textbox(label=name, value=value)
+                for name, value in zip(pair.columns, _beside(prompts[0] if prompts else "", pair.columns), strict=True)
+            ]
         weight = gradio.Slider(
             0, max(MOST_WEIGHT, pair.weight), value=pair.weight, step=0.05, label="LoRA weight (0: base, 1: as trained)"
         )
@@ -150,14 +181,20 @@ def page(pair: Pair) -> Any:
         with gradio.Row():
             base = gradio.Image(label="Base", format="png", interactive=False)
             tuned = gradio.Image(label="Tuned", format="png", interactive=False)
-        fields = [prompt, seed, weight, steps, guidance]
+        fields = [prompt, seed, weight, steps, guidance, *beside]
         options: dict[str, Any] = {"fn": pictures, "inputs": fields, "outputs": [base, tuned], "concurrency_id": "one"}
         button.click(**options, api_name="pictures", concurrency_limit=1)
         prompt.submit(**options, api_visibility="private", concurrency_limit=1)
         weight.release(**options, api_visibility="private", concurrency_limit=1)
         if prompts:
-            gradio.Examples([[text] for text in prompts], [prompt], label="Prompts of the run")
+            gradio.Examples(examples, [prompt, *beside], label="Prompts of the run")
     return blocks
+
+
+def _beside(prompt: str, columns: Sequence[str]) -> list[str | None]:
+    """What the prompt brings along for each of the columns, paths as text."""
+    arguments = prompt.arguments if isinstance(prompt, Conditioned) else {}
+    return [str(arguments[name]) if name in arguments else None for name in columns]
 
 
 def launch(

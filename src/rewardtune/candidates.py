@@ -12,14 +12,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import Memory, Model, RunConfig, load_config
+from .config import Memory, Model, PromptSource, RunConfig, load_config
 from .errors import ConfigError
+from .prompts import is_picture, with_inputs
 from .runfolder import DENOISER_FOLDER, LORA_FILE
 from .spelling import nearest
 
@@ -41,6 +42,16 @@ class Settings:
     call: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     config: RunConfig | None = None
+
+    @property
+    def prompts(self) -> PromptSource | None:
+        """The prompts of the run's evaluations; None where no config.yaml tells them."""
+        return None if self.config is None else self.config.eval.prompts or self.config.prompts
+
+    @property
+    def columns(self) -> list[str]:
+        """What its prompts bring into the call with them (prompts.columns): pictures and texts, by argument."""
+        return [] if self.prompts is None else self.prompts.columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +184,20 @@ def candidates(
 def _check_one_base(found: Sequence[Candidate]) -> None:
     for candidate in found[1:]:
         one, other = found[0].settings.model, candidate.settings.model
+        if (one.pipeline, one.controlnet) != (other.pipeline, other.controlnet):
+            raise ConfigError(
+                f"{found[0].spec} is sampled by {_kind(one)} and {candidate.spec} by {_kind(other)}; candidates of one "
+                "comparison share model.pipeline and model.controlnet"
+            )
         if (one.id, one.revision, one.dtype) != (other.id, other.revision, other.dtype):
             raise ConfigError(
                 f"{found[0].spec} is a {one.id} ({one.dtype}) and {candidate.spec} a {other.id} ({other.dtype}); "
                 "candidates of one comparison share their base model (--model names another for all)"
             )
+
+
+def _kind(model: Model) -> str:
+    return (model.pipeline or "the model's own pipeline") + (f" with {model.controlnet}" if model.controlnet else "")
 
 
 def _own_weight(place: Path, settings: Settings) -> float:
@@ -262,6 +282,20 @@ def _label(spec: str, place: Path) -> str:
     return name + "".join(re.findall(r"@[^@:/]*(?=:|$)|:[A-Za-z_]+=[^:/]*$", spec))
 
 
+def asked(candidate: Candidate, prompts: Sequence[str], inputs: Mapping[str, Sequence[str]]) -> list[str]:
+    """`prompts` with their `inputs` (`prompts.with_inputs`). ConfigError where a picture that the run needs is missing.
+
+    Texts (negative_prompt) may be left out: the pipeline has its own for them.
+    """
+    missing = [name for name in candidate.settings.columns if is_picture(name) and name not in inputs]
+    if missing:
+        words = " ".join(f"--input {name}=PICTURE" for name in missing)
+        raise ConfigError(
+            f"{candidate.label} samples from a picture beside each prompt ({', '.join(missing)}): add {words}"
+        )
+    return with_inputs(prompts, inputs)
+
+
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
@@ -275,11 +309,13 @@ def load_base(found: Sequence[Candidate]) -> Any:
 
 
 @contextmanager
-def opened(pipe: Any, candidate: Candidate) -> Iterator[Any]:
+def opened(pipe: Any, candidate: Candidate, *, prompts: Sequence[str] = ("a picture",)) -> Iterator[Any]:
     """`pipe` as the candidate: its weights in, its scheduler, its mix. The base model again afterwards.
 
-    pipe: as `load_base` gives it. Raises ConfigError where the weights do not fit.
+    pipe: as `load_base` gives it. prompts: those that will be sampled; a mix counts the steps of the first, which may
+    need the picture that it brings along. Raises ConfigError where the weights do not fit.
     """
+    from . import evaluate
     from .adapters import unload_lora
     from .engine import count_steps, find_denoiser, quiet
     from .mixing import mixed
@@ -300,7 +336,7 @@ def opened(pipe: Any, candidate: Candidate) -> Iterator[Any]:
             _load_lora(pipe, candidate)
         if candidate.mix is not None:
             with quiet(pipe):
-                steps = count_steps(pipe, prompt=["a picture"], **candidate.settings.call)
+                steps = count_steps(pipe, **evaluate.for_prompts(prompts[:1], candidate.settings.call))
             stack.enter_context(mixed(pipe, candidate.mix, steps=steps, base=untuned))
         yield pipe
 

@@ -125,20 +125,15 @@ def train(
         raise typer.Exit(processes.launch(count, again, cpu=cpu, extra=shlex.split(launcher)))
     from . import launch
 
-    result = launch.train(config, overwrite=overwrite, resume=resume)
+    tuner = launch.tuner_from(config, overwrite=overwrite, resume=resume)
+    result = launch.train_as(config, tuner)
     if not processes.join().first:
         return
     print(f"{result.status}: {result.steps} update{'s' if result.steps != 1 else ''} in {result.seconds:.0f} s")
-    print(f'use it: {_how_to_use(config, result.folder)}, or: rewardtune sample {result.folder} --prompt "..."')
+    from .adapters import how_to_use
 
-
-def _how_to_use(config: Any, folder: Path) -> str:
-    weight = config.adapter.inference_weight
-    if config.adapter.kind == "full":
-        return f"the weights are in {folder / 'denoiser'}"
-    if weight == 1:
-        return f'pipe.load_lora_weights("{folder}")'
-    return f'pipe.load_lora_weights("{folder}", adapter_name="tuned"); pipe.set_adapters(["tuned"], [{weight:g}])'
+    use = how_to_use(tuner.pipe, result.folder, weight=config.adapter.inference_weight)
+    print(f'use it: {use}, or: rewardtune sample {result.folder} --prompt "..."')
 
 
 @app.command()
@@ -152,12 +147,20 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: those of the run.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: that of the run.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=VALUE",
+            help="ControlNet, image-to-image: image=photo.png, once for all prompts, or once for each.",
+        ),
+    ] = None,
 ) -> None:
     """Pictures from a tuned model."""
     from .sampling import sample_candidate
 
     given: dict[str, Any] = {"model": model, "output": output, "steps": steps, "guidance": guidance, "seed": seed}
-    for path in sample_candidate(candidate, prompt, **given):
+    for path in sample_candidate(candidate, prompt, **given, inputs=inputs or ()):
         print(path)
 
 

@@ -25,7 +25,7 @@ from .config import Part, RunConfig
 from .errors import ConfigError
 from .guards import Evaluation, Measure, Metric, named_parts
 from .progress import digits
-from .prompts import TABLES, load_prompts, with_categories
+from .prompts import TABLES, is_picture, load_prompts, with_categories
 from .runfolder import write_text
 from .stats import Interval
 from .tables import text_table
@@ -244,7 +244,7 @@ def prepare(
     first = configs[0] if configs else None
     if min(seeds, batch) < 1 or (count is not None and count < 1):
         raise ConfigError(f"count={count}, seeds={seeds}, batch={batch}: each must be at least 1")
-    rows, source = _prompts(first, prompts, count)
+    rows, source = _prompts(found, prompts, count)
     seed = (first.seed if first else 0) if seed is None else seed
     texts = [text for text, _ in rows for _ in range(seeds)]
     features = features or (first.guards.features if first else None)
@@ -287,20 +287,27 @@ def _seed(seed: int, index: int, repeat: int) -> int:
 
 
 def _prompts(
-    config: RunConfig | None, given: str | Sequence[str] | None, count: int | None
+    found: Sequence[Candidate], given: str | Sequence[str] | None, count: int | None
 ) -> tuple[list[tuple[str, str]], Any]:
-    """((prompt, category) of each, the source by name)."""
-    if given is None and config is None:
+    """((prompt, category) of each, the source by name); of the first run where none is given."""
+    settings = next((candidate.settings for candidate in found if candidate.settings.config), found[0].settings)
+    own, columns = settings.prompts, settings.columns
+    if given is None and own is None:
         raise ConfigError("no candidate has a config.yaml to tell the prompts; add --prompts (docs/prompts.md)")
     source: Any = given
-    template, columns = None, list[str]()
-    if source is None:
-        assert config is not None
-        own = config.eval.prompts or config.prompts
-        source, template, count = own.source, own.template, count or config.eval.count
-        columns = own.columns
-    elif config is not None and isinstance(given, str) and given.endswith(TABLES):
-        columns = (config.eval.prompts or config.prompts).columns
+    template = None
+    if own is not None and given is None:
+        assert settings.config is not None
+        source, template, count = own.source, own.template, count or settings.config.eval.count
+    elif not (isinstance(given, str) and given.endswith(TABLES)):
+        if pictures := [name for name in columns if is_picture(name)]:
+            told = given if isinstance(given, str) else "a list"
+            raise ConfigError(
+                f"the run samples from a picture beside each prompt ({', '.join(pictures)}), which {told} does not "
+                f"name; give a {', '.join(TABLES)} file with {'these columns' if len(columns) > 1 else 'this column'}: "
+                f"{', '.join(columns)}"
+            )
+        columns = []
     rows = with_categories(source, template=template, columns=columns)
     if count is None and len(rows) > MOST:
         raise ConfigError(f"the prompts are {len(rows)}; say how many of them, from the first: --count {MOST}")
@@ -408,7 +415,7 @@ def measure(
     results = []
     for place, candidate in enumerate(found, 1):
         say(f"{candidate.label} ({place} of {len(found)}): {len(setup.texts)} pictures")
-        with opened(pipe, candidate):
+        with opened(pipe, candidate, prompts=setup.texts):
             images = evaluate.sample(
                 pipe, setup.texts, seeds=setup.seeds, call=candidate.settings.call, batch=batch, checkers=False
             )

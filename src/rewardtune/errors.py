@@ -1,5 +1,7 @@
 """What can go wrong, by exit code. Every message says what was given, what is legal and what to do."""
 
+from importlib.util import find_spec
+
 
 class RewardTuneError(Exception):
     """Base of all errors that rewardtune raises on purpose; the command prints them in one line."""
@@ -40,3 +42,35 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+#: Optional packages of diffusers and transformers, by the module that they bring.
+OPTIONAL = {
+    "ftfy": "ftfy",
+    "bs4": "beautifulsoup4",
+    "sentencepiece": "sentencepiece",
+    "google.protobuf": "protobuf",
+    "tiktoken": "tiktoken",
+}
+
+
+def missing_package(error: BaseException) -> str | None:
+    """The package to install, where this error comes of an optional one that is not there.
+
+    Some pipelines of diffusers import such a module only where it is installed, and use its name all the same.
+    """
+    if isinstance(error, NameError):
+        named = [error.name]
+    elif isinstance(error, ImportError):
+        words = f"{error.name} {error}".lower()
+        named = [module for module, package in OPTIONAL.items() if module in words or package in words]
+    else:
+        return None
+    return next((OPTIONAL[module] for module in named if module in OPTIONAL and not _installed(module)), None)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .engine import quiet
+from .engine.chain import refusals
 from .prompts import own_arguments
 from .runfolder import atomic
 
@@ -46,6 +47,8 @@ def sample(
     """Pictures (N, 3, H, W), float32 in [0, 1], on the CPU; `call`: the other arguments of `pipe(...)`.
 
     checkers: keep the pipeline's safety checker and watermark, as pictures for people should.
+
+    Raises ConfigError for a call that the pipeline refuses.
     """
     images = []
     with quiet(pipe, checkers=checkers), torch.random.fork_rng():
@@ -53,7 +56,8 @@ def sample(
             part = slice(first, first + batch)
             torch.manual_seed(seeds[first])  # some pipelines draw from the global generator
             given = for_prompts(prompts[part], call)
-            arrays = pipe(**given, generator=generators(seeds[part]), output_type="np")[0]
+            with refusals(pipe, call):
+                arrays = pipe(**given, generator=generators(seeds[part]), output_type="np")[0]
             images.append(torch.as_tensor(arrays).float().permute(0, 3, 1, 2)[:, :3])
     return torch.cat(images)
 

@@ -270,7 +270,10 @@ class _Trained:
                 "unquantised model with --model"
             )
         if form != "merged" and not loads_lora(self.pipe):
-            raise ConfigError(f"{kind} has no load_lora_weights of its own in diffusers: use --format merged")
+            raise ConfigError(
+                f"{kind} has no load_lora_weights of its own in diffusers: use --format merged, or load the run's own "
+                f"file by rewardtune.adapters.load_lora(pipe, {str(self.run.folder)!r})"
+            )
 
     def take_pictures(self) -> None:
         """Base and trained pictures of the first prompts, a few steps; the pipeline is given up afterwards."""

@@ -19,6 +19,8 @@ from .rewards.catalogue import REWARDS, Entry
 from .spelling import nearest
 from .tables import WIDTH, text_table
 
+LISTED = 100  # columns of `rewardtune ls`
+
 
 def _rewards() -> list[tuple[str, str]]:
     return [(entry.name, entry.meaning) for entry in REWARDS]
@@ -76,13 +78,26 @@ SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {
 
 
 def listing(names: Sequence[str]) -> str:
-    """The sections as text, a heading and two columns each."""
-    blocks = []
-    for name in names:
-        rows = SECTIONS[name]()
-        width = max(len(left) for left, _ in rows)
-        blocks.append("\n".join([name, *(f"  {left:<{width}}  {right}" for left, right in rows)]))
-    return "\n\n".join(blocks)
+    """The sections as text of at most LISTED columns: a heading, and two columns each, of which the second wraps.
+
+    Where the first leaves it little room (a method with its options) it stands beneath, indented.
+    """
+    return "\n\n".join("\n".join([name, *_rows(SECTIONS[name]())]) for name in names)
+
+
+def _rows(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(left) for left, _ in rows)
+    beneath = width > LISTED // 2
+    indent = " " * (6 if beneath else width + 4)
+    wrap = textwrap.TextWrapper(LISTED, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    lines: list[str] = []
+    for left, right in rows:
+        wrapped = wrap.wrap(right)
+        if beneath:
+            lines += [f"  {left}", *wrapped]
+        else:
+            lines += [f"  {left:<{width}}  {wrapped[0].lstrip()}", *wrapped[1:]]
+    return lines
 
 
 REWARD_HEADINGS = ("reward", "native value", "range", "better", "gradient", "weights", "licence", "status of proof")

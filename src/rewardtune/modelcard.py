@@ -17,6 +17,7 @@ import yaml
 
 from . import __version__
 from .config import RunConfig
+from .prompts import Conditioned, is_picture
 from .runfolder import LORA_FILE, write_text
 
 if TYPE_CHECKING:
@@ -252,27 +253,59 @@ def card_text(
 
 
 def snippet(run: "Run", *, repo: str | None) -> str:
-    """Python that samples the LoRA in plain diffusers. The playground's own folder stands for its hub id."""
+    """Python that samples the LoRA in plain diffusers. The playground's own folder stands for its hub id.
+
+    A run with model.pipeline puts the networks into that class, as training did; pictures beside its prompts go by the
+    names of their files, for the reader's own.
+    """
     base = run.model.id
     playground = base == "playground"
     where = "playground.path()" if playground else repr(hub_id(base) or public_name(base))
     comment = "" if playground or hub_id(base) else "  # a folder or file on the author's machine: put your own"
     prompt = run.prompts[0] if run.prompts else "a red heart"
-    call = {key: value for key, value in run.call.items() if isinstance(value, int | float | str)}
+    pictures, texts = _beside(run, prompt)
+    call = {key: value for key, value in run.call.items() if isinstance(value, int | float | str)} | texts
     given = [repr(plain(prompt)), *(f"{key}={value!r}" for key, value in call.items())]
+    given += [f"{name}=given_{name}" for name in pictures]
     given += ["generator=torch.Generator().manual_seed(0)"]
+    kind, controlnet = run.model.pipeline, run.model.controlnet
+    classes = sorted({"DiffusionPipeline", *([kind] if kind else []), *(["AutoModel"] if controlnet else [])})
     lines = [
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {', '.join(classes)}",
+        "from diffusers.utils import load_image" if pictures else "",
         "from rewardtune import playground  # for the folder of its base model" if playground else "",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.{run.model.dtype}){comment}",
+        *_class_lines(kind, controlnet, run.model.dtype),
         _scheduler_lines(run.scheduler),
         f"pipe.load_lora_weights({repo or '.'!r}, weight_name={LORA_FILE!r})",
+        *(f"given_{name} = load_image({file!r})  # a picture of your own" for name, file in pictures.items()),
         "image = pipe(\n" + "".join(f"    {argument},\n" for argument in given) + ").images[0]",
         'image.save("tuned.png")',
     ]
-    return "\n".join(line for number, line in enumerate(lines) if line or number == 3)
+    return "\n".join(line for number, line in enumerate(lines) if line or number == 4)
+
+
+def _beside(run: "Run", prompt: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(file names of the pictures, texts) that stand beside the prompt, by argument."""
+    source = None if run.config is None else run.config.eval.prompts or run.config.prompts
+    found = {name: f"{name}.png" for name in (source.columns if source else ()) if is_picture(name)}
+    held = prompt.arguments if isinstance(prompt, Conditioned) else {}
+    found |= {name: plain(Path(value).name) for name, value in held.items() if is_picture(name)}
+    return found, {name: plain(str(value)) for name, value in held.items() if not is_picture(name)}
+
+
+def _class_lines(kind: str | None, controlnet: str | None, dtype: str) -> list[str]:
+    if kind is None:
+        return []
+    if controlnet is None:
+        return [f"pipe = {kind}.from_pipe(pipe, torch_dtype=torch.{dtype})"]
+    where = repr(hub_id(controlnet) or public_name(controlnet))
+    return [
+        f"controlnet = AutoModel.from_pretrained({where}, torch_dtype=torch.{dtype})",
+        f"pipe = {kind}.from_pipe(pipe, controlnet=controlnet, torch_dtype=torch.{dtype})",
+    ]
 
 
 def _scheduler_lines(name: str | None) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import ConfigError, out_of_memory
+from .errors import ConfigError, missing_package, out_of_memory
 from .quietly import no_loading_bars
 from .spelling import nearest
 
@@ -307,7 +307,13 @@ def _from_pretrained(path: str, dtype: Any, settings: dict[str, Any]) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             with no_loading_bars() if Path(path).is_dir() else nullcontext():
                 return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        if package := missing_package(error):
+            raise ConfigError(
+                f"model {path!r} needs the package {package}, which is not installed: pip install {package}"
+            ) from error
+        if isinstance(error, ImportError):
+            raise
         raise _cannot_load(path, error) from error
 
 

@@ -5,6 +5,7 @@ larger one see the same order without shared state. Imports nothing heavy; the l
 """
 
 import csv
+import inspect
 import io
 import json
 import random
@@ -23,6 +24,7 @@ PLAYGROUND_COUNT = {"train": 2000, "eval": 2000}
 LISTS = Path(__file__).parent / "promptlists"
 COLUMNS = ("prompt", "text", "caption")  # the first of them that a table has
 CATEGORY = "category"
+OURS = {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict"}  # set at every call of a pipeline
 SOURCES = (
     "a .txt, .jsonl, .json, .csv or .parquet file, hf:DATASET:SPLIT:COLUMN, hf:DATASET:FILE, builtin:NAME, "
     "playground:train, or a list"
@@ -88,7 +90,49 @@ def with_categories(
         rows = [row._replace(prompt=template.replace("{}", row.prompt)) for row in rows]
     if not columns:
         return [(row.prompt, row.category) for row in rows]
-    return [(prompt, row.category) for prompt, row in zip(_conditioned(rows, Path(str(source))), rows, strict=True)]
+    file = Path(str(source))
+    prompts = _conditioned(
+        rows, file.parent, f"prompt file {file}", hint="; paths begin at the folder of the prompt file"
+    )
+    return [(prompt, row.category) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def with_inputs(prompts: Sequence[str], inputs: Mapping[str, Sequence[str]]) -> list[str]:
+    """`prompts` with what the caller gives beside them: `Conditioned`, as those of a file with `columns` are.
+
+    inputs: for each argument of the pipeline's call one value for all prompts, or one for each: a text where "prompt"
+        is in the name, else the path of a picture. Without inputs the prompts come back as they are.
+
+    Raises ConfigError for another number of values, and for pictures that are missing, damaged or of unequal size.
+    """
+    if not inputs:
+        return list(prompts)
+    for name, values in inputs.items():
+        if len(values) not in (1, len(prompts)):
+            each = f" or {len(prompts)}, one for each" if len(prompts) > 1 else ""
+            raise ConfigError(
+                f"input {name}: {len(values)} values for {len(prompts)} prompt{'s' * (len(prompts) > 1)}; legal is one "
+                f"for all prompts{each}"
+            )
+    rows = [
+        Row(prompt, more={name: values[index if len(values) > 1 else 0] for name, values in inputs.items()})
+        for index, prompt in enumerate(prompts)
+    ]
+    hint = "; an input is the path of a picture, or a text where its name has `prompt` in it"
+    return _conditioned(rows, Path(), "input", hint=hint)
+
+
+def check_argument(pipe: Any, name: str, what: str) -> None:
+    """ConfigError, beginning with `what`, where `pipe(...)` has no argument `name` that a prompt may bring along."""
+    legal = [key for key in inspect.signature(pipe.__call__).parameters if key not in ("args", "kwargs", *OURS)]
+    if name not in legal:
+        likely = ", ".join(key for key in legal if "image" in key or "prompt" in key)
+        raise ConfigError(f"{what}: {type(pipe).__name__} has no such argument{nearest(name, legal)}; it has {likely}")
+
+
+def is_picture(argument: str) -> bool:
+    """Whether a column, or an input by its name, is a picture; the others are texts (negative_prompt, prompt_2)."""
+    return "prompt" not in argument
 
 
 def _load(source: str | Path | Sequence[str], seed: int, columns: Sequence[str]) -> list[Row]:
@@ -104,32 +148,35 @@ def _load(source: str | Path | Sequence[str], seed: int, columns: Sequence[str])
     return _read(Path(source), columns)
 
 
-def _conditioned(rows: Sequence[Row], file: Path) -> list[str]:
-    """The prompts with their arguments. ConfigError for a picture that is not there, or of another size than others."""
+def _conditioned(rows: Sequence[Row], folder: Path, source: str, *, hint: str = "") -> list[str]:
+    """The prompts with their arguments. ConfigError for a picture that is not there, or of another size than others.
+
+    folder: where relative paths begin; source, hint: where the rows are from, and what to say of a missing file.
+    """
     made, sizes = list[str](), dict[str, tuple[Path, tuple[int, int]]]()
     for row in rows:
         arguments: dict[str, str | Path] = dict(row.more)
         for name, value in row.more.items():
-            if "prompt" in name:
+            if not is_picture(name):
                 continue
-            path = file.parent / value
-            size = _size_of(path, f"prompt file {file}, prompt {len(made) + 1} ({_short(row.prompt)}), column {name}")
+            path = folder / value
+            size = _size_of(path, f"{source}, prompt {len(made) + 1} ({_short(row.prompt)}), {name}", hint)
             first, wanted = sizes.setdefault(name, (path, size))
             if size != wanted:
                 raise ConfigError(
-                    f"prompt file {file}, column {name}: {path} is {size[0]} x {size[1]}, but {first} is {wanted[0]} x "
-                    f"{wanted[1]}; the pictures of a column need one size, for they are sampled in batches: resize them"
+                    f"{source}, {name}: {path} is {size[0]} x {size[1]}, but {first} is {wanted[0]} x {wanted[1]}; the "
+                    "pictures of one argument need one size, for they are sampled in batches: resize them"
                 )
             arguments[name] = path
         made.append(Conditioned(row.prompt, arguments))
     return made
 
 
-def _size_of(path: Path, place: str) -> tuple[int, int]:
+def _size_of(path: Path, place: str, hint: str) -> tuple[int, int]:
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
-        raise ConfigError(f"{place}: the picture {path} does not exist; paths begin at the folder of the prompt file")
+        raise ConfigError(f"{place}: the picture {path} does not exist{hint}")
     try:
         with Image.open(path) as opened:
             return opened.size

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from .errors import ConfigError
+from .prompts import check_argument
+
 
 def sample_candidate(
     spec: str,
@@ -13,20 +16,41 @@ def sample_candidate(
     steps: int | None,
     guidance: float | None,
     seed: int,
+    inputs: Sequence[str] = (),
 ) -> list[Path]:
     """One picture a prompt (seed, seed + 1, ...), saved as `output`/NAME.png; gives the paths.
 
-    spec: what docs/evaluation.md calls a candidate, e.g. runs/a@0.7. Raises ConfigError for what cannot be opened.
+    spec: what docs/evaluation.md calls a candidate, e.g. runs/a@0.7. inputs: NAME=VALUE, more arguments of the call,
+    e.g. image=photo.png; a name that is given once is for all prompts, else for each in turn.
+    Raises ConfigError for what cannot be opened, and for inputs that are missing or do not fit.
     """
-    from .candidates import candidates, load_base, opened
+    from .candidates import asked, candidates, load_base, opened
 
     (candidate,) = candidates([spec], model=model, steps=steps, guidance=guidance)
+    given = _inputs(inputs)
+    conditioned = asked(candidate, prompts, given)
     from . import evaluate
 
+    pipe = load_base([candidate])
+    for name in given:
+        check_argument(pipe, name, f"--input {name}")
     seeds = [seed + index for index in range(len(prompts))]
-    with opened(load_base([candidate]), candidate) as pipe:
-        images = evaluate.sample(pipe, prompts, seeds=seeds, call=candidate.settings.call, checkers=True)
+    with opened(pipe, candidate, prompts=conditioned):
+        images = evaluate.sample(pipe, conditioned, seeds=seeds, call=candidate.settings.call, checkers=True)
     return evaluate.save_images(images, output)
+
+
+def _inputs(words: Sequence[str]) -> dict[str, list[str]]:
+    """["image=a.png", "image=b.png"] -> {"image": ["a.png", "b.png"]}."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"--input {word!r}: write NAME=VALUE, e.g. image=photo.png, or negative_prompt=grey")
+        if name == "prompt":
+            raise ConfigError(f"--input {word!r}: the prompt has its own option, --prompt")
+        found.setdefault(name, []).append(value)
+    return found
 
 
 def show_playground(output: Path, *, count: int, seed: int) -> Path:

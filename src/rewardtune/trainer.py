@@ -32,19 +32,17 @@ from .models import offloaded_vae
 from .panel import Panel
 from .processes import join
 from .progress import Progress
-from .prompts import Conditioned, identity, load_prompts
+from .prompts import OURS, Conditioned, check_argument, identity, load_prompts
 from .regularize import Denoising, DenoisingLoss
 from .report.live import LiveReport
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
 from .runfolder import DENOISING_FILE, LORA_FILE, RunFolder, write_text
-from .spelling import nearest
 from .state import TrainingState
 from .textcache import TextCache, cached_text
 from .trackers import Trackers
 from .watch import Score, Watch, line
 
-OURS = {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict"}  # the trainer's own arguments
 ROLLBACKS = 2  # the third stops the run
 
 
@@ -727,12 +725,8 @@ def check_columns(pipe: Any, call: dict[str, Any], prompts: Sequence[str], eval_
             f"the training prompts bring {', '.join(sorted(given)) or 'nothing'} along, the eval prompts "
             f"{', '.join(sorted(held)) or 'nothing'}: name the same columns for both"
         )
-    legal = [name for name in inspect.signature(pipe.__call__).parameters if name not in ("args", "kwargs", *OURS)]
     for name in sorted(given):
-        if name not in legal:
-            near = nearest(name, legal)
-            likely = ", ".join(key for key in legal if "image" in key or "prompt" in key)
-            raise ConfigError(f"column {name!r}: {type(pipe).__name__} has no such argument{near}; it has {likely}")
+        check_argument(pipe, name, f"column {name!r}")
         if name in call:
             raise ConfigError(f"column {name!r} of the prompts is an argument of the call too: keep one of them")
 

@@ -15,7 +15,7 @@ from rewardtune.engine import guidance
 from rewardtune.engine.call import Call
 from rewardtune.engine.doors import Doors, find_denoiser
 from rewardtune.engine.tape import Tape
-from rewardtune.errors import ConfigError, PreflightError
+from rewardtune.errors import ConfigError, PreflightError, missing_package
 from rewardtune.plan import Plan
 
 log = logging.getLogger("rewardtune")
@@ -77,16 +77,31 @@ def count_steps(pipe: Any, *, denoiser: str | None = None, **call: Any) -> int:
     doors = Doors(pipe, None, denoiser=find_denoiser(pipe, denoiser), blank=True)
     restore = snapshot(pipe, call)
     try:
-        with doors.open():
+        with refusals(pipe, call), doors.open():
             pipe(**fresh({**one_sample(call), "output_type": "latent"}))
+    finally:
+        restore()
+    return doors.step
+
+
+@contextmanager
+def refusals(pipe: Any, call: dict[str, Any]) -> Iterator[None]:
+    """What ``pipe(**call)`` says of arguments that it cannot take, or of packages that it lacks, is a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (NameError, ImportError) as error:
+        if (package := missing_package(error)) is None:
+            raise
+        raise ConfigError(
+            f"{type(pipe).__name__} needs the package {package}, which is not installed: pip install {package}"
+        ) from error
     except (ValueError, IndexError, TypeError) as error:
         raise ConfigError(
             f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} refuses this call "
             f"(num_inference_steps={call.get('num_inference_steps')}): {error}"
         ) from error
-    finally:
-        restore()
-    return doors.step
 
 
 def _chain(
