@@ -31,6 +31,7 @@ docs: .venv/docs  ## The documentation site, in build/site; a dead link or an ad
 
 bench: .venv/installed  ## Speed over the floor, memory against K, two processes against one; the rewards' scales, loopholes and JPEG; an hour of tuned seeds
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/trials.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/reward_scales.py
 	$(BIN)/python benchmarks/loopholes.py
