@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_run import PROMPTS, fake_run
+from fake_run import MEASURES, PROMPTS, fake_run
 from test_trainer import plain, tuner
 
 from rewardtune.cli import main
@@ -18,7 +18,7 @@ from rewardtune.errors import ConfigError
 from rewardtune.report import live, write_report
 from rewardtune.report.curves import charts, running_mean, x_axes
 from rewardtune.report.read import read_run
-from rewardtune.report.results import agree, changes, duel, falls, verdict
+from rewardtune.report.results import agree, changes, duel, falls, signed, verdict
 from rewardtune.runfolder import RunFolder
 
 HOSTILE = [
@@ -105,7 +105,46 @@ def test_the_reward_rose_and_nothing_fell(tmp_path):
     run = read_run(fake_run(tmp_path / "run", held_out=0.3))
     said = verdict(run, changes(run))
     assert said.mood == "good"
-    assert said.headline == "The reward rose, and no held-out reward got worse: all improved."
+    assert said.headline == "The reward rose, and clipscore, never trained on, got better."
+
+
+def test_a_total_that_rose_hides_no_part_that_fell(tmp_path):
+    """The reward and the one held-out reward rose; a part of it and diversity fell: the headline says so."""
+    measures = MEASURES | {"symmetry": {"what": "", "better": "more", "role": "trained"}}
+    run = read_run(fake_run(tmp_path / "run", held_out=0.3, vendi=-0.5, measures=measures))
+    said = verdict(run, changes(run))
+    assert said.mood == "mixed"
+    assert said.headline == (
+        "The reward rose, and clipscore, never trained on, got better; symmetry, one of its parts, got worse; "
+        "diversity fell by 10\u00a0%."
+    )
+
+
+def test_the_mood_knows_diversity(tmp_path):
+    for fall, mood in ((-0.2, "good"), (-0.3, "mixed")):  # of 5: 4 % and 6 %
+        run = read_run(fake_run(tmp_path / mood, held_out=0.3, vendi=fall))
+        assert verdict(run, changes(run)).mood == mood
+
+
+def test_held_out_rewards_are_named(tmp_path):
+    measures = MEASURES | {"brightness": {"what": "", "better": "more", "role": "held_out"}}
+    run = read_run(fake_run(tmp_path / "run", measures=measures, noise=0.2))
+    assert verdict(run, changes(run)).headline == (
+        "The reward rose, and clipscore, never trained on, got worse; no change of brightness can be told."
+    )
+
+
+def test_a_distance_to_the_untuned_picture_is_no_win_or_loss(tmp_path):
+    measures = MEASURES | {"brightness": {"what": "", "better": "less", "role": "guard"}}
+    path = fake_run(tmp_path / "run", measures=measures)
+    assert changes(read_run(path))["brightness"].won is not None
+    looks = (path / "eval.jsonl").read_text().replace("brightness", "base_distance")
+    (path / "eval.jsonl").write_text(looks)
+    assert changes(read_run(path))["base_distance"].won is None
+
+
+def test_every_minus_is_the_same_sign():
+    assert (signed(7.12e-05), signed(-8.84e-05)) == ("+7.12e\u221205", "\u22128.84e\u221205")
 
 
 def test_noise_is_no_change(tmp_path):
