@@ -36,7 +36,7 @@ def fake_run(
     looks: bool = True,
     **facts: Any,
 ) -> Path:
-    """gain, held_out: by how much the trained reward and clipscore change; vendi: so does diversity. draw: of the noise."""
+    """gain, held_out, vendi: by how much the trained reward, clipscore and diversity change. draw: of the noise."""
     rng, base = random.Random(f"noise {draw}"), random.Random(f"base {seed}")
     folder.mkdir(parents=True)
     start = {

@@ -14,8 +14,10 @@ from fake_run import MEASURES, PROMPTS, fake_run
 from test_trainer import plain, tuner
 
 from rewardtune.cli import main
+from rewardtune.config import dump_config, load_config
 from rewardtune.errors import ConfigError
 from rewardtune.report import live, write_report
+from rewardtune.report.content import context
 from rewardtune.report.curves import charts, running_mean, x_axes
 from rewardtune.report.read import read_run
 from rewardtune.report.results import agree, changes, duel, falls, signed, verdict
@@ -115,7 +117,7 @@ def test_a_total_that_rose_hides_no_part_that_fell(tmp_path):
     said = verdict(run, changes(run))
     assert said.mood == "mixed"
     assert said.headline == (
-        "The reward rose, and clipscore, never trained on, got better; symmetry, one of its parts, got worse; "
+        "The reward rose, and clipscore, never trained on, got better; symmetry, a part of the reward, got worse; "
         "diversity fell by 10\u00a0%."
     )
 
@@ -223,9 +225,53 @@ def test_several_runs_against_each_other(tmp_path):
     assert "other are those of no other run here" in elements.text
     assert [table["id"] for table in elements.named("table") if "id" in table] == [
         "table-runs",
-        "table-methods",
+        "table-seeds",
         "table-duels",
     ]
+
+
+def test_the_comparison_tells_runs_apart(tmp_path):
+    """Changes first, then the settings that differ; what all share stands once."""
+    train = {"steps": 40, "batch": 8}
+    runs = [read_run(fake_run(tmp_path / f"lr{lr:g}", train=train | {"lr": lr})) for lr in (1e-4, 3e-4)]
+    table = context(runs)["table"]
+    assert table["headings"] == [
+        *("Run", "Δ reward", "Δ symmetry", "Δ clipscore", "Δ vendi", "lr", "Updates", "Images", "Time", "Status")
+    ]
+    assert [row[5]["text"] for row in table["rows"]] == ["0.0001", "0.0003"]
+    reward = "reward symmetry (symmetry: less is better, counts negative)"
+    assert table["same"] == ["batch 8", "seed 0", "method drtune(K=3, m=8)", reward]
+
+
+def test_means_are_over_seeds_alone(tmp_path):
+    """Runs of one method with another length, or with other prompts, are not averaged."""
+    seeds = [fake_run(tmp_path / f"seed{seed}", seed=seed, draw=seed) for seed in (0, 1)]
+    others = [fake_run(tmp_path / "short", steps=20), fake_run(tmp_path / "prompts", prompts=["x", "y"])]
+    found = context([read_run(run) for run in (*seeds, *others)])["seeds"]
+    assert [row[0]["text"] for row in found["rows"]] == ["seed0, seed1"]
+    deltas = [changes(read_run(run))["reward"].difference.value for run in seeds]
+    assert found["rows"][0][2]["sort"] == pytest.approx(sum(deltas) / 2)
+    assert found["rows"][0][2]["ends"] == f"{signed(min(deltas))} to {signed(max(deltas))}"
+    assert "no means over seeds" in page(seeds[0], *others)[1].text
+
+
+def test_run_files_that_differ_in_the_seed_alone_are_averaged(tmp_path):
+    for name, override in {"a": "seed=1", "b": "seed=2", "c": "optim.lr=1e-5"}.items():
+        folder = fake_run(tmp_path / name)
+        config = load_config("playground-quick", [override, f"output_dir=runs/{name}"])
+        (folder / "config.yaml").write_text(dump_config(config))
+    found = context([read_run(tmp_path / name) for name in "abc"])["seeds"]
+    assert [row[0]["text"] for row in found["rows"]] == ["a, b"]
+
+
+def test_the_playgrounds_imitations_are_named(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    assert "From the playground" not in page(folder)[1].text
+    (folder / "config.yaml").write_text(dump_config(load_config("playground")))
+    text = page(folder)[1].text
+    assert "From the playground, not the published models: clipscore and hpsv2." in text
+    assert "clipscore (playground)" in text
+    assert "No rule was set for this run." in text
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import random
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import adapters, dryrun, evaluate, guards, launch, models
-from .config import Checkpoints, Guards, Log, Part, PromptSource, RunConfig
+from .config import Checkpoints, Guards, Log, Part, PromptSource, RunConfig, named_parts
 from .diversity import Features
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
@@ -317,15 +317,6 @@ def _model(config: RunConfig) -> tuple[bool, str]:
 # -- rewards ---------------------------------------------------------------------------------------------------------
 
 
-def _leaves(parts: Iterable[Part]) -> Iterator[Part]:
-    """The parts by name, those within groups too."""
-    for part in parts:
-        if part.name is not None:
-            yield part
-        for group in (part.mean_of, part.minimum_of, part.balance):
-            yield from _leaves(group or ())
-
-
 def _rewards(config: RunConfig, findings: Findings) -> tuple[Reward | None, Reward | None, Features | None]:
     """The trained reward, the held-out one and the features, each loaded; None where that failed, or there is none."""
     made: list[Reward | None] = []
@@ -336,7 +327,7 @@ def _rewards(config: RunConfig, findings: Findings) -> tuple[Reward | None, Rewa
         loaded: dict[str, Reward] = {}
         whole = bool(parts)
         seen: list[Any] = []
-        for part in _leaves(parts):
+        for part in named_parts(parts):
             if (part.name, part.options) not in seen:
                 seen.append((part.name, part.options))
                 one = findings.attempt(f"{key} {part.name}", partial(_reward, part, loaded))

@@ -155,7 +155,7 @@ def _held_words(held: Iterable[Change]) -> list[str]:
     for one in held:
         by_sign[one.sign].append(one.metric)
     words = {-1: "{} got worse", 1: "{} got better", 0: "no change of {} can be told"}
-    named = [(words[sign], _and(names)) for sign, names in by_sign.items() if names]
+    named = [(words[sign], joined(names)) for sign, names in by_sign.items() if names]
     apart = ", never trained on,"
     return [text.format(names + (apart if place == 0 else "")) for place, (text, names) in enumerate(named)]
 
@@ -163,7 +163,7 @@ def _held_words(held: Iterable[Change]) -> list[str]:
 def _cost_words(found: Mapping[str, Change], parts: Iterable[Change]) -> list[str]:
     """What the total hides: parts of the reward that certainly got worse, and diversity where it fell."""
     worse = [one.metric for one in parts if one.sign < 0]
-    words = [f"{_and(worse)}, {'one of its parts' if len(worse) == 1 else 'parts of it'}, got worse"] if worse else []
+    words = [f"{joined(worse)}, {'a part' if len(worse) == 1 else 'parts'} of the reward, got worse"] if worse else []
     vendi = found.get("vendi")
     if vendi is not None and vendi.share <= -FALL:
         words.append(f"diversity fell by {-100 * vendi.share:.2g}\u00a0%")
@@ -178,7 +178,7 @@ def _shifts(found: Mapping[str, Change]) -> list[str]:
         for one in found.values()
         if one.role == "guard" and not one.better and one.difference.excludes(0) and abs(one.share) >= SHIFT
     ]
-    return [f"The look changed: {_and(moved)}."] if moved else []
+    return [f"The look changed: {joined(moved)}."] if moved else []
 
 
 def _unclear(run: RunData, headline: str) -> Verdict:
@@ -193,7 +193,8 @@ def _prompts(one: Change) -> str:
     return f"{one.prompts} prompt{'s' if one.prompts != 1 else ''}"
 
 
-def _and(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
