@@ -267,7 +267,9 @@ def test_run_files_that_differ_in_the_seed_alone_are_averaged(tmp_path):
 def test_the_playgrounds_imitations_are_named(tmp_path):
     folder = fake_run(tmp_path / "run")
     assert "From the playground" not in page(folder)[1].text
-    (folder / "config.yaml").write_text(dump_config(load_config("playground")))
+    (folder / "config.yaml").write_text(
+        dump_config(load_config("playground", ["guards.rewards=[{name: hpsv2, options: {model: playground}}]"]))
+    )
     text = page(folder)[1].text
     assert "From the playground, not the published models: clipscore and hpsv2." in text
     assert "clipscore (playground)" in text
