@@ -243,7 +243,7 @@ def draw(result: Sweep, path: Path) -> None:
         f"bars: 95 % intervals of the change from weight 0, over {result.settings['count']} prompts; large dot: "
         f"suggested weight; red: a held-out reward or diversity is worse by more than {100 * result.tolerance:g} %"
     )
-    told = textwrap.wrap(legend, wide * columns // 7)
+    told = textwrap.wrap(legend, wide * columns // 7, break_on_hyphens=False)
     size = (wide * columns + gap, high * lines + gap + 18 * len(told) + 8)
     canvas = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
     pen = ImageDraw.Draw(canvas)
