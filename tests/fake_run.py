@@ -29,13 +29,14 @@ def fake_run(
     every: int = 10,
     gain: float = 0.5,
     held_out: float = -0.2,
+    vendi: float = -0.1,
     noise: float = 0.05,
     seed: int = 0,
     draw: int = 0,
     looks: bool = True,
     **facts: Any,
 ) -> Path:
-    """gain, held_out: by how much the trained reward and clipscore change over the run. draw: of the noise."""
+    """gain, held_out, vendi: by how much the trained reward, clipscore and diversity change. draw: of the noise."""
     rng, base = random.Random(f"noise {draw}"), random.Random(f"base {seed}")
     folder.mkdir(parents=True)
     start = {
@@ -53,7 +54,7 @@ def fake_run(
         }
         panel = {
             "step": step,
-            "values": {name: sum(row) / len(row) for name, row in now.items()} | {"vendi": 5 - step / steps},
+            "values": {name: sum(row) / len(row) for name, row in now.items()} | {"vendi": 5 + vendi * step / steps},
             "pictures": now,
             "prompts": [distinct.index(prompt) for prompt in prompts],
         }

@@ -137,6 +137,8 @@ def test_what_cannot_be_sampled_is_said(pair, given, words):
 
 def test_no_run_and_no_gradio_are_said(tmp_path, run, monkeypatch, capsys):
     monkeypatch.setattr(app, "find_spec", lambda name: None)
+    assert cli.main(["app", str(tmp_path / "nosuch")]) == 2
+    assert "needs gradio" not in capsys.readouterr().err  # the nearer of two reasons
     assert cli.main(["app", str(run)]) == 2
     assert "needs gradio, which is not installed: pip install 'rewardtune[demo]'" in capsys.readouterr().err
     monkeypatch.setattr(app, "find_spec", lambda name: object())

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 
 import pytest
 import yaml
 from tiny_runs import BASE, save_tiny, write_run
 
 from rewardtune.cli import main
+from rewardtune.runfolder import cannot_write
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,17 @@ def test_reward_that_turns_nan_while_training(train, tmp_path):
 def test_no_output_folder_can_be_made(train, tmp_path):
     (tmp_path / "file").write_text("")
     code, error = train(output_dir="file/out")
-    assert (code, "cannot write" in one_line(error)) == (1, True), error
+    said = one_line(error)
+    assert (code, "cannot write" in said, "file is a file, not a folder" in said) == (1, True, True), error
+    assert "space" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.ENOSPC, "Free some space"), (errno.EACCES, "may write to"), (errno.EISDIR, "Give a file")],
+)
+def test_what_cannot_be_written_says_what_helps(tmp_path, number, cure):
+    assert cure in str(cannot_write(tmp_path / "out", OSError(number, os.strerror(number))))
 
 
 def test_bad_run_files(train, tmp_path):

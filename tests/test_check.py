@@ -250,6 +250,13 @@ def test_without_network_it_is_a_warning(check, hub):
     assert [line.split(":")[0] for line in warnings(out)] == ["warning  reward pickscore", "warning  model"]
     assert "could not be checked: the hub cannot be reached" in warnings(out)[1]
     assert "hf download someone/a-model" in warnings(out)[1]
+    last = "2 warnings: the run can start once these are reachable: reward pickscore, model"
+    assert out.splitlines()[-1] == last
+
+
+def test_float16_on_a_cpu_is_a_warning(check):
+    _, out, _ = check("model.dtype=float16", "model.device=cpu")
+    assert "float16 on a CPU is slow" in next(line for line in warnings(out) if "model.dtype" in line)
 
 
 def test_offline_and_not_in_the_cache_is_an_error(check, hub, monkeypatch):

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from fake_run import PROMPTS, fake_run
+from fake_run import MEASURES, PROMPTS, fake_run
 from test_trainer import plain, tuner
 
 from rewardtune.cli import main
+from rewardtune.config import dump_config, load_config
 from rewardtune.errors import ConfigError
 from rewardtune.report import live, write_report
+from rewardtune.report.content import context
 from rewardtune.report.curves import charts, running_mean, x_axes
 from rewardtune.report.read import read_run
-from rewardtune.report.results import agree, changes, duel, falls, verdict
+from rewardtune.report.results import agree, changes, duel, falls, signed, verdict
 from rewardtune.runfolder import RunFolder
 
 HOSTILE = [
@@ -105,7 +107,46 @@ def test_the_reward_rose_and_nothing_fell(tmp_path):
     run = read_run(fake_run(tmp_path / "run", held_out=0.3))
     said = verdict(run, changes(run))
     assert said.mood == "good"
-    assert said.headline == "The reward rose, and no held-out reward got worse: all improved."
+    assert said.headline == "The reward rose, and clipscore, never trained on, got better."
+
+
+def test_a_total_that_rose_hides_no_part_that_fell(tmp_path):
+    """The reward and the one held-out reward rose; a part of it and diversity fell: the headline says so."""
+    measures = MEASURES | {"symmetry": {"what": "", "better": "more", "role": "trained"}}
+    run = read_run(fake_run(tmp_path / "run", held_out=0.3, vendi=-0.5, measures=measures))
+    said = verdict(run, changes(run))
+    assert said.mood == "mixed"
+    assert said.headline == (
+        "The reward rose, and clipscore, never trained on, got better; symmetry, a part of the reward, got worse; "
+        "diversity fell by 10\u00a0%."
+    )
+
+
+def test_the_mood_knows_diversity(tmp_path):
+    for fall, mood in ((-0.2, "good"), (-0.3, "mixed")):  # of 5: 4 % and 6 %
+        run = read_run(fake_run(tmp_path / mood, held_out=0.3, vendi=fall))
+        assert verdict(run, changes(run)).mood == mood
+
+
+def test_held_out_rewards_are_named(tmp_path):
+    measures = MEASURES | {"brightness": {"what": "", "better": "more", "role": "held_out"}}
+    run = read_run(fake_run(tmp_path / "run", measures=measures, noise=0.2))
+    assert verdict(run, changes(run)).headline == (
+        "The reward rose, and clipscore, never trained on, got worse; no change of brightness can be told."
+    )
+
+
+def test_a_distance_to_the_untuned_picture_is_no_win_or_loss(tmp_path):
+    measures = MEASURES | {"brightness": {"what": "", "better": "less", "role": "guard"}}
+    path = fake_run(tmp_path / "run", measures=measures)
+    assert changes(read_run(path))["brightness"].won is not None
+    looks = (path / "eval.jsonl").read_text().replace("brightness", "base_distance")
+    (path / "eval.jsonl").write_text(looks)
+    assert changes(read_run(path))["base_distance"].won is None
+
+
+def test_every_minus_is_the_same_sign():
+    assert (signed(7.12e-05), signed(-8.84e-05)) == ("+7.12e\u221205", "\u22128.84e\u221205")
 
 
 def test_noise_is_no_change(tmp_path):
@@ -184,9 +225,55 @@ def test_several_runs_against_each_other(tmp_path):
     assert "other are those of no other run here" in elements.text
     assert [table["id"] for table in elements.named("table") if "id" in table] == [
         "table-runs",
-        "table-methods",
+        "table-seeds",
         "table-duels",
     ]
+
+
+def test_the_comparison_tells_runs_apart(tmp_path):
+    """Changes first, then the settings that differ; what all share stands once."""
+    train = {"steps": 40, "batch": 8}
+    runs = [read_run(fake_run(tmp_path / f"lr{lr:g}", train=train | {"lr": lr})) for lr in (1e-4, 3e-4)]
+    table = context(runs)["table"]
+    assert table["headings"] == [
+        *("Run", "Δ reward", "Δ symmetry", "Δ clipscore", "Δ vendi", "lr", "Updates", "Images", "Time", "Status")
+    ]
+    assert [row[5]["text"] for row in table["rows"]] == ["0.0001", "0.0003"]
+    reward = "reward symmetry (symmetry: less is better, counts negative)"
+    assert table["same"] == ["batch 8", "seed 0", "method drtune(K=3, m=8)", reward]
+
+
+def test_means_are_over_seeds_alone(tmp_path):
+    """Runs of one method with another length, or with other prompts, are not averaged."""
+    seeds = [fake_run(tmp_path / f"seed{seed}", seed=seed, draw=seed) for seed in (0, 1)]
+    others = [fake_run(tmp_path / "short", steps=20), fake_run(tmp_path / "prompts", prompts=["x", "y"])]
+    found = context([read_run(run) for run in (*seeds, *others)])["seeds"]
+    assert [row[0]["text"] for row in found["rows"]] == ["seed0, seed1"]
+    deltas = [changes(read_run(run))["reward"].difference.value for run in seeds]
+    assert found["rows"][0][2]["sort"] == pytest.approx(sum(deltas) / 2)
+    assert found["rows"][0][2]["ends"] == f"{signed(min(deltas))} to {signed(max(deltas))}"
+    assert "no means over seeds" in page(seeds[0], *others)[1].text
+
+
+def test_run_files_that_differ_in_the_seed_alone_are_averaged(tmp_path):
+    for name, override in {"a": "seed=1", "b": "seed=2", "c": "optim.lr=1e-5"}.items():
+        folder = fake_run(tmp_path / name)
+        config = load_config("playground-quick", [override, f"output_dir=runs/{name}"])
+        (folder / "config.yaml").write_text(dump_config(config))
+    found = context([read_run(tmp_path / name) for name in "abc"])["seeds"]
+    assert [row[0]["text"] for row in found["rows"]] == ["a, b"]
+
+
+def test_the_playgrounds_imitations_are_named(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    assert "From the playground" not in page(folder)[1].text
+    (folder / "config.yaml").write_text(
+        dump_config(load_config("playground", ["guards.rewards=[{name: hpsv2, options: {model: playground}}]"]))
+    )
+    text = page(folder)[1].text
+    assert "From the playground, not the published models: clipscore and hpsv2." in text
+    assert "clipscore (playground)" in text
+    assert "No rule was set for this run." in text
 
 
 @pytest.mark.parametrize(

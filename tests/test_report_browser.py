@@ -120,6 +120,31 @@ def test_a_table_is_sorted(chromium, reports):
     page.close()
 
 
+def test_a_wide_table_says_that_it_can_be_scrolled(chromium, reports):
+    """On a phone: a line above it, and the names stay in sight; a table that fits has neither."""
+    page = chromium.open(reports["two"], width=360)
+    box = "document.getElementById('table-runs').parentNode"
+    page.until(f"{box}.scrollWidth > {box}.clientWidth && {box}.classList.contains('more')", 10)
+    assert "scroll" in page.run(f"getComputedStyle({box}, '::before').content")
+    name = "document.querySelector('#table-runs tbody th').getBoundingClientRect().left"
+    before = page.run(name)
+    page.run(f"{box}.scrollLeft = 200")
+    assert page.run(f"{box}.scrollLeft") == 200
+    assert page.run(name) == before
+    page.close()
+    page = chromium.open(reports["two"], width=2400)
+    assert not page.run(f"{box}.classList.contains('more')")
+    page.close()
+
+
+def test_the_key_looks_like_its_curve(chromium, reports):
+    page = chromium.open(reports["one"])
+    for style, look in {"mean": "repeating-linear-gradient", "raw": "none"}.items():
+        found = page.run(f"getComputedStyle(document.querySelector('#rewards-0 .key .swatch.{style}')).backgroundImage")
+        assert found.startswith(look)
+    page.close()
+
+
 def test_the_pairs_are_ordered(chromium, reports):
     page = chromium.open(reports["one"])
     order = "[...document.querySelectorAll('#list-1 > li')].map(card => Number(card.dataset.index))"

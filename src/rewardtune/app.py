@@ -201,6 +201,8 @@ def launch(
     spec: str, *, model: str | None = None, port: int | None = None, host: str = "127.0.0.1", share: bool = False
 ) -> None:
     """Open the models, serve the page until Ctrl-C. port: None takes the first free one from 7860 on."""
+    if spec != BASE:
+        candidates([spec], model=model)  # a run that is not there is said before what is not installed
     check_installed()
     pair = Pair(spec, model=model)
     blocks = page(pair)

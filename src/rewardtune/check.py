@@ -10,7 +10,7 @@ import random
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import adapters, dryrun, evaluate, guards, launch, models
-from .config import Checkpoints, Guards, Log, Part, PromptSource, RunConfig
+from .config import Checkpoints, Guards, Log, Part, PromptSource, RunConfig, named_parts
 from .diversity import Features
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
@@ -43,11 +43,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Level = Literal["ok", "warning", "error"]
+HALF = (
+    "float16 on a CPU is slow, and not every operation exists there; for this machine set model.dtype: float32 (or "
+    "bfloat16), for a GPU model.device: cuda"
+)
 SECONDS = 10  # most time that the hub gets for an answer
 
 
 class Unchecked(Exception):  # noqa: N818 - it is no error
     """What could not be checked, which is a warning."""
+
+
+class Unreachable(Unchecked):
+    """What the run needs and no network answered for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Finding:
     what: str
     words: str
     exit_code: int = 0
+    unreachable: bool = False  # the run cannot start before it can be reached
 
     def __str__(self) -> str:
         return f"{self.level:<8} {self.what}: {'; '.join(self.words.splitlines())}"
@@ -70,8 +79,8 @@ class Findings:
     say: Callable[[str], None]
     found: list[Finding] = field(default_factory=list)
 
-    def add(self, level: Level, what: str, words: str, exit_code: int = 0) -> None:
-        self.found.append(Finding(level, what, words, exit_code))
+    def add(self, level: Level, what: str, words: str, exit_code: int = 0, *, unreachable: bool = False) -> None:
+        self.found.append(Finding(level, what, words, exit_code, unreachable))
         self.say(str(self.found[-1]))
 
     def attempt(self, what: str, work: Callable[[], tuple[T, str]], *, phase: str = "", config: Any = None) -> T | None:
@@ -79,7 +88,7 @@ class Findings:
         try:
             value, words = work()
         except Unchecked as unchecked:
-            self.add("warning", what, str(unchecked))
+            self.add("warning", what, str(unchecked), unreachable=isinstance(unchecked, Unreachable))
             return None
         except Exception as error:
             if dryrun.out_of_memory(error):
@@ -104,7 +113,9 @@ class Findings:
         if not errors + warnings:
             return "all checks passed"
         counts = [f"{n} {word}{'s' * (n > 1)}" for n, word in ((errors, "error"), (warnings, "warning")) if n]
-        return ", ".join(counts) + ("" if errors else ": the run can start")
+        missing = ", ".join(dict.fromkeys(finding.what for finding in self.found if finding.unreachable))
+        start = f": the run can start once these are reachable: {missing}" if missing else ": the run can start"
+        return ", ".join(counts) + ("" if errors else start)
 
 
 def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
@@ -128,6 +139,8 @@ def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None
     device = attempt("model.device", lambda: _device(config))
     if device is not None:
         attempt("optim.optimizer", lambda: _optimizer(config, device))
+        if device.type == "cpu" and config.model.dtype == "float16":
+            findings.add("warning", "model.dtype", HALF)
     images = config.regularize.denoise.images is None or attempt("regularize.denoise.images", lambda: _images(config))
     trained, held_out, features = _rewards(config, findings)
     pipe = None
@@ -168,7 +181,7 @@ def _prompts(source: PromptSource) -> tuple[list[str], str]:
         found = load_prompts(source.source, template=source.template, columns=source.columns)
     except ConfigError as error:
         if _unreachable(error) and not _offline():
-            raise Unchecked(f"{error}") from error
+            raise Unreachable(f"{error}") from error
         raise
     different = len(set(found))
     words = f"{len(found)} prompts" + (f", {different} different" if different < len(found) else "")
@@ -272,7 +285,7 @@ def _resolve(repo: str, *, revision: str | None, files: Sequence[str], variant: 
     except Exception as error:  # the client's own network errors changed their family between versions
         if not _unreachable(error):
             raise
-        raise Unchecked(
+        raise Unreachable(
             f"{at} could not be checked: the hub cannot be reached ({error}) and it is not in the cache; {by_hand} "
             "on a machine with network"
         ) from error
@@ -297,7 +310,7 @@ def _resolve_url(url: str) -> str:
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url} cannot be had ({error})") from error
     except OSError as error:
-        raise Unchecked(f"{url} could not be checked: it cannot be reached ({error})") from error
+        raise Unreachable(f"{url} could not be checked: it cannot be reached ({error})") from error
 
 
 def _model(config: RunConfig) -> tuple[bool, str]:
@@ -317,15 +330,6 @@ def _model(config: RunConfig) -> tuple[bool, str]:
 # -- rewards ---------------------------------------------------------------------------------------------------------
 
 
-def _leaves(parts: Iterable[Part]) -> Iterator[Part]:
-    """The parts by name, those within groups too."""
-    for part in parts:
-        if part.name is not None:
-            yield part
-        for group in (part.mean_of, part.minimum_of, part.balance):
-            yield from _leaves(group or ())
-
-
 def _rewards(config: RunConfig, findings: Findings) -> tuple[Reward | None, Reward | None, Features | None]:
     """The trained reward, the held-out one and the features, each loaded; None where that failed, or there is none."""
     made: list[Reward | None] = []
@@ -336,7 +340,7 @@ def _rewards(config: RunConfig, findings: Findings) -> tuple[Reward | None, Rewa
         loaded: dict[str, Reward] = {}
         whole = bool(parts)
         seen: list[Any] = []
-        for part in _leaves(parts):
+        for part in named_parts(parts):
             if (part.name, part.options) not in seen:
                 seen.append((part.name, part.options))
                 one = findings.attempt(f"{key} {part.name}", partial(_reward, part, loaded))

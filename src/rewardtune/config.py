@@ -6,7 +6,7 @@ Left out on purpose: `${...}` and includes; a run file says everything itself, a
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -161,6 +161,15 @@ class Part(_Section):
     def _as_written(self, handler: Any) -> dict[str, Any]:
         """Without the settings that do not concern this part."""
         return {key: value for key, value in handler(self).items() if value not in (None, {})}
+
+
+def named_parts(parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts by name, those within groups too."""
+    for part in parts:
+        if part.name is not None:
+            yield part
+        for group in (part.mean_of, part.minimum_of, part.balance):
+            yield from named_parts(group or ())
 
 
 class Robust(_Section):

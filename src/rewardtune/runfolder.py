@@ -3,6 +3,7 @@
 A reader of the folder (or a later run) therefore sees either the old file or the whole new one, never half of it.
 """
 
+import errno
 import json
 import os
 import re
@@ -184,7 +185,15 @@ class RunFolder:
 
 
 def cannot_write(path: Path, error: OSError) -> RewardTuneError:
+    """The error that says what could not be written, why, and what helps against this reason."""
+    file = next((above for above in path.parents if above.exists() and not above.is_dir()), None)
+    why, cure = error.strerror or str(error), "Free some space or choose another place"
+    if file is not None:
+        why, cure = f"{file} is a file, not a folder", "Choose another place"
+    elif error.errno == errno.EISDIR:
+        why, cure = "it is a folder", "Give a file"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        cure = "Choose a place that you may write to"
     return RewardTuneError(
-        f"cannot write {path}: {error.strerror or error}; nothing half-written was left and what was there is intact. "
-        "Free some space (or choose another output_dir) and run again"
+        f"cannot write {path}: {why}; nothing half-written was left and what was there is intact. {cure} and run again"
     )

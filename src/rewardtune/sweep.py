@@ -8,6 +8,7 @@ the highest trained reward is suggested. Left out: weights of single layers, sev
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -238,17 +239,19 @@ def draw(result: Sweep, path: Path) -> None:
     rows = [(name, "weight") for name in names] + [("reward", name) for name in result.guarded]
     lines = -(-len(rows) // columns)
     scale = 2  # drawn twice as large: sharp on dense screens
-    canvas = Image.new("RGB", ((wide * columns + gap) * scale, (high * lines + 2 * gap) * scale), "white")
-    pen = ImageDraw.Draw(canvas)
-    font: Any = ImageFont.load_default(12 * scale)
-    for index, (up, along) in enumerate(rows):
-        left, top = (index % columns) * wide + gap, (index // columns) * high + gap
-        _panel(pen, font, result, up, along, (left + 44, top + 12, left + wide - gap, top + high - 56), scale)
     legend = (
         f"bars: 95 % intervals of the change from weight 0, over {result.settings['count']} prompts; large dot: "
         f"suggested weight; red: a held-out reward or diversity is worse by more than {100 * result.tolerance:g} %"
     )
-    pen.text((gap * scale, (high * lines + gap) * scale), legend, fill=INK, font=font)
+    told = textwrap.wrap(legend, wide * columns // 7, break_on_hyphens=False)
+    size = (wide * columns + gap, high * lines + gap + 18 * len(told) + 8)
+    canvas = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
+    pen = ImageDraw.Draw(canvas)
+    font: Any = ImageFont.load_default(12 * scale)
+    for index, (up, along) in enumerate(rows):
+        left, top = (index % columns) * wide + gap, (index // columns) * high + gap
+        _panel(pen, font, result, up, along, (left + 44, top + 22, left + wide - gap, top + high - 56), scale)
+    pen.text((gap * scale, (high * lines + gap) * scale), "\n".join(told), fill=INK, font=font)
     with atomic(path) as temporary:
         canvas.save(temporary)
 
@@ -275,7 +278,8 @@ def _panel(pen: Any, font: Any, result: Sweep, up: str, along: str, box: tuple[i
         pen.text((at(tick, low)[0], bottom + 5 * scale), f"{tick:.4g}", fill=INK, font=font, anchor="mt")
     pen.line([(left, bottom), (right, bottom)], fill=INK, width=scale)
     better = {"more": "more is better", "less": "less is better"}
-    pen.text((left - 40 * scale, top - 16 * scale), _axis(up, result, better), fill=INK, font=font)
+    # above the highest tick's number, which may stand at the very top
+    pen.text((left - 40 * scale, top - 24 * scale), _axis(up, result, better), fill=INK, font=font)
     below = "LoRA weight" if along == "weight" else _axis(along, result, better)
     pen.text(((left + right) / 2, bottom + 22 * scale), below, fill=INK, font=font, anchor="mt")
     places = [at(x, y.value) for x, y in zip(xs, ys, strict=True)]

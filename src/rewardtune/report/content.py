@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations, product
 from pathlib import Path
@@ -21,8 +22,8 @@ from ..stats import Interval
 from .curves import charts, sweep_charts, x_axes
 from .page import clean
 from .pictures import data_uri
-from .read import RunData
-from .results import WORST, Change, agree, changes, duel, falls, percent, signed, value, verdict, with_ends
+from .read import RunData, bare
+from .results import WORST, Change, agree, changes, duel, falls, joined, percent, signed, value, verdict, with_ends
 
 PAIRS = 48  # before/after pairs on a page, the worst ones among them
 REFRESH = 20  # seconds between two readings of the page of a run that is under way
@@ -53,7 +54,8 @@ def context(runs: Sequence[RunData], *, pairs: int = PAIRS, now: datetime | None
             for number, group in enumerate(groups, 1)
         ],
         "table": _table(runs, names, found) if len(runs) > 1 else None,
-        "methods": _methods(runs, found),
+        "seeds": _seeds(runs, found),
+        "imitations": _imitations(dict.fromkeys(name for run in runs for name in run.imitations)),
         "duels": _duels(runs, names, groups),
         "alone": [names[group[0]] for group in groups if len(group) == 1] if len(runs) > 1 else [],
     }
@@ -102,8 +104,12 @@ def _run(run: RunData, name: str, found: dict[str, Change]) -> dict[str, Any]:
         "sentences": said.sentences,
         "error": local(run, str(run.facts["error"])) if run.facts.get("error") else None,
         "facts": _facts(run),
-        "changes": [_change_row(one) for one in found.values()],
+        "imitations": _imitations(run.imitations),
+        "changes": [_change_row(run, one) for one in found.values()],
         "rules": _rules(run),
+        "no_rule": "No rule was set for this run."
+        if run.config
+        else "It is not known whether rules were set for this run: it has no run file.",
         "events": _events(run),
         "sweep": _sweep(run),
         "evals": [_eval_or_note(key, one) for key, one in run.evals.items()],
@@ -128,8 +134,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     wanted = f" of {train['steps']}" if train.get("steps") and train["steps"] != steps else ""
     rows = [
         ("Method", facts.get("method")),
-        ("Reward", facts.get("reward")),
-        ("Held out", ", ".join(facts.get("held_out") or ()) or "nothing"),
+        ("Reward", _reward(run)),
+        ("Held out", ", ".join(_marked(run, name) for name in facts.get("held_out") or ()) or "nothing"),
         ("Base model", _model(run)),
         ("Updates", f"{steps}{wanted}"),
         ("Kept", _kept(run)),
@@ -139,6 +145,27 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Eval pictures", str(len(run.looks[0].prompts)) if run.looks else None),
     ]
     return [(name, clean(text)) for name, text in rows if text]
+
+
+def _reward(run: RunData) -> str | None:
+    """The reward as the run names it, with a word on parts that are minimised: 1*symmetry raises the total by less."""
+    less = [name for name, measure in run.measures.items() if measure.role == "trained" and measure.better == "less"]
+    remark = f" ({', '.join(less)}: less is better, counts negative)" if less else ""
+    return f"{run.facts['reward']}{remark}" if run.facts.get("reward") else None
+
+
+def _marked(run: RunData, metric: str) -> str:
+    return f"{metric} (playground)" if bare(metric) in run.imitations else metric
+
+
+def _imitations(names: Iterable[str]) -> str:
+    """What a reader who does not know the playground would take for the published models; empty without them."""
+    if not (listed := [clean(name) for name in names]):
+        return ""
+    return (
+        f"From the playground, not the published models: {joined(listed)}. These are small imitations that ship with "
+        "rewardtune and know only its drawn shapes."
+    )
 
 
 def _model(run: RunData) -> str | None:
@@ -164,10 +191,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _change_row(one: Change) -> dict[str, Any]:
+def _change_row(run: RunData, one: Change) -> dict[str, Any]:
     words = {1: "better", -1: "worse", 0: "cannot be told"}
     return {
-        "metric": one.metric,
+        "name": _marked(run, one.metric),
         "role": {"trained": "trained on", "held_out": "held out", "guard": "guard"}[one.role],
         "better": one.better or "–",
         "before": value(one.before),
@@ -444,49 +471,93 @@ def _delta(run: RunData, metric: str, index: int) -> float:
 
 
 def _table(runs: Sequence[RunData], names: Sequence[str], found: Sequence[dict[str, Change]]) -> dict[str, Any]:
-    """A row for every run: what it is, what it cost, and the paired change of everything that was scored."""
+    """A row for every run: the paired change of what was scored, in which settings it differs, and what it cost.
+
+    Settings that all runs share stand once, in `same`.
+    """
     metrics = list(dict.fromkeys(key for each in found for key, one in each.items() if one.role != "guard"))
     metrics += ["vendi"] if any("vendi" in each for each in found) else []
+    told = [_told(run) for run in runs]
+    unlike = [key for key in told[0] if len({each[key] for each in told}) > 1]
     rows = []
-    for run, name, each in zip(runs, names, found, strict=True):
+    for run, name, each, own in zip(runs, names, found, told, strict=True):
         axes = x_axes(run)
         seconds = axes["seconds"][-1] if run.metrics else math.nan
         images = axes["images"][-1] if run.metrics else 0
-        cells = [
-            _cell(name), _cell(clean(run.facts.get("method", "–"))), _cell(clean(run.facts.get("reward", "–"))),
-            _cell(STATUS.get(str(run.facts.get("status")), "unknown")), _cell(str(len(run.metrics)), len(run.metrics)),
-            _cell(f"{images:,.0f}", images), _cell(duration(seconds), seconds),
-        ]  # fmt: skip
+        cells = [_cell(name)]
         for metric in metrics:
             one = each.get(metric)
-            mood = {1: "good", -1: "bad", 0: ""}[one.sign] if one else ""
-            cells.append(_cell(with_ends(one.difference), one.difference.value, mood) if one else _cell("–", math.nan))
-        rows.append(cells)
-    headings = ["Run", "Method", "Reward", "Status", "Updates", "Images", "Time"]
-    return {"headings": headings + [f"Δ {metric}" for metric in metrics], "rows": rows}
+            cells.append(_difference(one.difference, {1: "good", -1: "bad", 0: ""}[one.sign]) if one else _cell("–"))
+        cells += [_cell(own[key], wide=key in ("Method", "Reward")) for key in unlike]
+        rows.append(
+            [*cells, _cell(str(len(run.metrics)), len(run.metrics)), _cell(f"{images:,.0f}", images),
+             _cell(duration(seconds), seconds), _cell(STATUS.get(str(run.facts.get("status")), "unknown"))]
+        )  # fmt: skip
+    headings = ["Run", *(f"Δ {metric}" for metric in metrics), *unlike, "Updates", "Images", "Time", "Status"]
+    same = [f"{key.lower()} {text}" for key, text in told[0].items() if key not in unlike and text != "–"]
+    return {"headings": headings, "rows": rows, "same": same}
 
 
-def _cell(text: str, sort: float | None = None, mood: str = "") -> dict[str, Any]:
-    return {"text": text, "sort": sort if sort is not None and math.isfinite(sort) else None, "mood": mood}
+def _told(run: RunData) -> dict[str, str]:
+    """The settings by which runs are told apart, in words."""
+    train = run.facts.get("train") or {}
+    lr = f"{train['lr']:g}" if "lr" in train else "–"
+    rows = {
+        "lr": lr,
+        "Batch": train.get("batch", "–"),
+        "Seed": run.facts.get("seed", "–"),
+        "Method": run.facts.get("method", "–"),
+        "Reward": _reward(run) or "–",
+    }
+    return {key: clean(str(text)) for key, text in rows.items()}
 
 
-def _methods(runs: Sequence[RunData], found: Sequence[dict[str, Change]]) -> dict[str, Any] | None:
-    """Means over the runs of a method, with their range, where a method has several."""
-    groups: dict[str, list[dict[str, Change]]] = {}
-    for run, each in zip(runs, found, strict=True):
-        groups.setdefault(clean(run.facts.get("method", "–")), []).append(each)
-    if all(len(group) < 2 for group in groups.values()):
+def _cell(
+    text: str, sort: float | None = None, mood: str = "", *, ends: str = "", wide: bool = False
+) -> dict[str, Any]:
+    """ends: an interval, in a line of its own."""
+    known = sort is not None and math.isfinite(sort)
+    return {"text": text, "sort": sort if known else None, "mood": mood, "ends": ends, "wide": wide}
+
+
+def _difference(found: Interval, mood: str = "") -> dict[str, Any]:
+    ends = f"{signed(found.low)} to {signed(found.high)}" if math.isfinite(found.low) else ""
+    return _cell(signed(found.value), found.value, mood, ends=ends)
+
+
+def _seeds(runs: Sequence[RunData], found: Sequence[dict[str, Change]]) -> dict[str, Any] | None:
+    """Means over the runs that have all settings but the seed in common, with their range, where there are several."""
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(_but_the_seed(run), []).append(index)
+    several = [group for group in groups.values() if len(group) > 1]
+    if not several:
         return None
     metrics = list(dict.fromkeys(key for each in found for key, one in each.items() if one.role != "guard"))
-    rows = []
-    for method, group in groups.items():
-        cells = [_cell(method), _cell(str(len(group)), len(group))]
+    names, rows = _names(runs), []
+    for group in several:
+        cells = [_cell(", ".join(names[index] for index in group)), _cell(str(len(group)), len(group))]
         for metric in metrics:
-            deltas = [each[metric].difference.value for each in group if metric in each]
-            text = f"{signed(fmean(deltas))} ({signed(min(deltas))} to {signed(max(deltas))})" if deltas else "–"
-            cells.append(_cell(text, fmean(deltas) if deltas else math.nan))
-        rows.append(cells)
-    return {"headings": ["Method", "Runs", *(f"Δ {metric}" for metric in metrics)], "rows": rows}
+            deltas = [found[index][metric].difference.value for index in group if metric in found[index]]
+            mean = fmean(deltas) if deltas else math.nan
+            ends = Interval(value=mean, low=min(deltas, default=mean), high=max(deltas, default=mean))
+            cells.append(_difference(ends))
+        method = clean(str(runs[group[0]].facts.get("method", "–")))
+        rows.append([*cells, _range([len(runs[index].metrics) for index in group]), _cell(method, wide=True)])
+    return {"headings": ["Runs", "Count", *(f"Δ {metric}" for metric in metrics), "Updates", "Method"], "rows": rows}
+
+
+def _range(numbers: Sequence[int]) -> dict[str, Any]:
+    low, high = min(numbers), max(numbers)
+    return _cell(str(low) if low == high else f"{low} to {high}", low)
+
+
+def _but_the_seed(run: RunData) -> str:
+    """The same for runs that differ in their seed, their folder and what they log alone."""
+    if run.config is not None:
+        return run.config.model_dump_json(exclude={"seed", "output_dir", "log"})
+    keys = ("model", "method", "reward", "held_out", "train", "call", "lora", "T", "eval_prompts")
+    return json.dumps([run.facts.get(key) for key in keys], sort_keys=True)
 
 
 def _duels(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]]) -> dict[str, Any] | None:
@@ -498,7 +569,7 @@ def _duels(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Seque
                 mood = "good" if rate.low > 0.5 else "bad" if rate.high < 0.5 else ""
                 rows.append(
                     [_cell(names[i]), _cell(names[j]), _cell(metric), _cell(role.replace("_", " ")),
-                     _cell(with_ends(apart), apart.value), _cell(percent(rate), rate.value, mood)]
+                     _difference(apart), _cell(percent(rate), rate.value, mood)]
                 )  # fmt: skip
     headings = ["A", "B", "Metric", "Role", "A − B (95 %)", "A better than B (95 %)"]
     return {"headings": headings, "rows": rows} if rows else None

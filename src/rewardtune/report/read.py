@@ -7,12 +7,13 @@ half-written last line is left out.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, load_config
+from ..config import RunConfig, load_config, named_parts
 from ..errors import ConfigError, RewardTuneError
 from ..guards import METRICS, Evaluation, Measure, Rule, make_rules
 from ..pictures import by_number
@@ -57,6 +58,12 @@ class RunData:
         kept = self.facts.get("kept_step")
         known = [look for look in self.looks if kept is None or look.step == kept]
         return known[-1] if known and self.before is not None and (len(self.looks) > 1 or kept is not None) else None
+
+    @property
+    def imitations(self) -> list[str]:
+        """The rewards that are the playground's small versions; none known where there is no run file."""
+        found = named_parts([*self.config.reward, *self.config.guards.rewards]) if self.config else ()
+        return list(dict.fromkeys(str(part.name) for part in found if "playground" in part.options.values()))
 
     def pictures(self, step: int) -> list[Path]:
         """The eval pictures after `step` updates, in the order of the prompts; none where they are gone."""
@@ -157,10 +164,14 @@ def _measures(facts: Mapping[str, Any], looks: Sequence[Evaluation]) -> dict[str
         if name in METRICS:
             guessed[name] = Measure(what=METRICS[name].what, better=METRICS[name].better, role="guard")
             continue
-        plain = name.removeprefix("heldout_").removeprefix("trained_").rstrip("0123456789_")
         role = "held_out" if name in held_out else "trained"
-        guessed[name] = Measure(what=name, better="less" if plain in LESS else "more", role=role)
+        guessed[name] = Measure(what=name, better="less" if bare(name) in LESS else "more", role=role)
     return told | guessed
+
+
+def bare(metric: str) -> str:
+    """The reward that a metric is of: trained_clipscore and clipscore_2 are of clipscore."""
+    return re.sub(r"_\d+$", "", metric.removeprefix("heldout_").removeprefix("trained_"))
 
 
 def _prompts(facts: Mapping[str, Any], config: RunConfig | None, looks: Sequence[Evaluation]) -> list[str]:

@@ -11,7 +11,7 @@ function digits(value) {
   if (!known(value)) return "–";
   const size = Math.abs(value);
   const text = size >= 1000 ? String(Math.round(value)) : size !== 0 && size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 function clock(seconds) {
@@ -55,6 +55,14 @@ function drawChart(spec, figure) {
   const tip = make("div", { class: "tip", hidden: true });
   const live = make("span", { class: "hidden", "aria-live": "polite" });
   const state = { at: null };
+
+  const dashed = (curve) => curve.style === "mean" && series.some((each) => each.style === "eval");
+
+  function swatchOf(curve) {
+    const swatch = make("span", { class: `swatch ${curve.style || ""}${dashed(curve) ? " dashed" : ""}` });
+    swatch.style.color = colour(curve);
+    return swatch;
+  }
 
   function frame() {
     const on = spec.bars ? "sampling step" : spec.axis || axis;
@@ -140,7 +148,7 @@ function drawChart(spec, figure) {
       open = true;
     }
     const raw = curve.style === "raw";
-    svg.append(make("path", { d: path, fill: "none", stroke, "stroke-width": raw ? 1.2 : 2, "stroke-opacity": raw ? 0.45 : 1, "stroke-dasharray": curve.style === "mean" && series.some((each) => each.style === "eval") ? "5 3" : null }));
+    svg.append(make("path", { d: path, fill: "none", stroke, "stroke-width": raw ? 1.2 : 2, "stroke-opacity": raw ? 0.45 : 1, "stroke-dasharray": dashed(curve) ? "5 3" : null }));
     const dots = curve.style === "eval" ? set.length <= 60 : set.length <= 12;
     if (dots) for (const p of set) if (known(p.y)) svg.append(make("circle", { cx: f.X(p.x), cy: f.Y(p.y), r: curve.style === "eval" ? 3.6 : 2.2, fill: stroke, "fill-opacity": raw ? 0.6 : 1 }));
   }
@@ -182,9 +190,7 @@ function drawChart(spec, figure) {
     state.at = at;
     const head = spec.bars ? `sampling step ${at}` : f.on === "steps" ? `step ${at}` : f.on === "weight" ? `weight ${digits(at)}` : f.on === "images" ? `${digits(at)} images` : clock(at);
     const lines = rows(at).map(({ curve, text }) => {
-      const swatch = make("span", { class: `swatch ${curve.style || ""}` });
-      swatch.style.background = colour(curve);
-      return make("div", {}, swatch, ` ${curve.name}: ${text}`);
+      return make("div", {}, swatchOf(curve), ` ${curve.name}: ${text}`);
     });
     if (spec.bars && !lines.length) lines.push(make("div", {}, "never trained"));
     tip.replaceChildren(make("b", {}, head), ...lines);
@@ -231,17 +237,15 @@ function drawChart(spec, figure) {
 
   const key = figure.querySelector(".key");
   series.forEach((one, i) => {
-    const swatch = make("span", { class: `swatch ${one.style || ""}` });
-    swatch.style.background = colour(one);
     key.append(make("button", { type: "button", "aria-pressed": "true", title: "show or hide", on: { click: (event) => {
       hidden.has(i) ? hidden.delete(i) : hidden.add(i);
       event.currentTarget.setAttribute("aria-pressed", String(!hidden.has(i)));
       draw();
-    } } }, swatch, one.name));
+    } } }, swatchOf(one), one.name));
   });
   for (const line of [...(spec.lines || []), ...(spec.mark ? [spec.mark] : [])]) {
-    const swatch = make("span", { class: "swatch" });
-    swatch.style.background = spec.mark === line ? "var(--good)" : "var(--bad)";
+    const swatch = make("span", { class: "swatch dashed" });
+    swatch.style.color = spec.mark === line ? "var(--good)" : "var(--bad)";
     key.append(make("span", { class: "note" }, swatch, ` ${line.name}`));
   }
 
@@ -301,6 +305,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
     } } }, head.textContent.trim());
     head.replaceChildren(button);
   });
+}
+
+// Tables wider than the page say so.
+for (const box of document.querySelectorAll(".scroll")) {
+  new ResizeObserver(() => box.classList.toggle("more", box.scrollWidth > box.clientWidth + 1)).observe(box);
 }
 
 // The order of the before/after pairs.

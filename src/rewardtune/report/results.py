@@ -7,15 +7,17 @@ nothing of other training seeds, and the page says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..guards import ACROSS, METRICS, Evaluation, Metric
+from ..guards import ACROSS, METRICS, WITHIN, Evaluation, Metric
 from ..progress import digits
 from ..stats import Interval, paired_difference, win_rate
 from .read import RunData
 
 WORST = 6  # pictures shown for each metric
+FALL = 0.05  # of the Vendi score, which has no interval: from here on the verdict names it
+SHIFT = 0.1  # of a picture statistic, beyond its interval: from here on the verdict tells it
 _ANY = Metric(what="")
 
 
@@ -67,7 +69,8 @@ def change(run: RunData, metric: str, before: Evaluation, after: Evaluation) -> 
     prompts = after.prompts[: len(a)]
     if a and len(a) == len(b) == len(prompts):
         difference = paired_difference(a, b, prompts)
-        won = win_rate(a, b, prompts, less=measure.better == "less") if measure.better else None
+        sided = measure.better and not METRICS.get(metric, _ANY).zero  # untuned pictures have 0: none is nearer
+        won = win_rate(a, b, prompts, less=measure.better == "less") if sided else None
     return Change(
         metric=metric,
         better=measure.better,
@@ -90,7 +93,7 @@ def value(number: float) -> str:
 def signed(number: float) -> str:
     """A change, in three significant digits."""
     rounded = float(f"{number:.3g}") if math.isfinite(number) else number
-    return f"+{digits(rounded)}" if rounded > 1e-12 else value(rounded)
+    return f"+{value(rounded)}" if rounded > 1e-12 else value(rounded)
 
 
 def with_ends(found: Interval) -> str:
@@ -127,26 +130,55 @@ def verdict(run: RunData, found: dict[str, Change]) -> Verdict:
         return _unclear(run, "The untuned model is kept: no look at the tuned one was better.")
     reward = found["reward"]
     held = [one for one in found.values() if one.role == "held_out"]
-    worse = [one.metric for one in held if one.sign < 0]
-    if reward.sign == 0:
-        mood, headline = "unclear", f"No change of the reward can be told from the noise over {_prompts(reward)}."
-    elif reward.sign < 0:
-        mood, headline = "bad", "The trained reward fell."
-    elif worse:
-        mood, headline = "mixed", f"The reward rose, and {_and(worse)}, never trained on, got worse."
-    elif held:
-        tail = "got worse" if any(one.sign == 0 for one in held) else "followed it or got better"
-        mood = "good"
-        headline = "The reward rose, and no held-out reward " + (
-            "certainly got worse." if tail == "got worse" else "got worse: all improved."
-        )
-    else:
-        mood, headline = "mixed", "The reward rose; nothing that was not trained on was scored beside it."
-    sentences = [_sentence(one, first=one is reward) for one in (reward, *held)]
     parts = [one for one in found.values() if one.role == "trained" and one is not reward and not _same(one, reward)]
-    sentences += [_sentence(one) for one in parts]
+    lost = [*_held_words(one for one in held if one.sign < 0), *_cost_words(found, parts)]
+    if reward.sign == 0:
+        mood = "mixed" if lost else "unclear"
+        told = [f"No change of the reward can be told from the noise over {_prompts(reward)}", *lost]
+    elif reward.sign < 0:
+        mood, told = "bad", ["The trained reward fell", *lost]
+    elif not held:
+        mood, told = "mixed", ["The reward rose; nothing that was not trained on was scored beside it", *lost]
+    else:
+        mood, first = "mixed" if lost else "good", _held_words(held)
+        told = [f"The reward rose, and {first[0]}", *first[1:], *_cost_words(found, parts)]
+    sentences = [_sentence(one, first=one is reward) for one in (reward, *held, *parts)]
     sentences += [_set_sentence(found[name]) for name in ACROSS[:1] if name in found]
-    return Verdict(mood=mood, headline=headline, sentences=(*sentences, *_caveats(run, reward, held)))
+    sentences += _shifts(found)
+    caveats = _caveats(run, reward, held)
+    return Verdict(mood=mood, headline="; ".join(told) + ".", sentences=(*sentences, *caveats))
+
+
+def _held_words(held: Iterable[Change]) -> list[str]:
+    """What became of held-out rewards, those that got worse first; the first clause says what they are."""
+    by_sign: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    for one in held:
+        by_sign[one.sign].append(one.metric)
+    words = {-1: "{} got worse", 1: "{} got better", 0: "no change of {} can be told"}
+    named = [(words[sign], joined(names)) for sign, names in by_sign.items() if names]
+    apart = ", never trained on,"
+    return [text.format(names + (apart if place == 0 else "")) for place, (text, names) in enumerate(named)]
+
+
+def _cost_words(found: Mapping[str, Change], parts: Iterable[Change]) -> list[str]:
+    """What the total hides: parts of the reward that certainly got worse, and diversity where it fell."""
+    worse = [one.metric for one in parts if one.sign < 0]
+    words = [f"{joined(worse)}, {'a part' if len(worse) == 1 else 'parts'} of the reward, got worse"] if worse else []
+    vendi = found.get("vendi")
+    if vendi is not None and vendi.share <= -FALL:
+        words.append(f"diversity fell by {-100 * vendi.share:.2g}\u00a0%")
+    worse = [name for name in WITHIN if name in found and found[name].sign < 0]
+    return words + (["pictures of one prompt became more alike"] if worse else [])
+
+
+def _shifts(found: Mapping[str, Change]) -> list[str]:
+    """Picture statistics that certainly moved far; neither way is better, but a jump can be what the reward liked."""
+    moved = [
+        f"{one.metric} {signed(100 * one.share)}\u00a0%"
+        for one in found.values()
+        if one.role == "guard" and not one.better and one.difference.excludes(0) and abs(one.share) >= SHIFT
+    ]
+    return [f"The look changed: {joined(moved)}."] if moved else []
 
 
 def _unclear(run: RunData, headline: str) -> Verdict:
@@ -161,7 +193,8 @@ def _prompts(one: Change) -> str:
     return f"{one.prompts} prompt{'s' if one.prompts != 1 else ''}"
 
 
-def _and(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
