@@ -18,4 +18,4 @@ def test_lines_fit_and_hold_everything(name: str) -> None:
 def test_a_method_with_its_options_stands_in_one_line() -> None:
     lines = [line.strip() for line in listing(["methods"]).splitlines()]
     assert [line.partition("(")[0] for line in lines if line.endswith(")")][: len(methods.ALL)] == [*methods.ALL]
-    assert "drtune(K=5, m=20, spacing=chain, input_gradient=0.0)" in lines
+    assert "drtune(K=5, m=20, spacing=chain, input_gradient=0.0, stops=1)" in lines

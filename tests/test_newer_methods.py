@@ -503,6 +503,7 @@ def test_the_bench_names_them_and_counts_what_they_cost(name: str):
         "SRPO": 20 + 1 + 3,
         "DRaFT-10 + RSA-FT": 2 * (20 + 4 * 4),
         "FlowBP-Lagrange": 20 + 3 * len(plan.executed) + 1,
+        "DRTune, 2 stops": plan.last + 1 + 3 * 2,  # K = 2 calls, replayed once for both
         "DRTune + RSA-FT": 2 * (plan.steps_run + 3 * len(plan.executed)),
     }
     assert cost.of_update(law, plan) == expected[name]

@@ -164,7 +164,7 @@ class Gradient:
                         total, natives = self.reward.parts(images, tape.prompts)
                     check_scores({"the reward": total} | natives, step)
                     if total.requires_grad:
-                        (-total.sum() / (self.batch * plan.draws)).backward(inputs=[tape.images])
+                        (-total.sum() / (self.batch * plan.pictures)).backward(inputs=[tape.images])
             if self.offload_reward:
                 self.reward.to("cpu")
             with _at(step), doing(f"step {step}, the replay of the trained steps"):

@@ -35,6 +35,8 @@ class Plan:
         input_gradient: 0 detaches the network's input (the paper's ``sg``, eq. 3), 1 back-propagates fully through
             it, a value between scales that gradient.
         end: at this step the chain stops and jumps to x0-hat (the paper's ``t_min``); None runs to the end.
+        stops: earlier steps whose x0-hat is judged as well, as if the chain had stopped there; the network's calls are
+            made once for all of them. The pictures are those of `end`, then those of each of `stops`, rising.
         start: chains begin at this step from the finished, detached x_0 of a first chain, re-noised; None starts
             from noise. This is DRaFT-LV.
         draws: how many such chains are started, each with fresh noise; 1 unless ``start`` is set.
@@ -56,6 +58,7 @@ class Plan:
     train: frozenset[int]
     input_gradient: float = 0.0
     end: int | None = None
+    stops: frozenset[int] = frozenset()
     start: int | None = None
     draws: int = 1
     linked: frozenset[int] | None = None
@@ -75,6 +78,14 @@ class Plan:
         for name, step in (("end", self.end), ("start", self.start)):
             if step is not None and not 0 <= step < T:
                 raise ConfigError(f"{name}={step} is not a step of this chain: legal are 0 .. {T - 1} (T={T})")
+        wrong = sorted(i for i in self.stops if not min(self.train, default=T) <= i < self.last)
+        if wrong:
+            raise ConfigError(
+                f"stops {wrong} are no stops of this chain: each comes before its last step {self.last}, "
+                f"with a trained step at or before it; train={sorted(self.train)}"
+            )
+        if self.stops and (self.start is not None or self.weight is not None):
+            raise ConfigError("stops need a chain from noise (start=None) without weight")
         if self.start == 0:
             raise ConfigError(f"start=0 leaves no step before the re-noised x_0: legal are 1 .. {T - 1}")
         if self.draws < 1 or (self.draws > 1 and self.start is None):
@@ -102,7 +113,12 @@ class Plan:
     @property
     def needs_prediction(self) -> bool:
         """Whether the reward sees an x0-hat of the sampler's."""
-        return self.end is not None and not self.known_noise
+        return (self.end is not None and not self.known_noise) or bool(self.stops)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures a prompt gets."""
+        return self.draws * (1 + len(self.stops))
 
     @property
     def last(self) -> int:
@@ -150,6 +166,6 @@ class Plan:
             else idle
             for i in range(self.T)
         )
-        if self.end is not None:
-            cells = cells[: self.end + 1] + ">" + cells[self.end + 1 :]
+        for step in sorted({*self.stops, *([] if self.end is None else [self.end])}, reverse=True):
+            cells = cells[: step + 1] + ">" + cells[step + 1 :]
         return f"|{cells}|" + (f" x{self.draws}" if self.draws > 1 else "")

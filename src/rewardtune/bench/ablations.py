@@ -264,7 +264,7 @@ def _newer(a: Ablation, work: Work, rows: Rows) -> list[Claim]:
 
 NEWER_METHODS = Ablation(
     name="newer",
-    title="The newer methods beside DRTune",
+    title="The newer methods, and several stops of a chain, beside DRTune",
     variants=tuple(Variant(label=method, method=method) for method in ("DRTune", *NEWER)),
     told=_newer,
 )

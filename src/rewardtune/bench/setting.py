@@ -81,7 +81,16 @@ class Setting:
         return self.budget / 2
 
 
-NEWER = ("DRaFT+", "LeapAlign", "FlowBP-Sparse", "FlowBP-Bridge", "FlowBP-Lagrange", "SRPO", "DRTune + RSA-FT")
+NEWER = (
+    "DRTune, 2 stops",
+    "DRaFT+",
+    "LeapAlign",
+    "FlowBP-Sparse",
+    "FlowBP-Bridge",
+    "FlowBP-Lagrange",
+    "SRPO",
+    "DRTune + RSA-FT",
+)
 METHODS = ("ReFL-10", "ReFL-20", "DRaFT-LV", "DRaFT-10", "AlignProp", "DRTune")
 
 
@@ -106,6 +115,7 @@ def method_of(name: str, T: int) -> dict[str, Any]:
         "AlignProp + sg": ("alignprop", {"input_gradient": 0.0}),
         "AlignProp + stop": ("alignprop", {"m": two_fifths}),
         "AlignProp + sg + stop": ("alignprop", {"input_gradient": 0.0, "m": two_fifths}),
+        "DRTune, 2 stops": ("drtune", {"K": tenth, "m": two_fifths, "stops": min(2, two_fifths)}),
         # newer methods, as their authors set them
         "DRaFT+": ("draft_plus", {"K": fifth}),
         "LeapAlign": ("leapalign", {}),

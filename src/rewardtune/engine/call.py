@@ -118,12 +118,14 @@ class Call:
     inputs: list[Any] = field(default_factory=list)
     spec: Any = None
     leaves: list[Tensor | None] = field(default_factory=list)
+    rest: list[Any] = field(default_factory=list)  # what of the output is no leaf
+    out_spec: Any = None
     versions: list[int | None] = field(default_factory=list)
     surroundings: Surroundings | None = None
     graph: tuple[list[Any], list[Any]] | None = None  # with keep: inputs and flat outputs of the call's own graph
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the call on its own; hand out its output with every floating tensor as (a copy of) a new leaf."""
+        """Run the call on its own; hand out its output with every floating tensor as a new leaf."""
         self.inputs, self.spec = pytree.tree_flatten((args, kwargs))
         self.surroundings = Surroundings.of(self.module, self.inputs)
         for value in self.inputs:
@@ -140,10 +142,17 @@ class Call:
         flat, out_spec = pytree.tree_flatten(output)
         self.graph = (inputs, flat) if self.keep else None
         self.leaves = [x.detach().requires_grad_() if _floating(x) else None for x in flat]
+        self.rest, self.out_spec = (
+            [x if leaf is None else None for x, leaf in zip(flat, self.leaves, strict=True)],
+            out_spec,
+        )
+        return self.handed()
+
+    def handed(self) -> Any:
+        """The output, each floating tensor as a copy of its leaf: arithmetic in place on it cannot touch the record."""
         torch.set_grad_enabled(True)  # door 1: the pipeline's own no_grad puts it back when it ends
-        # A copy is handed out: in-place arithmetic on it is legal and cannot touch the record.
-        handed = [x if leaf is None else leaf.clone() for x, leaf in zip(flat, self.leaves, strict=True)]
-        return pytree.tree_unflatten(handed, out_spec)
+        flat = [x if leaf is None else leaf.clone() for x, leaf in zip(self.rest, self.leaves, strict=True)]
+        return pytree.tree_unflatten(flat, self.out_spec)
 
     @property
     def _live(self) -> list[int]:

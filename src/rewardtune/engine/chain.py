@@ -5,6 +5,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,13 +55,17 @@ def rollout(
         opened: Doors | None = None
         weights: Tensor | None = None
         if plan.start is None:
-            opened = _chain(pipe, plan, name, call, graphs, calls, recompute=recompute)
+            begin = snapshot(pipe, call)
+            kept = {"recompute": recompute, "keep_outputs": bool(plan.stops)}
+            opened = _chain(pipe, plan, name, call, graphs, calls, **kept)
             weights = _weigh(plan, opened, network)
+            if plan.stops:
+                _stopped_chains(pipe, plan, name, call, graphs, calls, begin, opened.outputs)
         else:
             graphs, calls = _renoised_chains(pipe, plan, name, call, recompute=recompute)
         with torch.enable_grad():
             graph = _as_unit_range(torch.cat(graphs))
-    tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.draws) * plan.draws, weights)
+    tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.pictures) * plan.pictures, weights)
     del graph, graphs, calls, opened  # the tape alone holds the records, so that each is freed as soon as it is swept
     try:
         yield tape
@@ -117,6 +122,28 @@ def _chain(
     graphs.append(result[0])
     calls.extend(opened.calls)
     return opened
+
+
+def _stopped_chains(
+    pipe: Any,
+    plan: Plan,
+    denoiser: str,
+    call: dict[str, Any],
+    graphs: list[Tensor],
+    calls: list[Call],
+    begin: Callable[[], None],
+    outputs: list[Any],
+) -> None:
+    """The same chain again for each of ``plan.stops``, from the outputs of its network calls: no call is repeated.
+
+    What arrives at a trained call's output is gathered from all of them, so each is replayed once.
+    """
+    after = snapshot(pipe, call)
+    for stop in sorted(plan.stops):
+        begin()
+        shorter = replace(plan, end=stop, stops=frozenset())
+        _chain(pipe, shorter, denoiser, call, graphs, calls, given=outputs)
+    after()
 
 
 def _weigh(plan: Plan, opened: Doors, network: Any) -> Tensor | None:

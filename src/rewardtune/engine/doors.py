@@ -47,8 +47,9 @@ class Doors:
         step: scheduler steps carried out so far; ``asked``: those asked for, the ones after the stop included.
         calls: the tape, in order.
         calls_per_step: denoiser calls before each scheduler step.
-        outputs: with ``keep_outputs``, all network outputs in order (constants). A restarted chain (DRaFT-LV) gets
-            them as ``given``, so its steps before ``start`` cost no network call and its scheduler's history is true.
+        outputs: with ``keep_outputs``, all network outputs in order: constants, or the recorded call. A restarted
+            chain (DRaFT-LV) gets them as ``given``, so its steps before ``start`` cost no network call and its
+            scheduler's history is true; a chain with an earlier stop gets those of all its steps.
         recompute: whether trained calls of the denoiser run without a graph, and again in the sweep.
         first, final: the first latent and the last ``prev_sample``; ``timesteps``: the timestep of every step. They
             serve re-noising.
@@ -93,6 +94,7 @@ class Doors:
         self.prediction: Tensor | None = None
         self.guidance: set[str] = set()
         self._answers: dict[Any, Any] = {}
+        self._graphed = False  # whether the latents carry a graph by now
         self._end: Any = None
 
     @property
@@ -134,8 +136,13 @@ class Doors:
         signature = (name, *_shapes((args, kwargs)))
         if (self.stopped or self._idle) and signature in self._answers:
             return _copied(self._answers[signature])
-        if self.given and self.step < self._start:
-            return _copied(self.given.pop(0))
+        if self.given and self.step < (self._start or self.step + 1):
+            known = self.given.pop(0)
+            output = known.handed() if isinstance(known, Call) else _copied(known)
+            self._graphed |= isinstance(known, Call)
+            self._answers[signature] = _constants(output)
+            return output
+        recorded = None
         if self._taped(name, module, args, kwargs):
             assert self.plan is not None
             call = Call(
@@ -148,13 +155,14 @@ class Doors:
                 input_gradient=self.plan.gradient_into(self.step) if self._is_kin(module) else 1.0,
                 keep=is_denoiser and not self.recompute,
             )
-            output = call.record(args, kwargs)
+            output, recorded, self._graphed = call.record(args, kwargs), call, True
             self.calls.append(call)
         else:
             output = self._constant(inner, args, kwargs)
-        self._answers[signature] = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
+        self._answers[signature] = _constants(output)
         if self.keep_outputs:
-            self.outputs.append(_copied(self._answers[signature]))  # the pipeline may write into what it got
+            # A copy: the pipeline may write into what it got.
+            self.outputs.append(recorded or _copied(self._answers[signature]))
         return output
 
     def _is_kin(self, module: nn.Module) -> bool:
@@ -214,7 +222,7 @@ class Doors:
             self.asked += 1
             if self.stopped:
                 return self._end if as_dict else self._end.to_tuple()
-            if self.calls:
+            if self._graphed:
                 torch.set_grad_enabled(True)
             self.timesteps.append(bound.arguments["timestep"])
             if self.first is None:
@@ -240,6 +248,8 @@ class Doors:
     def _choose_branch(self, guided: Tensor) -> None:
         assert self.plan is not None
         calls = [call for call in self.calls if call.step == self.step and self._is_kin(call.module)]
+        if not calls:
+            return  # of the chain that these outputs are given from
         self.guidance.add(conditional_only(guided, calls, self.denoiser, self.plan.guidance_factor))
 
     def _observe(self, arguments: dict[str, Any]) -> None:
@@ -398,6 +408,10 @@ def _refuse_inference_mode() -> None:
 def _shapes(tree: Any) -> tuple[Any, ...]:
     leaves, spec = pytree.tree_flatten(tree)
     return (tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), str(spec))
+
+
+def _constants(tree: Any) -> Any:
+    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
 
 
 def _copied(tree: Any) -> Any:

@@ -38,7 +38,7 @@ class Tape:
     """One rollout, ready for its reverse sweep.
 
     Attributes:
-        images: ``(B * plan.draws, 3, H, W)`` in [0, 1], float32 (float64 if the pipeline is); a leaf, so any reward
+        images: ``(B * plan.pictures, 3, H, W)`` in [0, 1], float32 (float64 if the pipeline is); a leaf, so any reward
             and any chunking of it works.
         prompts: the prompt of each image.
         plan: what was carried out.
