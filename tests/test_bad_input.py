@@ -139,6 +139,7 @@ def test_output_folder_that_exists(train, tmp_path):
     assert [entry.name for entry in out.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_and_nothing_beside_it(train, tmp_path):
     out = tmp_path / "out"
     assert train()[0] == 0

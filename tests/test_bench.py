@@ -385,6 +385,7 @@ def test_the_untuned_model_is_judged_as_it_is(cell, monkeypatch):
         assert more["first"][str(cell.count)][name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_missing_runs_are_made_once(cell, tmp_path):
     said = []
     setting = replace(setting_of(cell.setting), count=2)

@@ -188,9 +188,8 @@ def test_sample_refuses_what_does_not_fit(model, tmp_path, capsys):
     assert "odd.safetensors" in errors[2]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_leaves(number, code, model, tmp_path):
     run = write_run(tmp_path, model, optim={"steps": 100_000, "batch": 2, "lr": 1e-4})
     with subprocess.Popen(

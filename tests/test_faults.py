@@ -332,8 +332,9 @@ MOMENTS = {
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [("the update before a look", signal.SIGINT), ("a checkpoint", signal.SIGTERM)]
+    [("a checkpoint", signal.SIGTERM)]
     + [pytest.param(moment, signal.SIGINT, marks=slow) for moment in ("an update", "the first look", "a checkpoint")]
+    + [pytest.param("the update before a look", signal.SIGINT, marks=slow)]
     + [pytest.param(moment, signal.SIGTERM, marks=slow) for moment in ("an update", "a look")],
 )
 def test_a_signal_finishes_the_update_and_saves(moment, number, whole, tmp_path, monkeypatch, capsys):
@@ -387,6 +388,7 @@ def test_a_signal_in_the_last_save_leaves_a_run_that_is_done(whole, tmp_path, mo
     assert kill_run.compare(whole, folder) == []
 
 
+@pytest.mark.slow
 def test_exit_codes_of_the_command(tmp_path, monkeypatch, capsys):
     """One after the other on one saved model: 130, 143, 4, 1 and, resumed, 0."""
     file = write_run(tmp_path, save_tiny(tmp_path / "tiny"), optim={"steps": 3, "batch": 2}, checkpoints={"every": 1})

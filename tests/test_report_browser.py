@@ -184,6 +184,7 @@ def test_names_for_screen_readers(chromium, reports):
     page.close()
 
 
+@pytest.mark.slow
 def test_the_refresh_keeps_the_place(chromium, reports, tmp_path):
     quick = tmp_path / "quick.html"
     quick.write_text(reports["running"].read_text().replace('"refresh":20', '"refresh":3'))

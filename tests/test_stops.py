@@ -78,7 +78,7 @@ def close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PLANS)
 def test_gradients_are_the_sum_over_the_stops(name, recompute):
     plan = Plan(T=T, **{key: frozenset(v) if isinstance(v, set) else v for key, v in PLANS[name].items()})

@@ -146,6 +146,7 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_and_logs_nothing_twice(calls, tmp_path):
     stop_after(tmp_path / "run", 3)
     steps = {name: [step for step, values in logged(calls[name], "log") if "lr" in values] for name in calls}
@@ -171,6 +172,7 @@ def test_a_resumed_run_is_the_same_run_and_logs_nothing_twice(calls, tmp_path):
     assert "wandb has the steps up to 3 already" in (tmp_path / "run/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_overwriting_a_run_starts_the_trackers_anew(calls, tmp_path):
     tuner(tmp_path / "run", log={"trackers": ["wandb"]}).train(1)
     tuner(tmp_path / "run", log={"trackers": ["wandb"]}, overwrite=True).train(1)

@@ -94,15 +94,9 @@ def test_another_seed_is_another_run(tmp_path):
     assert [record["reward"] for record in first] != [record["reward"] for record in second]
 
 
-@pytest.mark.parametrize(
-    ("micro_batch", "name"),
-    [
-        pytest.param(1, "drtune", marks=pytest.mark.slow),
-        (3, "draft_lv"),
-        pytest.param(1, "draft_lv", marks=pytest.mark.slow),
-        pytest.param(3, "drtune", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("name", ["drtune", "draft_lv"])
 def test_micro_batches_change_memory_and_nothing_else(name, micro_batch, tmp_path):
     """Same noise, same plan, mean over the whole batch: equal to round-off, also when the last part is smaller."""
     whole, parts = plain(), plain()
@@ -203,6 +197,7 @@ def test_a_refused_run_leaves_pipeline_and_disk_as_they_were(tmp_path):
     tuner(tmp_path / "run", pipe).train(1)  # and can be tuned after all
 
 
+@pytest.mark.slow
 def test_no_early_stop_is_asked_of_a_scheduler_that_has_none(tmp_path):
     pipe = plain()
     set_scheduler(pipe, "IPNDMScheduler")
@@ -297,12 +292,14 @@ def test_the_adapter_has_its_own_name(tmp_path):
     assert list(pipe.unet.peft_config) == [ADAPTER]
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_given_once_serves_every_sample(tmp_path):
     tuner(tmp_path / "with", plain(), call={"negative_prompt": "blue stars"}).train(1, lr=1e-3)
     tuner(tmp_path / "without", plain()).train(1, lr=1e-3)
     assert metrics(tmp_path / "with")[0]["reward"] != metrics(tmp_path / "without")[0]["reward"]
 
 
+@pytest.mark.slow
 def test_a_reward_waits_on_the_cpu_while_the_denoiser_is_replayed(tmp_path, monkeypatch):
     """Spied: the reward is set aside after its gradient and before the sweep, and only when asked."""
     from rewardtune.engine import Tape
@@ -366,6 +363,7 @@ def test_full_fine_tuning_leaves_weights_that_can_be_sampled(tmp_path):
     assert tuned != base
 
 
+@pytest.mark.slow
 def test_with_ema_the_pipeline_is_left_with_the_averages_that_were_saved(tmp_path):
     pipe = plain()
     tuner(tmp_path / "run", pipe).train(3, lr=1e-2, ema=0.5)

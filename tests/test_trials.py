@@ -29,6 +29,7 @@ def test_one_replay_has_the_gradient_of_replays_in_turn(networks, name):
     assert trials.apart(in_turn, trials.gradient(network, calls[:1], cotangents[:1])) > 0.1
 
 
+@pytest.mark.slow
 def test_the_gradients_at_the_stops_are_those_of_the_engine():
     pipe = prepare(playground.pipeline(), "cpu")
     judge, prompt, s, T = rewards.Symmetry(detach_std=True), "a red heart", 3, trials.T
