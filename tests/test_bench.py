@@ -13,7 +13,7 @@ from rewardtune.bench.cells import BASE, final_prompts, law_of, open_cell, run_c
 from rewardtune.bench.claims import best, better
 from rewardtune.bench.cost import Cost, spent, updates_within
 from rewardtune.bench.main import NAMES, bench
-from rewardtune.bench.rows import Cell, Rows
+from rewardtune.bench.rows import Cell, Rows, made_by
 from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
 from rewardtune.bench.work import Work
 from rewardtune.errors import ConfigError
@@ -294,6 +294,46 @@ def test_wrong_words_are_refused_with_the_nearest(tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             bench(given.pop("name"), results=tmp_path, only_report=True, plots=False, **given)
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path, monkeypatch):
+    for given, words in (
+        ({"name": "fig6", "rewards": ["symmetry"]}, "--reward symmetry: only table1 takes rewards"),
+        ({"name": "table1", "lrs": [-1.0]}, "learning rate or budget -1: give a positive number"),
+        ({"name": "table1", "lrs": [float("nan")]}, "budget nan"),
+        ({"name": "table1", "budget": float("inf")}, "budget inf"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            bench(given.pop("name"), results=tmp_path, only_report=True, plots=False, **given)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no rows in docs/results/bench: run it in a checkout.* --results"):
+        bench("table1", only_report=True, plots=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_says_by_which_command_and_on_what_it_was_made(tmp_path):
+    work = filled(tmp_path, setting="playground", seeds=1)
+    page = bench("table1", results=tmp_path, seeds=1, rewards=["symmetry"], only_report=True, plots=False).read_text()
+    assert "`rewardtune bench table1 --setting playground --seeds 1`: 6 of 42 runs" in page
+    assert page.endswith("Rows made with: not recorded.\n")
+    (one,) = [r for r in work.rows if r["cell"]["method"] == "DRTune" and r["cell"]["judged"] == "final"]
+    assert made_by([one | {"on": {"device": "x", "torch": "2"}}] * 2) == ["", "Rows made with: device x, torch 2."]
+    assert made_by([]) == []
+    assert "Rows made with" not in bench("fig6", results=tmp_path, only_report=True, plots=False).read_text()
+
+
+def test_a_sum_is_shown_with_its_parts(tmp_path):
+    page = table1.report(filled(tmp_path, setting="playground"))
+    sums = page.partition("For symmetry the sum of symmetry (weight 1), clipscore (weight 2.5) is trained")[2]
+    line = next(x for x in sums.splitlines() if x.startswith("| ReFL-10"))
+    assert line == "| ReFL-10 | 0.301 ± 0.001 | 0.9 ± 0 | 0.301 ± 0.001 |"
+
+
+def test_means_that_are_compared_are_over_the_same_seeds():
+    table = {"a": {0: {"v": 1}, 1: {"v": 2}}, "b": {1: {"v": 3}, 2: {"v": 4}}, "not run": {}}
+    assert table1.shared_seeds(table) == {"a": {1: {"v": 2}}, "b": {1: {"v": 3}}, "not run": {}}
+    assert table1.shared_seeds({"a": {}, "b": {}}) == {"a": {}, "b": {}}
 
 
 def test_searched_prompts_are_neither_trained_nor_judged_on():

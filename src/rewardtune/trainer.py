@@ -315,8 +315,8 @@ class RewardTuner:
         try:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
             if self.processes.sharded:
-                many = {"world": self.processes.world, "group": self._sharers}
-                sharding.shard(self.denoiser, self.parameters, self.device, **many)
+                world, group = self.processes.world, self._sharers
+                sharding.shard(self.denoiser, self.parameters, self.device, world=world, group=group)
             if self.regularize.kl or self.method.kl:
                 check_reference(self.denoiser)
             call = evaluate.for_prompts(self.prompts[:1], self.call)

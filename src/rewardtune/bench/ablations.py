@@ -16,7 +16,7 @@ from ..progress import digits
 from ..stats import mean_interval
 from ..tables import markdown_table
 from .claims import HEADINGS, Claim, Verdict, best, better
-from .rows import Cell, Rows
+from .rows import Cell, Rows, made_by
 from .setting import NEWER, method_of
 from .table1 import by_seed, spread, values
 from .work import Work
@@ -93,8 +93,7 @@ class Ablation:
             "",
             markdown_table(HEADINGS, [claim.cells() for claim in self.told(self, work, rows)]),
             *(["", f"![{self.title}]({self.name}.png)"] if done else []),
-            "",
-            work.made_by(),
+            *made_by(row for v in self.variants for row in self.rows(work, rows, v).values()),
         ]
         return "\n".join(lines) + "\n"
 

@@ -96,7 +96,7 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
         **trace,
         **judge(tuner, setting, cell, images),
         "moved": moved(tuner) if updates and cell.judged == "final" and setting.features == "playground" else None,
-        "on": _where(tuner),
+        "on": where(tuner),
     }
 
 
@@ -201,7 +201,7 @@ def _trace(folder: Path, used: list[float]) -> dict[str, Any]:
     }
 
 
-def _where(tuner: "RewardTuner") -> dict[str, Any]:
+def where(tuner: "RewardTuner") -> dict[str, Any]:
     """Versions and the kind of machine, without names of hosts and paths."""
     import platform
     from importlib import metadata

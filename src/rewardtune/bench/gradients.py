@@ -13,7 +13,7 @@ from typing import Any
 
 from ..tables import markdown_table
 from .claims import HEADINGS, Claim, better
-from .rows import Cell
+from .rows import Cell, made_by
 from .setting import Setting
 from .table1 import spread
 from .work import Work
@@ -48,7 +48,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
     from ..engine import rollout
     from ..gradient import derive_seed
     from ..prompts import batch_prompts
-    from .cells import open_cell
+    from .cells import open_cell, where
 
     with tempfile.TemporaryDirectory() as folder:
         _, tuner = open_cell(replace(cell, method="DRTune", lr=1e-4), folder=f"{folder}/run", device=device)
@@ -68,7 +68,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
                 for parameter in parameters:
                     parameter.grad = None
             found.setdefault(name, {})[str(K)] = statistics.mean(norms)
-    return {"cell": json.loads(cell.key), "batch": tuner.micro_batch, **found}
+    return {"cell": json.loads(cell.key), "batch": tuner.micro_batch, **found, "on": where(tuner)}
 
 
 def claims(rows: Sequence[dict[str, Any]], T: int) -> list[Claim]:
@@ -106,8 +106,7 @@ def report(work: Work) -> str:
         "",
         markdown_table(HEADINGS, [claim.cells() for claim in claims(rows, s.T)]),
         *(["", "![gradient norm](fig7.png)"] if rows else []),
-        "",
-        work.made_by(),
+        *made_by(rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -74,16 +74,17 @@ class Rows:
         longer = (row for row in self if str(cell.count) in row.get("first", {}) and _judged_alike(row["cell"], cell))
         return next(({**row, "scores": row["first"][str(cell.count)]} for row in longer), None)
 
-    def machines(self) -> list[str]:
-        """Versions and machines that made the rows, each once."""
-        told = ({k: v for k, v in row["on"].items() if v is not None} for row in self if "on" in row)
-        return list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in on.items()) for on in told))
-
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         return list({cell.key: cell for cell in cells if self.get(cell) is None}.values())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._found.values())
+
+
+def made_by(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines for the foot of a page: the versions and machines that made its rows, each once; none without rows."""
+    told = [", ".join(f"{k} {v}" for k, v in row["on"].items()) if "on" in row else "not recorded" for row in rows]
+    return ["", f"Rows made with: {'; '.join(dict.fromkeys(told))}."] if told else []
 
 
 def _judged_alike(found: dict[str, Any], cell: Cell) -> bool:

@@ -14,7 +14,7 @@ from ..progress import digits
 from ..tables import markdown_table
 from .cells import BASE
 from .claims import HEADINGS, Claim, best, better
-from .rows import Cell, Rows
+from .rows import Cell, Rows, made_by
 from .setting import METHODS, PAPER, Setting
 from .work import Work
 
@@ -127,7 +127,8 @@ def report(work: Work) -> str:
         *_symmetry(work, tables["symmetry"]),
     ]
     drawn = [reward for reward in rewards if any(tables[reward].values())]
-    lines += ["", "## Curves", "", *(f"![{reward}](table1_{reward}.png)\n" for reward in drawn), work.made_by()]
+    lines += ["", "## Curves", "", *(f"![{reward}](table1_{reward}.png)\n" for reward in drawn)]
+    lines += made_by(row for table in tables.values() for runs in table.values() for row in runs.values())
     return "\n".join(lines) + "\n"
 
 

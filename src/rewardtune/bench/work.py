@@ -52,10 +52,6 @@ class Work:
         """What makes the page of `name` again."""
         return f"rewardtune bench {name} --setting {self.setting.name}{self.given}"
 
-    def made_by(self) -> str:
-        """For the foot of a page: versions and machines of the rows that are there."""
-        return "Rows made with " + ("; ".join(self.rows.machines()) or "nothing yet") + "."
-
     def cost(self) -> Cost:
         """The setting's, so that a budget buys the same updates everywhere; else what is stored, or measured now."""
         if self.setting.cost is not None:

@@ -139,13 +139,10 @@ class Call:
         else:
             with torch.no_grad():
                 output = self.run(*args, **kwargs)
-        flat, out_spec = pytree.tree_flatten(output)
+        flat, self.out_spec = pytree.tree_flatten(output)
         self.graph = (inputs, flat) if self.keep else None
         self.leaves = [x.detach().requires_grad_() if _floating(x) else None for x in flat]
-        self.rest, self.out_spec = (
-            [x if leaf is None else None for x, leaf in zip(flat, self.leaves, strict=True)],
-            out_spec,
-        )
+        self.rest = [x if leaf is None else None for x, leaf in zip(flat, self.leaves, strict=True)]
         return self.handed()
 
     def handed(self) -> Any:

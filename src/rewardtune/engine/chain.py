@@ -56,8 +56,7 @@ def rollout(
         weights: Tensor | None = None
         if plan.start is None:
             begin = snapshot(pipe, call)
-            kept = {"recompute": recompute, "keep_outputs": bool(plan.stops)}
-            opened = _chain(pipe, plan, name, call, graphs, calls, **kept)
+            opened = _chain(pipe, plan, name, call, graphs, calls, recompute=recompute, keep_outputs=bool(plan.stops))
             weights = _weigh(plan, opened, network)
             if plan.stops:
                 _stopped_chains(pipe, plan, name, call, graphs, calls, begin, opened.outputs)

@@ -136,7 +136,7 @@ class Doors:
         signature = (name, *_shapes((args, kwargs)))
         if (self.stopped or self._idle) and signature in self._answers:
             return _copied(self._answers[signature])
-        if self.given and self.step < (self._start or self.step + 1):
+        if self.given and (self._start == 0 or self.step < self._start):  # a chain with another stop; a restarted one
             known = self.given.pop(0)
             output = known.handed() if isinstance(known, Call) else _copied(known)
             self._graphed |= isinstance(known, Call)
