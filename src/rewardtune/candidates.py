@@ -46,7 +46,7 @@ class Settings:
     @property
     def prompts(self) -> PromptSource | None:
         """The prompts of the run's evaluations; None where no config.yaml tells them."""
-        return None if self.config is None else self.config.eval.prompts or self.config.prompts
+        return None if self.config is None else self.config.looked_at
 
     @property
     def columns(self) -> list[str]:

@@ -458,6 +458,11 @@ class RunConfig(_Section):
     """every random number of the run derives from it"""
 
     @property
+    def looked_at(self) -> PromptSource:
+        """The prompts of the evaluations: their own, or those that are trained on."""
+        return self.eval.prompts or self.prompts
+
+    @property
     def negative_prompt(self) -> str | None:
         return self.prompts.negative or self.sampling.negative_prompt or None
 

@@ -51,7 +51,7 @@ def run(
     asked += [] if steps is None else [f"optim.steps={steps}"]
     config = load_config("playground", [*asked, *overrides])
     result = train(config, overwrite=overwrite)
-    held_out = config.eval.prompts or config.prompts
+    held_out = config.looked_at
     prompts = load_prompts(held_out.source, template=held_out.template)[: config.eval.count]
     before = figures(result.before, result.before_images, prompts)
     after = figures(result.after, result.after_images, prompts)

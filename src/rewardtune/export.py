@@ -207,7 +207,7 @@ def _prompts(config: RunConfig | None) -> tuple[tuple[str, ...], tuple[str, ...]
     if config is None:
         return (), ()
     try:
-        source = config.eval.prompts or config.prompts
+        source = config.looked_at
         found = load_prompts(source.source, template=source.template, columns=source.columns)
         return tuple(found[: config.eval.count]), ()
     except ConfigError as error:

@@ -289,8 +289,8 @@ def snippet(run: "Run", *, repo: str | None) -> str:
 
 def _beside(run: "Run", prompt: str) -> tuple[dict[str, str], dict[str, str]]:
     """(file names of the pictures, texts) that stand beside the prompt, by argument."""
-    source = None if run.config is None else run.config.eval.prompts or run.config.prompts
-    found = {name: f"{name}.png" for name in (source.columns if source else ()) if is_picture(name)}
+    columns = () if run.config is None else run.config.looked_at.columns
+    found = {name: f"{name}.png" for name in columns if is_picture(name)}
     held = prompt.arguments if isinstance(prompt, Conditioned) else {}
     found |= {name: plain(Path(value).name) for name, value in held.items() if is_picture(name)}
     return found, {name: plain(str(value)) for name, value in held.items() if not is_picture(name)}

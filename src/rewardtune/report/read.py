@@ -178,7 +178,7 @@ def _prompts(facts: Mapping[str, Any], config: RunConfig | None, looks: Sequence
     told = facts.get("eval_prompts")
     if told is None and config is not None:
         try:
-            source = config.eval.prompts or config.prompts
+            source = config.looked_at
             told = load_prompts(source.source, template=source.template)[: config.eval.count]
         except RewardTuneError:  # the file has moved
             told = None
