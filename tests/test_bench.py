@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
@@ -438,6 +440,38 @@ def test_missing_runs_are_made_once(cell, tmp_path):
     said.clear()
     work.do([base])
     assert not said
+
+
+def _fails_for_seed_1(cell, device):
+    if cell.seed == 1:
+        raise ConfigError(f"no luck on {device}")
+    return {"cell": json.loads(cell.key)}
+
+
+def _dies(cell, device):
+    os._exit(1)
+
+
+def test_runs_are_announced_and_a_failed_one_loses_no_other(cell, tmp_path, monkeypatch):
+    said = []
+    work = Work(setting=setting_of(cell.setting), folder=tmp_path, say=said.append)
+    monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
+    cells = [replace(cell, seed=seed) for seed in range(3)]
+    with pytest.raises(ConfigError, match=r"1 runs failed; the others are kept:\n.*seed 1.*: no luck on cpu"):
+        work.each(cells, _fails_for_seed_1)
+    told = [line.split(": ")[0] for line in said[1:]]
+    assert told == ["started", f"1/3 {cell}", "started", "failed", "started", f"3/3 {cells[2]}"]
+    assert "to go" in said[2]
+    assert "to go" not in said[-1]
+    assert Rows(work.rows.path).missing(cells) == [cells[1]]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_fails_what_is_left_and_says_so(cell, tmp_path):
+    work = Work(setting=setting_of(cell.setting), folder=tmp_path)
+    cells = [replace(cell, seed=seed) for seed in range(2)]
+    with pytest.raises(ConfigError, match=r"2 runs failed.*\n.*seed 0.*terminated abruptly.*\n.*seed 1.*: not started"):
+        work.each(cells, _dies)
 
 
 def test_quick_settings_are_small_and_apart():

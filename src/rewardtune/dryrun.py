@@ -24,7 +24,7 @@ from .engine import count_steps, quiet
 from .engine.call import Call
 from .gradient import derive_seed
 from .models import offloaded_vae
-from .progress import _clock
+from .progress import clock
 from .prompts import batch_prompts
 from .regularize import Denoising
 from .state import TrainingState
@@ -355,7 +355,7 @@ def report(measured: Measured, config: RunConfig, prompts: int) -> str:
     lines.append(f"an evaluation takes {measured.evaluation:.2f} s ({config.eval.count} pictures)")
     late = f", at most {optim.max_seconds:g} s of updates" if optim.max_seconds is not None else ""
     lines.append(
-        f"the run takes about {_clock(expected_seconds(measured, config, prompts))} in one process: {optim.steps} "
+        f"the run takes about {clock(expected_seconds(measured, config, prompts))} in one process: {optim.steps} "
         f"updates and {evaluations(config)} evaluations{late}"
     )
     lines.append(f"a checkpoint has {size(measured.checkpoint)}")

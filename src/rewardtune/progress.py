@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, Self
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """h:mm:ss, without hours that are none."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -74,7 +75,7 @@ class Progress:
         parts = "".join(f", {name} {value}" for name, value in shown.items())
         elapsed = time.monotonic() - self.started
         step = str(self.done) if self.max_seconds else f"{self.done}/{self.total}"
-        text = f"step {step}, {_clock(self.left())} left, {self.smooth:.2f} s/step"
+        text = f"step {step}, {clock(self.left())} left, {self.smooth:.2f} s/step"
         text += f" | reward {reward}{parts} | grad {record['grad_norm']:.3g}"
         if self.bar:
             share = max(self.done / self.total, elapsed / self.max_seconds if self.max_seconds else 0.0)

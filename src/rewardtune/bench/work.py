@@ -6,14 +6,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..progress import clock
 from ..runfolder import write_text
 from .cost import Cost
 from .rows import Cell, Rows
@@ -80,18 +82,34 @@ class Work:
         if not asked:
             return
         self.say(f"{len(asked)} runs are missing; {len(self.devices)} at a time")
+        waiting, failed = list(asked), list[str]()
+        running: dict[Future, Cell] = {}
+        start = time.monotonic()
         with self._pool(self.devices) as pool:
-            jobs = {pool.submit(function, *given): cell for cell, function, given in asked}
-            failed: list[str] = []
-            for done, (job, cell) in enumerate(_as_done(jobs), start=1):
-                error = job.exception()
-                if error is not None:
-                    failed.append(f"{cell}: {error}")
-                    self.say(f"failed: {failed[-1]}")
-                    continue
-                row = job.result()
-                self.rows.add(row)
-                self.say(f"{done}/{len(jobs)} {cell}: {self._told(cell, row)}")
+            while waiting or running:
+                while waiting and len(running) < len(self.devices):
+                    cell, function, given = waiting[0]
+                    try:
+                        running[pool.submit(function, *given)] = cell
+                    except BrokenProcessPool:  # a process died; that run says so itself
+                        failed += [f"{cell}: not started" for cell, *_ in waiting]
+                        waiting.clear()
+                        break
+                    self.say(f"started: {cell}")
+                    del waiting[0]
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    cell = running.pop(job)
+                    done = len(asked) - len(waiting) - len(running)
+                    error = job.exception()
+                    if error is not None:
+                        failed.append(f"{cell}: {error}")
+                        self.say(f"failed: {failed[-1]}")
+                        continue
+                    row = job.result()
+                    self.rows.add(row)
+                    left = (time.monotonic() - start) / done * (len(asked) - done)
+                    more = f"; about {clock(left)} to go" if left else ""
+                    self.say(f"{done}/{len(asked)} {cell}: {self._told(cell, row)}{more}")
         if failed:
             raise ConfigError("\n".join([f"{len(failed)} runs failed; the others are kept:", *failed]))
 
@@ -223,8 +241,3 @@ def _measure(setting: str, reward: str) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         _, tuner = open_cell(cell, folder=f"{folder}/run", device=_DEVICE)
         return measure(tuner)
-
-
-def _as_done(jobs: dict[Future, Cell]) -> Iterator[tuple[Future, Cell]]:
-    for job in as_completed(jobs):
-        yield job, jobs[job]
