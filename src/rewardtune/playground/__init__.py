@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,16 +119,21 @@ def prompts(n: int, *, split: str = "train", seed: int = 0, layout: str = "any")
     was trained on eval captions. layout: "free" names no place, "any" names places in 35% of the captions.
     Captions are distinct unless the world runs out of them.
     """
-    from .scenes import draw_description
-
     if split not in ("train", "eval") or layout not in ("any", "free", "named"):
         raise ConfigError(f"split={split!r} must be train or eval, layout={layout!r} must be any, free or named")
+    return list(_captions(n, split, seed, layout))
+
+
+@functools.cache
+def _captions(n: int, split: str, seed: int, layout: str) -> tuple[str, ...]:
+    from .scenes import draw_description
+
     rng, found = random.Random(f"prompts/{split}/{layout}/{seed}"), dict[str, None]()
     for _ in range(20 * n):
         if len(found) == n:
             break
         found[str(draw_description(rng, split=split, layout=layout))] = None
-    return list(found)
+    return tuple(found)
 
 
 def _found(folder: str, file: str) -> Path:
