@@ -121,27 +121,54 @@ def eased(x: Tensor, alpha: float) -> Tensor:
     return alpha * x + (1 - alpha) * sg(x)
 
 
-@pytest.fixture(params=["sd3, flow", "sd, epsilon"])
+@pytest.fixture(params=["sd3, flow", "sd, epsilon", "sd, v"])
 def case(request):
-    name, make = request.param, {"sd3, flow": tiny.stable_diffusion_3, "sd, epsilon": tiny.stable_diffusion}
-    with tiny.double(*make[name](steps=T)) as (pipe, call):
-        yield pipe, call, Level(pipe, flow=name.startswith("sd3"))
+    makes = {
+        "sd3, flow": (tiny.stable_diffusion_3, Flow),
+        "sd, epsilon": (tiny.stable_diffusion, Epsilon),
+        "sd, v": (tiny.stable_diffusion_v, V),
+    }
+    make, level = makes[request.param]
+    with tiny.double(*make(steps=T)) as (pipe, call):
+        yield pipe, call, level(pipe)
 
 
-class Level:
-    """u_i, in which F is the velocity of c_i x: sigma for flow matching; sigma / alpha for epsilon, c = 1 / alpha."""
+class Flow:
+    """u_i = sigma, in which F is the velocity of x."""
 
-    def __init__(self, pipe: Any, *, flow: bool) -> None:
-        self.pipe, self.flow = pipe, flow
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
 
     def u(self, chain: Chain, i: int) -> float:
-        if self.flow:
-            return chain.sigmas[i]
-        alpha = self.alpha(chain, i)
-        return math.sqrt(1 - alpha**2) / alpha
+        return chain.sigmas[i]
 
-    def c(self, chain: Chain, i: int) -> float:
-        return 1.0 if self.flow else 1 / self.alpha(chain, i)
+    def moved(self, chain: Chain, x: Tensor, i: int, j: int, F: Tensor) -> Tensor:
+        """x_i carried to level j by one call of the network: an Euler step of that length; DDIM where that samples."""
+        return x + (self.u(chain, j) - self.u(chain, i)) * F
+
+    def landed(self, chain: Chain, x: Tensor, i: int, j: int, moved: Tensor) -> Tensor:
+        """x_i moved by an integral of F over u from i to j."""
+        return x + moved
+
+
+class Epsilon(Flow):
+    """u_i = sigma / alpha, in which F is the velocity of x / alpha."""
+
+    def u(self, chain: Chain, i: int) -> float:
+        return math.sqrt(1 - self.alpha(chain, i) ** 2) / self.alpha(chain, i)
+
+    def moved(self, chain: Chain, x: Tensor, i: int, j: int, F: Tensor) -> Tensor:
+        clean, noise = self.seen(chain, x, i, F)
+        alpha = self.alpha(chain, j)
+        return alpha * clean + math.sqrt(1 - alpha**2) * noise
+
+    def seen(self, chain: Chain, x: Tensor, i: int, F: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latent and the noise that F tells of."""
+        alpha = self.alpha(chain, i)
+        return (x - math.sqrt(1 - alpha**2) * F) / alpha, F
+
+    def landed(self, chain: Chain, x: Tensor, i: int, j: int, moved: Tensor) -> Tensor:
+        return (x / self.alpha(chain, i) + moved) * self.alpha(chain, j)
 
     def alpha(self, chain: Chain, i: int) -> float:
         scheduler = self.pipe.scheduler
@@ -149,12 +176,20 @@ class Level:
             return float(scheduler.final_alpha_cumprod) ** 0.5
         return float(scheduler.alphas_cumprod[int(chain.timesteps[i])]) ** 0.5
 
-    def moved(self, chain: Chain, x: Tensor, i: int, j: int, velocity: Tensor) -> Tensor:
-        """x_i carried to level j with a constant velocity: x_i + (s_j - s_i) F for flow matching, DDIM for epsilon."""
-        return self.landed(chain, x, i, j, (self.u(chain, j) - self.u(chain, i)) * velocity)
+
+class V(Epsilon):
+    """u_i = the angle, alpha = cos u, in which F is the velocity of x."""
+
+    def u(self, chain: Chain, i: int) -> float:
+        return math.acos(self.alpha(chain, i))
+
+    def seen(self, chain: Chain, x: Tensor, i: int, F: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha(chain, i)
+        sigma = math.sqrt(1 - alpha**2)
+        return alpha * x - sigma * F, alpha * F + sigma * x
 
     def landed(self, chain: Chain, x: Tensor, i: int, j: int, moved: Tensor) -> Tensor:
-        return (x * self.c(chain, i) + moved) / self.c(chain, j)
+        return x + moved
 
 
 # Oracles --------------------------------------------------------------------------------------------------------------
@@ -252,6 +287,8 @@ def test_flowbp_lagrange(case, seed: int):
     def leap(x: Tensor, begin: int, end: int, first: Tensor) -> Tensor:
         count = min(3, end - begin)
         nodes = sorted({begin + round(n * (end - 1 - begin) / max(1, count - 1)) for n in range(count)})
+        if nodes == [begin]:
+            return level.moved(chain, x, begin, end, first)
         u = torch.tensor([level.u(chain, i) for i in nodes], dtype=torch.float64)
         # the polynomial through the points, by its Vandermonde system, and its integral
         powers = torch.arange(len(nodes), dtype=torch.float64)
@@ -308,11 +345,11 @@ def test_srpo(make, seed: int):
 def test_v_prediction_weighs_by_the_angle():
     """Where the level is the angle, dx/du = F: the levels of a step are atan(sigma / alpha) before and after it."""
     pipe, call = tiny.stable_diffusion_v(steps=T)
-    chain = sampled(pipe, call)
-    level = Level(pipe, flow=False)
+    chain, level = sampled(pipe, call), V(pipe)
     for i in range(T):
         found = span(pipe.scheduler, chain.timesteps[i])
-        assert (found.start, found.end) == pytest.approx([math.acos(level.alpha(chain, n)) for n in (i, i + 1)])
+        assert found.turns
+        assert (found.start, found.end) == pytest.approx([level.u(chain, n) for n in (i, i + 1)])
 
 
 def test_euler_has_the_levels_of_its_own_sigmas():
@@ -425,7 +462,7 @@ def test_draft_plus():
         reference = pipe.unet(*args, **kwargs)[0].detach()
         pipe.unet.enable_adapters()
         D = (pipe.unet(*args, **kwargs)[0] - reference).square().mean()
-        x_0 = Level(pipe, flow=False).moved(chain, chain.x[3], 3, 4, chain.F(3, chain.x[3]))
+        x_0 = Epsilon(pipe).moved(chain, chain.x[3], 3, 4, chain.F(3, chain.x[3]))
         reward = curved(chain.pictures(x_0), []).mean()
         exact = oracle.gradients(tiny.trainable(pipe), -reward + 0.3 * D)
         assert oracle.difference(computed(pipe, gradient), exact) < 1e-7
@@ -579,8 +616,8 @@ def test_srpo_reaches_every_step_but_the_first():
 def test_one_support_is_an_euler_step_and_three_integrate_a_parabola():
     levels = [1.0, 0.8, 0.55, 0.3, 0.0]
     spans = [Span(a, b) for a, b in pairwise(levels)]
-    assert Leap(4, (0,)).weights(spans) == pytest.approx({0: -1.0})
-    weights = Leap(4, (0, 1, 3)).weights(spans)
+    assert Leap(4, (0,)).landing(spans) == (1.0, pytest.approx({0: -1.0}))
+    _, weights = Leap(4, (0, 1, 3)).landing(spans)
     assert sum(h * levels[i] ** 2 for i, h in weights.items()) == pytest.approx(-1 / 3)
     assert Leaps((Leap(4, (0, 1, 3)),), other=0.25).factors(spans, [1]) == pytest.approx({1: 0.25 * weights[1] / -0.25})
     assert Rescaled(1.0).factors(spans, [0, 3]) == pytest.approx({0: 2.0, 3: 2.0})

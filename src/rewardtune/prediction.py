@@ -102,16 +102,31 @@ def x0_hat(scheduler: Any, sample: Tensor, output: Tensor, *, timestep: Tensor |
 
 @dataclass(frozen=True)
 class Span:
-    """The noise levels of one step: in `level`, the raw output F is the velocity of `scale * x`."""
+    """The noise levels of one step: in them, the raw output F is the velocity of `scale * x`.
+
+    turns: the level is an angle (v-prediction), so a constant picture and noise make an arc of the path, not a line.
+    """
 
     start: float
     end: float
     start_scale: float = 1.0
     end_scale: float = 1.0
+    turns: bool = False
 
     @property
     def length(self) -> float:
         return self.end - self.start
+
+    @property
+    def step(self) -> tuple[float, float]:
+        """The sampler's own arithmetic, as the two factors of `across`."""
+        return self.across(self.end, self.end_scale)
+
+    def across(self, level: float, scale: float) -> tuple[float, float]:
+        """(a, b) of a x + b F: the latent at `level`, where this step's call foresees the whole way (DDIM, Euler)."""
+        way = level - self.start
+        straight, along = (math.cos(way), math.sin(way)) if self.turns else (1.0, way)
+        return straight * self.start_scale / scale, along / scale
 
 
 #: Deterministic samplers of one network call a step whose step is linear in F: a call stands for one stretch there.
@@ -138,10 +153,11 @@ def span(scheduler: Any, timestep: Tensor | float | int) -> Span:
         )
     if name == "EulerDiscreteScheduler":  # x = x0 + sigma eps
         i = step_index(scheduler, timestep)
-        ratios = [float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1])]
+        start, end = float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1])
         if kind == "epsilon":
-            return Span(*ratios)
-        return Span(*(math.atan(r) for r in ratios), *(math.cos(math.atan(r)) for r in ratios))
+            return Span(start, end)
+        start, end = math.atan(start), math.atan(end)
+        return Span(start, end, math.cos(start), math.cos(end), turns=True)
     t = int(timestep)
     before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     abars = (
@@ -149,10 +165,11 @@ def span(scheduler: Any, timestep: Tensor | float | int) -> Span:
         scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod,
     )
     alphas = [math.sqrt(float(abar)) for abar in abars]
-    ratios = [math.sqrt(1 - float(abar)) / max(alpha, 1e-12) for abar, alpha in zip(abars, alphas, strict=True)]
+    start, end = (math.sqrt(1 - float(a)) / max(alpha, 1e-12) for a, alpha in zip(abars, alphas, strict=True))
     if kind == "epsilon":
-        return Span(*ratios, *(1 / max(alpha, 1e-12) for alpha in alphas))
-    return Span(*(math.atan(r) for r in ratios))
+        before_scale, after_scale = (1 / max(alpha, 1e-12) for alpha in alphas)
+        return Span(start, end, before_scale, after_scale)
+    return Span(math.atan(start), math.atan(end), turns=True)
 
 
 def step_index(scheduler: Any, timestep: Tensor | float | int) -> int:

@@ -154,6 +154,7 @@ def _weigh(plan: Plan, opened: Doors, network: Any) -> Tensor | None:
     for call in opened.calls:
         if call.module is network and call.trained:
             call.weight = factors[call.step]
+    opened.carries.update(plan.weight.carries(opened.spans))
     return plan.weight.of_pictures(opened.spans, opened.states, opened.final.detach())
 
 

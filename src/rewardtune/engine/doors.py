@@ -56,6 +56,7 @@ class Doors:
         guidance: how the trained steps are guided (guidance.py), with `plan.conditional_only`.
         spans, states: with ``plan.weight``, the noise levels of every step, and its latents and outputs where the rule
             compares them.
+        carries: step -> factor on the gradient that leaves its sampler for the latent; put in after the chain.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Doors:
         self.final: Tensor | None = None
         self.spans: list[Span] = []
         self.states: list[tuple[Tensor, Tensor]] = []
+        self.carries: dict[int, float] = {}
         self.prediction: Tensor | None = None
         self.guidance: set[str] = set()
         self._answers: dict[Any, Any] = {}
@@ -229,6 +231,7 @@ class Doors:
                 self.first = bound.arguments["sample"].detach()
             if self.plan is not None and self.plan.needs_levels:
                 self._observe(bound.arguments)
+                bound.arguments["sample"] = self._carried(bound.arguments["sample"])
             if self.plan is not None and self.plan.conditional_only and self.step in self.plan.train:
                 self._choose_branch(bound.arguments["model_output"])
             if self.plan is not None and self.step == self.plan.end:
@@ -264,6 +267,14 @@ class Doors:
         self.spans.append(span(self.pipe.scheduler, arguments["timestep"]))
         if getattr(self.plan.weight, "tau", None) is not None:
             self.states.append((x, F.chunk(2, dim=1)[0] if F.ndim > 1 and F.shape[1] == 2 * x.shape[1] else F))
+
+    def _carried(self, x: Tensor) -> Tensor:
+        """The latent as the sampler gets it, apart from what its network got: the plan may weigh this way."""
+        if not x.requires_grad:
+            return x
+        x, step, carries = x.view_as(x), self.step, self.carries  # not self: the graph must not hold the records
+        x.register_hook(lambda gradient: gradient * carries.get(step, 1.0))
+        return x
 
     def _stop(self, real_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Algorithm 1, lines 19-21: the chain ends here with x0-hat in place of the next latent.
