@@ -79,7 +79,7 @@ def test_equal_labels_are_written_out(run, tmp_path):
     assert [c.label for c in candidates([str(run), str(other), f"{run}@0.5"])] == [str(run), str(other), "a@0.5"]
 
 
-def test_a_run_called_base_is_not_the_base_model(run, tmp_path):
+def test_a_run_called_base_is_not_the_base_model(run, tmp_path, monkeypatch):
     other = tmp_path / "base"
     other.mkdir()
     for name in (LORA_FILE, "config.yaml"):
@@ -87,6 +87,8 @@ def test_a_run_called_base_is_not_the_base_model(run, tmp_path):
     (found,) = candidates([str(other)])
     assert found.place is not None
     assert found.label == f"{tmp_path.name}/base"
+    monkeypatch.chdir(tmp_path)
+    assert candidates(["base"], model="playground")[0].place is None
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

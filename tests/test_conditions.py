@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import judge
@@ -22,7 +23,7 @@ from tiny_runs import BASE, made_run, redness, save_tiny, write_run
 from rewardtune import RewardTuner, app, evaluate, methods, modelcard
 from rewardtune.candidates import candidates, load_base, opened
 from rewardtune.cli import main
-from rewardtune.engine import count_steps, preflight
+from rewardtune.engine import chain, count_steps, preflight
 from rewardtune.errors import ConfigError
 from rewardtune.export import open_run
 from rewardtune.gradient import derive_seed
@@ -137,6 +138,25 @@ def img2img() -> tuple[Any, dict[str, Any]]:
 
 
 PIPES = {"controlnet": controlnet, "img2img": img2img}
+
+
+def test_srpo_noises_a_chain_that_began_with_a_picture_with_fresh_noise(folder: Path, monkeypatch) -> None:
+    """The first latent of image-to-image is the noised picture, which is no noise."""
+    pipe, call = img2img()
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])[:2]
+    given = {**evaluate.for_prompts(prompts, call), "generator": tiny.generators()}
+    used, drawn = [], []
+    noised, draw = chain.noised, chain._noise_like
+
+    def seen(scheduler, x0, noise, **timestep):
+        used.append(noise)
+        return noised(scheduler, x0, noise, **timestep)
+
+    monkeypatch.setattr(chain, "noised", seen)
+    monkeypatch.setattr(chain, "_noise_like", lambda *of: drawn.append(draw(*of)) or drawn[-1])
+    judge.engine_gradient(pipe, methods.srpo()(T, Random(0)), given)
+    assert len(used) == len(drawn) == 1
+    assert used[0] is drawn[0]
 
 
 def slow(*cases: tuple[Any, ...]) -> list[Any]:

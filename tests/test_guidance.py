@@ -197,7 +197,7 @@ def test_without_a_preflight_it_is_said_once(caplog: pytest.LogCaptureFixture) -
     call = {**call, "guidance_scale": 1.0}
     plan = judge.PLANS["drtune"](T)
     for _ in range(2):
-        _, found, _ = judge.engine_gradient(pipe, conditional(plan, None), call)
+        _, found, _ = judge.engine_gradient(pipe, conditional(plan, 2.0), call)
     _, both, _ = judge.engine_gradient(pipe, plan, call)
     assert oracle.difference(found, both) < 1e-6
     assert [record.message for record in caplog.records].count(

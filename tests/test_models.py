@@ -32,6 +32,14 @@ def images(pipe, call):
     return torch.as_tensor(tiny.quiet(pipe)(**fresh(call), output_type="pt").images)
 
 
+def test_a_scheduler_named_in_a_run_file_does_not_clip_latents():
+    """DDIM clips to -1 .. 1 by default, which is for pixels; a configuration of Euler says nothing of it."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    assert not models.make_scheduler("DDIMScheduler", EulerDiscreteScheduler()).config.clip_sample
+    assert models.make_scheduler("DDIMScheduler", DDIMScheduler(clip_sample=True)).config.clip_sample
+
+
 def test_folder_gives_the_pictures_of_the_pipeline_that_was_saved(folder):
     pipe, call = tiny.stable_diffusion(steps=2, lora=False)
     loaded = models.load_pipeline(str(folder), device="cpu")

@@ -11,14 +11,14 @@ import oracle
 import pytest
 import tiny
 import torch
+from torch.utils import _pytree as pytree
 
 from rewardtune.engine import rollout
 from rewardtune.engine.call import adapters_off
-from rewardtune.engine.chain import renoise
 from rewardtune.errors import ConfigError, TrainingStopped
 from rewardtune.gradient import derive_seed
 from rewardtune.plan import Plan
-from rewardtune.prediction import x0_hat
+from rewardtune.prediction import noised, x0_hat
 from rewardtune.regularize import Denoising, DenoisingLoss, _pixels, read_captions, target
 
 KL = 0.7
@@ -117,9 +117,16 @@ def test_kl_is_the_gradient_of_the_written_formula(name: str, plan: Plan):
 def test_kl_counts_every_draw_of_draft_lv():
     pipe, call = tiny.stable_diffusion()
     plan = Plan(T=4, train=frozenset({3}), start=3, draws=2)
-    one, two = swept(pipe, plan, call)[0], swept(pipe, plan, call, kl=KL)
-    assert two[1].kl > 0
-    assert oracle.difference(two[0], one) > 1e-3
+    base, terms = without_adapters(pipe), []
+    with rollout(pipe, plan, seed=0, **tiny.fresh(call)) as tape, torch.no_grad():
+        for record in (c for c in tape._calls if c.trained):
+            args, kwargs = pytree.tree_unflatten(record.inputs, record.spec)
+            terms.append(float((pipe.unet(*args, **kwargs)[0] - base(*args, **kwargs)[0]).square().mean()))
+    first, second = terms
+    assert first != pytest.approx(second, rel=1e-3)
+    plain, both = swept(pipe, plan, call)[0], swept(pipe, plan, call, kl=KL)
+    assert both[1].kl == pytest.approx((first + second) / 2, rel=1e-4)
+    assert oracle.difference(both[0], plain) > 1e-3
 
 
 def test_without_weight_nothing_changes():
@@ -284,7 +291,7 @@ def test_the_target_is_what_gives_the_clean_latent_back(name: str, config: dict)
     x0, noise, x = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(3))
     for i, t in enumerate(scheduler.timesteps[:7]):
         if i and not (hasattr(type(scheduler), "state_in_first_order") and i % 2):
-            noisy = renoise(x0, t, noise)(scheduler)
+            noisy = noised(scheduler, x0, noise, timestep=t)
             F = target(scheduler, x0, noise, t)
             assert x0_hat(scheduler, noisy, F, timestep=t) == pytest.approx(x0, abs=2e-3)
         x = scheduler.step(0.1 * x, t, x, return_dict=False)[0]

@@ -16,10 +16,10 @@ import tiny
 import torch
 
 from rewardtune import methods
-from rewardtune.engine import count_steps, rollout
+from rewardtune.engine import count_steps, preflight, rollout
 from rewardtune.errors import PreflightError, TrainingStopped
 from rewardtune.plan import Plan
-from rewardtune.prediction import x0_hat
+from rewardtune.prediction import noised, x0_hat
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Should have ta>=t0"),  # torchsde rounds the ends of its interval
@@ -153,6 +153,20 @@ def refused_because_zero(name: str, draw: judge.Draw) -> None:
     assert not any(gradient.any() for gradient in exact.values())
     with pytest.raises(TrainingStopped, match="zero everywhere"):
         judge.engine_gradient(pipe, plan, call)
+
+
+@pytest.mark.parametrize("name", LAST_OUTPUT_DISCARDED)
+def test_the_preflight_takes_what_discards_the_last_output_and_says_so(name: str) -> None:
+    pipe, call = build(name)
+    assert any("by 0" in note for note in preflight(pipe, **tiny.fresh(call)).notes)
+
+
+def test_the_preflight_refuses_chains_that_cannot_begin_again() -> None:
+    pipe, call = tiny.stable_diffusion(steps=N)
+    tiny.set_scheduler(pipe, "IPNDMScheduler")
+    preflight(pipe, early_stop=False, **tiny.fresh(call))
+    with pytest.raises(PreflightError, match="IPNDMScheduler cannot noise"):
+        preflight(pipe, early_stop=False, restarts=True, **tiny.fresh(call))
 
 
 RESTARTED = ["DDPM", "DPM++ 2M", "SD3 flow Euler"]
@@ -289,6 +303,28 @@ def test_x0_hat_finds_the_only_point_of_a_data_set(name: str, spacing: str) -> N
             error = (x0_hat(scheduler, x, F, timestep=t) - clean).abs().max()
             assert float(error) < bound, f"{kind}, timestep {t}"
             x = scheduler.step(F, t, x, return_dict=False)[0].double()
+
+
+@pytest.mark.parametrize("name", PERFECT)
+def test_a_finished_latent_is_noised_to_the_level_that_the_network_is_told(name: str) -> None:
+    """By the timestep alone and the training table: half steps of second-order samplers have levels of their own."""
+    setting, scheduler = SETTINGS[name], scheduler_of(name)
+    if not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
+        with pytest.raises(PreflightError, match="add_noise"):
+            noised(scheduler, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), timestep=scheduler.timesteps[0])
+        return
+    flow = setting.family == "sd3"
+    uneven = {"use_karras_sigmas", "use_flow_sigmas"} & setting.config.keys()
+    bound = 2e-2 if uneven and setting.scheduler.startswith(ROUNDS_TIME) else 1e-4
+    random = torch.Generator().manual_seed(3)
+    clean, noise = (torch.randn(1, 4, 8, 8, generator=random, dtype=torch.float64) for _ in range(2))
+    for t in scheduler.timesteps:
+        x = noised(scheduler, clean, noise, timestep=t)
+        x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        found = perfect_denoiser(scheduler, x_in, t, clean, "flow_prediction" if flow else "epsilon")
+        error = (found + clean - noise if flow else found - noise).abs().max()
+        assert float(error) < bound, f"timestep {t}"
+        scheduler.step(found, t, x, return_dict=False)
 
 
 def test_epsilon_with_zero_terminal_snr_has_no_x0_hat_at_the_first_step() -> None:

@@ -169,6 +169,10 @@ def test_the_law_is_that_of_one_stop_for_each():
         seen.update({10 - stop, 10 - plan.end})
     assert set(seen) == {1, 2, 3, 4}
     assert all(abs(count - 2000) < 5 * (4000 * 0.25) ** 0.5 for count in seen.values())
+    within = methods.drtune(K=4, m=8, spacing="executed", stops=2)  # none of the four is cut off by either stop
+    assert all(
+        len(plan.train) == 4 and max(plan.train) <= min(plan.stops) for plan in (within(20, rng) for _ in range(200))
+    )
     assert methods.drtune(K=2, m=4)(10, Random(3)) == methods.drtune(K=2, m=4, stops=1)(10, Random(3))
     late = methods.drtune(K=1, m=9, stops=3)  # the one trained step may lie after a stop: that stop is trained then
     for seed in range(200):

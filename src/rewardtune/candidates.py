@@ -216,6 +216,8 @@ def _with_weight(label: str, weight: float) -> str:
 
 def _parse(spec: str) -> tuple[Path | None, float | None, Mix | None]:
     """(the weights, or None for the base model; weight, None where none is named; mix)."""
+    if spec == BASE:
+        return None, None, None
     if Path(spec).exists():
         return _place(Path(spec)), None, None
     match = re.fullmatch(r"(?P<path>.+?)(@(?P<weight>[^@:/]*))?(:(?P<options>[A-Za-z_]+=[^:/]*))?", spec)
@@ -223,9 +225,7 @@ def _parse(spec: str) -> tuple[Path | None, float | None, Mix | None]:
         raise ConfigError(f"candidate {spec!r}: legal is {SYNTAX}")
     weight, mix = _weight(match["weight"], spec), _mix(match["options"], spec)
     if match["path"] == BASE:
-        if match["weight"] or mix:
-            raise ConfigError(f"candidate {spec!r}: the base model has no weight and nothing to be mixed with")
-        return None, None, None
+        raise ConfigError(f"candidate {spec!r}: the base model has no weight and nothing to be mixed with")
     return _place(Path(match["path"])), weight, mix
 
 

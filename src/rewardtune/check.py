@@ -26,6 +26,7 @@ from .diversity import Features
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .engine.chain import few_steps
+from .engine.preflight import asked_of
 from .errors import ConfigError, PreflightError, RewardError, RewardTuneError
 from .methods import Method
 from .optimizers import make_optimizer
@@ -510,9 +511,7 @@ def _plans(tuner: "RewardTuner") -> tuple[list[Any], str]:
 
 
 def _preflight(tuner: "RewardTuner", call: dict[str, Any], plans: list[Any]) -> tuple[Any, str]:
-    stops, levels = any(p.needs_prediction for p in plans), any(p.needs_levels for p in plans)
-    one = tuner.method.conditional_only
-    facts = preflight(tuner.pipe, early_stop=stops, levels=levels, conditional=one, **call)
+    facts = preflight(tuner.pipe, **asked_of(plans), **call)
     return facts, "; ".join(["the pipeline opens exactly", f"guidance: {facts.guidance}", *facts.notes])
 
 

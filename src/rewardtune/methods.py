@@ -101,7 +101,7 @@ class Method:
         if self.m is not None and self.stops > 1:
             stops = sorted(rng.sample(range(1, self.m + 1), self.stops))
         t_min, *others = stops
-        drawn = self.times(T, rng, t_min)
+        drawn = self.times(T, rng, stops[-1])
         times = drawn.times if isinstance(drawn, Answers) else drawn
         trained = {t for t in times if t >= t_min} or {t_min}  # erratum 3
         trained |= {stops[-1]} if max(trained) < stops[-1] else set()  # the same for the first of several stops
@@ -182,7 +182,8 @@ def drtune(
     ``spacing="chain"``: Algorithm 1, equally spaced in 1..T. ``"executed"``: equally spaced in t_min..T, so that
     none of them is cut off. ``"random"``: K distinct steps of 1..T (the paper's comparison).
     ``stops``: x0-hats of one chain that are judged, at distinct t_min of 1..m, their gradients averaged (ours, not the
-    paper's): the same expectation with less noise, for the price of decoding and judging them.
+    paper's): the same expectation with less noise, for the price of decoding and judging them. With ``"executed"`` the
+    calls are spaced before the earliest of the stops, and so lie earlier than those of one stop.
     """
     _at_least_one("K", K)
 

@@ -5,6 +5,7 @@ Left out: pickled checkpoints (.ckpt, .bin run code when opened), quantised text
 """
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -378,4 +379,7 @@ def make_scheduler(name: str, old: Any) -> Any:
         raise ConfigError(
             f"unknown scheduler {name!r}{nearest(name, legal)}; legal: the scheduler classes of diffusers"
         )
-    return cls.from_config(old.config)
+    unclipped = {}
+    if "clip_sample" in inspect.signature(cls.__init__).parameters and "clip_sample" not in old.config:
+        unclipped["clip_sample"] = False  # DDIM's and DDPM's default is for pixels
+    return cls.from_config(old.config, **unclipped)

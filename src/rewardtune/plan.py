@@ -47,7 +47,8 @@ class Plan:
             others are constants, at the same pictures.
         guidance_factor: what the conditional branch's gradient is multiplied by then. None compensates for the weight w
             that guidance gives to it (1 / w), so it counts as much as both branches together do; 1 leaves w in it.
-        known_noise: x_0 is re-noised with the chain's own first noise, which is thus known; at ``end`` the sampler
+        known_noise: x_0 is re-noised with the chain's own first noise (fresh noise after a chain that began with a
+            picture), which is thus known; at ``end`` the sampler
             takes its step, and what noise is left is taken off exactly. The reward sees that (Direct-Align).
 
     Raises:

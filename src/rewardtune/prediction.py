@@ -7,7 +7,7 @@ What has no x0-hat (IPNDM, consistency-model samplers) is refused here, and only
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,14 +104,15 @@ def x0_hat(scheduler: Any, sample: Tensor, output: Tensor, *, timestep: Tensor |
 class Span:
     """The noise levels of one step: in them, the raw output F is the velocity of `scale * x`.
 
-    turns: the level is an angle (v-prediction), so a constant picture and noise make an arc of the path, not a line.
+    kind: what the level u is. scale * x is (1 - u) x0 + u noise in a "flow", x0 + u noise with "epsilon", and
+    cos(u) x0 + sin(u) noise with "v": there a constant picture and noise make an arc of the path, not a line.
     """
 
     start: float
     end: float
     start_scale: float = 1.0
     end_scale: float = 1.0
-    turns: bool = False
+    kind: Literal["flow", "epsilon", "v"] = "flow"
 
     @property
     def length(self) -> float:
@@ -125,8 +126,14 @@ class Span:
     def across(self, level: float, scale: float) -> tuple[float, float]:
         """(a, b) of a x + b F: the latent at `level`, where this step's call foresees the whole way (DDIM, Euler)."""
         way = level - self.start
-        straight, along = (math.cos(way), math.sin(way)) if self.turns else (1.0, way)
+        straight, along = (math.cos(way), math.sin(way)) if self.kind == "v" else (1.0, way)
         return straight * self.start_scale / scale, along / scale
+
+    def clean(self, x: Tensor, noise: Tensor) -> Tensor:
+        """x0 in the latent x after this step, which holds this noise."""
+        u = self.end
+        a, s = {"flow": (1 - u, u), "epsilon": (1.0, u), "v": (math.cos(u), math.sin(u))}[self.kind]
+        return (self.end_scale * x - s * noise) / a
 
 
 #: Deterministic samplers of one network call a step whose step is linear in F: a call stands for one stretch there.
@@ -142,22 +149,25 @@ def span(scheduler: Any, timestep: Tensor | float | int) -> Span:
     name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", "epsilon")
     if getattr(scheduler.config, "stochastic_sampling", False):
         name, kind = f"{name} with stochastic_sampling", "velocity"
+    for clips in ("clip_sample", "thresholding"):
+        if getattr(scheduler.config, clips, False):
+            name = f"{name} with {clips}"
     if name == "FlowMatchEulerDiscreteScheduler":
         i = step_index(scheduler, timestep)
         return Span(float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1]))
     if name not in PLAIN or kind not in ("epsilon", "v_prediction"):
         raise PreflightError(
             f"{name} with prediction_type={kind!r}: a method that works with the noise levels of single steps "
-            f"(leapalign, flowbp_..., srpo) needs one of {', '.join(PLAIN)} without fresh noise, predicting a "
-            "velocity, epsilon or v. Set sampling.scheduler, or use another method"
+            f"(leapalign, flowbp_..., srpo) needs one of {', '.join(PLAIN)} without fresh noise and clipping, "
+            "predicting a velocity, epsilon or v. Set sampling.scheduler, or use another method"
         )
     if name == "EulerDiscreteScheduler":  # x = x0 + sigma eps
         i = step_index(scheduler, timestep)
         start, end = float(scheduler.sigmas[i]), float(scheduler.sigmas[i + 1])
         if kind == "epsilon":
-            return Span(start, end)
+            return Span(start, end, kind="epsilon")
         start, end = math.atan(start), math.atan(end)
-        return Span(start, end, math.cos(start), math.cos(end), turns=True)
+        return Span(start, end, math.cos(start), math.cos(end), kind="v")
     t = int(timestep)
     before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     abars = (
@@ -168,8 +178,8 @@ def span(scheduler: Any, timestep: Tensor | float | int) -> Span:
     start, end = (math.sqrt(1 - float(a)) / max(alpha, 1e-12) for a, alpha in zip(abars, alphas, strict=True))
     if kind == "epsilon":
         before_scale, after_scale = (1 / max(alpha, 1e-12) for alpha in alphas)
-        return Span(start, end, before_scale, after_scale)
-    return Span(math.atan(start), math.atan(end), turns=True)
+        return Span(start, end, before_scale, after_scale, kind="epsilon")
+    return Span(math.atan(start), math.atan(end), kind="v")
 
 
 def step_index(scheduler: Any, timestep: Tensor | float | int) -> int:
@@ -190,6 +200,25 @@ def _family(scheduler: Any) -> str:
     raise NoPredictionError(
         f"{type(scheduler).__name__} has no known x0-hat, which an early stop needs. Switch the early stop off "
         "(m=None) or use another scheduler, for example DDIM, Euler or DPM++."
+    )
+
+
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, *, timestep: Tensor | float | int) -> Tensor:
+    """x_t of the coming ``step`` by the scheduler's own law, which does not know the half steps of two samplers.
+
+    Raises:
+        PreflightError: for a scheduler without one.
+    """
+    if type(scheduler).__name__ in ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler"):
+        return x0 + _like(_sigma(scheduler, timestep), x0) * noise
+    times = torch.as_tensor(timestep, device=x0.device).reshape(-1).expand(len(x0))
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(x0, noise, times)
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        return scheduler.scale_noise(x0, times, noise)
+    raise PreflightError(
+        f"{type(scheduler).__name__} cannot noise a finished latent again (it has no add_noise), which draft_lv, srpo "
+        "and the denoising loss need. Set sampling.scheduler, or use another method"
     )
 
 

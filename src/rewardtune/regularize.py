@@ -23,7 +23,7 @@ from torch import Tensor
 from . import evaluate, prediction
 from .engine import Tape, count_steps, find_denoiser
 from .engine.call import adapters_off
-from .engine.chain import execution_device, fresh, renoise, seeded
+from .engine.chain import execution_device, fresh, seeded
 from .engine.doors import Doors
 from .errors import ConfigError, PreflightError
 from .gradient import derive_seed
@@ -185,7 +185,7 @@ def noised(
     targets: list[Tensor] = []
 
     def restart(scheduler: Any) -> Tensor:
-        x = renoise(x0, timestep, noise)(scheduler)
+        x = prediction.noised(scheduler, x0, noise, timestep=timestep)
         targets.append(target(scheduler, x0, noise, timestep))
         return x
 
@@ -231,12 +231,14 @@ def target(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Any) -> Tensor:
     if kind == "sample":
         return x0
     if kind == "edm":
-        x, sigma = renoise(x0, timestep, noise)(scheduler), scheduler.sigmas[prediction.step_index(scheduler, timestep)]
+        x = prediction.noised(scheduler, x0, noise, timestep=timestep)
+        sigma = scheduler.sigmas[prediction.step_index(scheduler, timestep)]
         at_0 = scheduler.precondition_outputs(x, torch.zeros_like(x), sigma)
         return (x0 - at_0) / (scheduler.precondition_outputs(x, torch.ones_like(x), sigma) - at_0)
     if kind == "v_prediction":
         one, zero = torch.ones_like(x0), torch.zeros_like(x0)
-        a, s = renoise(one, timestep, zero)(scheduler), renoise(zero, timestep, one)(scheduler)
+        a = prediction.noised(scheduler, one, zero, timestep=timestep)
+        s = prediction.noised(scheduler, zero, one, timestep=timestep)
         return (a * noise - s * x0) / (a**2 + s**2).sqrt()
     raise PreflightError(f"prediction_type={kind!r} has no known target: set the weight of the denoising loss to 0")
 

@@ -24,6 +24,7 @@ from .config import Checkpoints, Guards, Log, Regularize, section
 from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .engine.chain import few_steps
+from .engine.preflight import asked_of
 from .errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
 from .gradient import Gradient, doing
 from .listing import versions
@@ -322,9 +323,7 @@ class RewardTuner:
             call = evaluate.for_prompts(self.prompts[:1], self.call)
             self.T = count_steps(self.pipe, **call)
             plans = [self.method(self.T, random.Random(draw)) for draw in range(8)]  # refuses K > T and m > T
-            stops, levels = any(p.needs_prediction for p in plans), any(p.needs_levels for p in plans)
-            one = self.method.conditional_only
-            facts = preflight(self.pipe, early_stop=stops, levels=levels, conditional=one, **call)
+            facts = preflight(self.pipe, **asked_of(plans), **call)
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)

@@ -1,5 +1,7 @@
 """Sampling chains: the user's own ``pipe(...)`` under a plan, with the doors held open."""
 
+import functools
+import inspect
 import logging
 import math
 import weakref
@@ -18,6 +20,7 @@ from rewardtune.engine.doors import Doors, find_denoiser
 from rewardtune.engine.tape import Tape
 from rewardtune.errors import ConfigError, PreflightError, missing_package
 from rewardtune.plan import Plan
+from rewardtune.prediction import noised
 
 log = logging.getLogger("rewardtune")
 
@@ -166,6 +169,7 @@ def _renoised_chains(
     The restarted chains answer earlier network calls from the first one's record, so they cost ``T - start`` calls and
     multistep schedulers keep their true history. Noise comes from the call's generators, in the state in which the
     first chain left them (or from the global one), so it belongs to each sample as the rest of its randomness does.
+    A plan with `known_noise` takes the noise that the first chain began with, where it began with noise alone.
     """
     begin = snapshot(pipe, call)
     first = Doors(pipe, None, denoiser=denoiser, keep_outputs=True)
@@ -178,18 +182,18 @@ def _renoised_chains(
     after = snapshot(pipe, call)
     graphs: list[Tensor] = []
     calls: list[Call] = []
-    recover = None
-    assert first.first is not None
-    known = first.first / getattr(pipe.scheduler, "init_noise_sigma", 1.0)
+    own = None
+    if plan.known_noise and "strength" not in inspect.signature(type(pipe).__call__).parameters:  # image-to-image
+        assert first.first is not None
+        own = first.first / getattr(pipe.scheduler, "init_noise_sigma", 1.0)
     for _ in range(plan.draws):
         after()
-        noise = known if plan.known_noise else _noise_like(x0, call.get("generator"))
+        noise = _noise_like(x0, call.get("generator")) if own is None else own
         after = snapshot(pipe, call)
         begin()
-        restart = renoise(x0, timestep, noise)
-        if plan.known_noise:
-            recover = recovered(noise, first.timesteps[plan.last + 1] if plan.last + 1 < plan.T else None)
-        again = {"given": first.outputs, "restart": restart, "recover": recover, "recompute": recompute}
+        restart = functools.partial(noised, x0=x0, noise=noise, timestep=timestep)
+        known = noise if plan.known_noise else None
+        again = {"given": first.outputs, "restart": restart, "known": known, "recompute": recompute}
         _chain(pipe, plan, denoiser, call, graphs, calls, **again)
     after()
     return graphs, calls
@@ -221,31 +225,6 @@ def snapshot(pipe: Any, call: dict[str, Any]) -> Callable[[], None]:
 def execution_device(pipe: Any) -> torch.device:
     """Where the pipeline computes; with CPU offload that is not where its weights are."""
     return torch.device(getattr(pipe, "_execution_device", "cpu"))
-
-
-def renoise(x0: Tensor, timestep: Any, noise: Tensor) -> Callable[[Any], Tensor]:
-    """x_t by the scheduler's own law of noising; call the result when the scheduler stands at that step."""
-
-    def at(scheduler: Any) -> Tensor:
-        times = torch.as_tensor(timestep, device=x0.device).reshape(-1).expand(len(x0))
-        if hasattr(scheduler, "add_noise"):
-            return scheduler.add_noise(x0, noise, times)
-        return scheduler.scale_noise(x0, times, noise)  # flow matching
-
-    return at
-
-
-def recovered(noise: Tensor, timestep: Any | None) -> Callable[[Any, Tensor], Tensor]:
-    """Clean latent of one that holds this noise at the level of `timestep` (None: it is clean already)."""
-
-    def at(scheduler: Any, x: Tensor) -> Tensor:
-        if timestep is None:
-            return x
-        zero, one = torch.zeros_like(noise), torch.ones_like(noise)
-        alpha, sigma = renoise(one, timestep, zero)(scheduler), renoise(zero, timestep, one)(scheduler)
-        return (x - sigma * noise) / alpha
-
-    return at
 
 
 def _noise_like(x: Tensor, generator: Any) -> Tensor:

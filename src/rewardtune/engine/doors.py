@@ -70,7 +70,7 @@ class Doors:
         given: Sequence[Any] = (),
         recompute: bool = True,
         restart: Callable[[Any], Tensor] | None = None,
-        recover: Callable[[Any, Tensor], Tensor] | None = None,
+        known: Tensor | None = None,
     ) -> None:
         self.pipe, self.plan, self.blank = pipe, plan, blank
         self.denoiser = pipe.components[denoiser]
@@ -81,7 +81,7 @@ class Doors:
             if isinstance(module, nn.Module) and any(id(p) in trained for p in module.parameters())
         }
         self.keep_outputs, self.given, self.recompute = keep_outputs, list(given), recompute
-        self.restart, self.recover = restart, recover
+        self.restart, self.known = restart, known
         self.step, self.asked = 0, 0
         self.timestep_sets = 0
         self.calls: list[Call] = []
@@ -264,7 +264,14 @@ class Doors:
                 "the noise levels: leapalign, flowbp_... and srpo need eta 0"
             )
         x, F = arguments["sample"].detach(), arguments["model_output"].detach()
-        self.spans.append(span(self.pipe.scheduler, arguments["timestep"]))
+        found = span(self.pipe.scheduler, arguments["timestep"])
+        if not found.length:
+            raise PreflightError(
+                f"step {self.step} of {type(self.pipe.scheduler).__name__} ends at the noise level at which it starts, "
+                "so its call stands for nothing: leapalign, flowbp_... and srpo need set_alpha_to_one=True, another "
+                "timestep_spacing or another scheduler (sampling.scheduler)"
+            )
+        self.spans.append(found)
         if getattr(self.plan.weight, "tau", None) is not None:
             self.states.append((x, F.chunk(2, dim=1)[0] if F.ndim > 1 and F.shape[1] == 2 * x.shape[1] else F))
 
@@ -279,21 +286,25 @@ class Doors:
     def _stop(self, real_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Algorithm 1, lines 19-21: the chain ends here with x0-hat in place of the next latent.
 
-        Where the noise is known, x0-hat is the next latent without the rest of it.
+        Where the noise is known, x0-hat is the next latent without the rest of it; the last step leaves none.
         """
         arguments = bound.arguments
         torch.set_grad_enabled(True)  # under no_grad the scheduler's own prediction would carry no graph
         scheduler, sample, output = self.pipe.scheduler, arguments["sample"], arguments["model_output"]
         formula, refusal = None, None
         try:
-            formula = None if self.recover else x0_hat(scheduler, sample, output, timestep=arguments["timestep"])
+            if self.known is None:
+                formula = x0_hat(scheduler, sample, output, timestep=arguments["timestep"])
         except NoPredictionError as error:
             refusal = error
         arguments["return_dict"] = True
         answer = real_step(*bound.args, **bound.kwargs)
         own = getattr(answer, "pred_original_sample", None)
         own = own if own is not None else getattr(answer, "denoised", None)
-        own = self.recover(scheduler, answer.prev_sample) if self.recover else own
+        if self.known is not None:
+            assert self.plan is not None
+            last = self.step + 1 == self.plan.T
+            own = answer.prev_sample if last else self.spans[-1].clean(answer.prev_sample, self.known)
         x0 = own if own is not None else formula
         if x0 is None:
             raise refusal or NoPredictionError(f"{type(scheduler).__name__} has no x0-hat")

@@ -51,13 +51,13 @@ def conditional_only(guided: Tensor, calls: Sequence[Call], denoiser: nn.Module,
             "both branches of guidance count with the same sign, so neither can be left out: use a guidance above 1, "
             "or leave conditional_only out"
         )
+    if not any(bool(out.any()) for out in left_out):
+        return NONE
     weight = sum(float(s[own].sum()) for s, own in zip(sums, conditional, strict=True)) / total
     scale = 1 / weight if factor is None else factor
     for (call, i), own in zip(outputs, conditional, strict=True):
         call.shares = call.shares or [None] * len(call.leaves)
         call.shares[i] = own.float() * scale
-    if not any(bool(out.any()) for out in left_out):
-        return NONE
     branches = {id(call): call for (call, _), out in zip(outputs, left_out, strict=True) if out.any()}
     with_both = {id(call) for (call, _), own in zip(outputs, conditional, strict=True) if own.any()} & branches.keys()
     if with_both:

@@ -6,7 +6,7 @@ gradient is that of one autograd graph, and the pipeline is as before afterwards
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from rewardtune.engine.chain import count_steps, few_steps, fresh, one_sample, r
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.engine.literal import literal_gradient
 from rewardtune.engine.tape import Tape
-from rewardtune.errors import PreflightError, out_of_memory
+from rewardtune.errors import PreflightError, TrainingStopped, out_of_memory
 from rewardtune.plan import Plan
 from rewardtune.prediction import NoPredictionError
 from rewardtune.stretches import Rescaled
@@ -49,12 +49,24 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
+def asked_of(plans: Iterable[Plan]) -> dict[str, Any]:
+    """What these plans ask of a pipeline, as arguments of `preflight`."""
+    plans = list(plans)
+    return {
+        "early_stop": any(plan.needs_prediction for plan in plans),
+        "levels": any(plan.needs_levels for plan in plans),
+        "restarts": any(plan.start is not None for plan in plans),
+        "conditional": any(plan.conditional_only for plan in plans),
+    }
+
+
 def preflight(
     pipe: Any,
     *,
     denoiser: str | None = None,
     early_stop: bool = True,
     levels: bool = False,
+    restarts: bool = False,
     conditional: bool = False,
     steps: int = 4,
     **call: Any,
@@ -64,6 +76,7 @@ def preflight(
     Args:
         early_stop: whether an early stop will be used; without it a scheduler that has no x0-hat is only noted.
         levels: whether plans work with the noise levels of single steps, which a few samplers allow.
+        restarts: whether chains will begin again from a noised x_0 (DRaFT-LV), which needs a law of noising.
         conditional: whether plans will be `conditional_only`, which needs a branch to leave out.
         steps: inference steps of the small calls.
         call: arguments of ``pipe(...)`` as the rollouts will use them.
@@ -102,7 +115,14 @@ def preflight(
             "denoiser): pass denoiser=<name of the network that is>"
         )
 
-    found = _check_gradient(pipe, name, Plan(T=small_T, train=frozenset({small_T - 1})), small)
+    try:
+        found = _check_gradient(pipe, name, Plan(T=small_T, train=frozenset({small_T - 1})), small)
+    except TrainingStopped:
+        found = _check_gradient(pipe, name, Plan(T=small_T, train=frozenset(range(small_T))), small)
+        notes.append(
+            f"{type(pipe.scheduler).__name__} multiplies the last output of pipe.{name} by 0 with these arguments: "
+            "a plan that trains the last step alone (draft K=1, draft_lv) has no gradient"
+        )
     dead = sum(1 for g in found if g is None)
     if dead:
         notes.append(f"{dead} of {len(found)} trained tensors get no gradient (normal for the last blocks of MMDiT)")
@@ -118,6 +138,8 @@ def preflight(
     if levels:
         weighed = Plan(T=small_T, train=frozenset({small_T - 1}), weight=Rescaled(1.0))
         _check_gradient(pipe, name, weighed, small)
+    if restarts and small_T > 1:
+        _check_gradient(pipe, name, Plan(T=small_T, train=frozenset({small_T - 2}), start=small_T - 2), small)
 
     notes += _check_exactness(pipe, name, small_T, small)
     guided = _guidance(pipe, name, small_T, small, asked=conditional)
