@@ -347,6 +347,10 @@ def test_a_reward_that_is_trained_on_cannot_guard():
     for trained in ([clip], [part("hpsv2"), part(mean_of=[part("hpsv2"), part("CLIPScore")])]):
         with pytest.raises(ConfigError, match="clipscore is trained on, so it cannot guard"):
             check_held_out(trained, [clip])
+    with pytest.raises(ConfigError, match="symmetry is trained on, so it cannot guard"):  # the same value
+        check_held_out([part("symmetry", options={"detach_std": True})], [part("symmetry")])
+    own = [part("mine:reward", options={"scale": scale}) for scale in (1, 2)]
+    check_held_out(own[:1], own[1:])
 
 
 def test_rules_need_no_torch():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from rewardtune.report.curves import charts, running_mean, x_axes
 from rewardtune.report.read import read_run
 from rewardtune.report.results import agree, changes, duel, falls, signed, verdict
 from rewardtune.runfolder import RunFolder
+from rewardtune.stats import paired_difference
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -236,7 +239,8 @@ def test_the_comparison_tells_runs_apart(tmp_path):
     runs = [read_run(fake_run(tmp_path / f"lr{lr:g}", train=train | {"lr": lr})) for lr in (1e-4, 3e-4)]
     table = context(runs)["table"]
     assert table["headings"] == [
-        *("Run", "Δ reward", "Δ symmetry", "Δ clipscore", "Δ vendi", "lr", "Updates", "Images", "Time", "Status")
+        *("Run", "Δ reward", "Δ symmetry (less is better)", "Δ clipscore", "Δ vendi"),
+        *("lr", "Updates", "Images", "Time", "Status"),
     ]
     assert [row[5]["text"] for row in table["rows"]] == ["0.0001", "0.0003"]
     reward = "reward symmetry (symmetry: less is better, counts negative)"
@@ -251,7 +255,7 @@ def test_means_are_over_seeds_alone(tmp_path):
     assert [row[0]["text"] for row in found["rows"]] == ["seed0, seed1"]
     deltas = [changes(read_run(run))["reward"].difference.value for run in seeds]
     assert found["rows"][0][2]["sort"] == pytest.approx(sum(deltas) / 2)
-    assert found["rows"][0][2]["ends"] == f"{signed(min(deltas))} to {signed(max(deltas))}"
+    assert found["rows"][0][2]["ends"] == f"{signed(min(deltas))} to {signed(max(deltas))}, better"
     assert "no means over seeds" in page(seeds[0], *others)[1].text
 
 
@@ -400,3 +404,90 @@ def test_large_pictures_are_reduced(tmp_path):
     uri = data_uri(tmp_path / "large.png")
     assert uri.startswith("data:image/webp;base64,")
     assert len(uri) < (tmp_path / "large.png").stat().st_size / 5
+
+
+def held_out_lost(folder: Path) -> Path:
+    """A run whose held-out reward is NaN at its last look."""
+    *lines, last = (folder / "eval.jsonl").read_text().splitlines()
+    record = json.loads(last)
+    record["panel"]["values"]["clipscore"] = float("nan")
+    record["panel"]["pictures"]["clipscore"] = [float("nan")] * len(PROMPTS)
+    (folder / "eval.jsonl").write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+    return folder
+
+
+def test_a_held_out_reward_that_is_lost_is_not_good(tmp_path):
+    run = read_run(held_out_lost(fake_run(tmp_path / "run", held_out=0.3)))
+    said = verdict(run, changes(run))
+    assert said.mood == "mixed"
+    assert said.headline == "The reward rose, and clipscore, never trained on, can no longer be measured."
+    assert any("clipscore (held out) was 0." in sentence for sentence in said.sentences)
+    assert "lost: no number" in page(run.folder)[1].text
+
+
+def test_a_held_out_reward_of_which_nothing_can_be_told_is_not_good(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", held_out=0.0))
+    said = verdict(run, changes(run))
+    assert said.mood == "mixed"
+    assert said.headline == "The reward rose, and no change of clipscore, never trained on, can be told."
+
+
+def test_weights_chosen_among_looks_have_wider_intervals(tmp_path):
+    """4 looks: the reward's interval holds for the best of them, at 1 - 0.05 / 4; the held-out one's as before."""
+    run = read_run(fake_run(tmp_path / "run"))
+    last = replace(run, facts=run.facts | {"best": None})  # whichever came last was kept
+    chosen, plainly = changes(run), changes(last)
+    for name in ("reward", "symmetry"):
+        a, b = run.looks[-1].pictures[name], run.looks[0].pictures[name]
+        assert chosen[name].difference == paired_difference(a, b, confidence=1 - 0.05 / 4)
+        assert plainly[name].difference == paired_difference(a, b)
+        assert chosen[name].difference.half > 1.1 * plainly[name].difference.half
+    assert chosen["clipscore"] == plainly["clipscore"]
+    said, before = verdict(run, chosen).sentences, verdict(last, plainly).sentences
+    assert "for the best of 4 looks" in said[0]
+    assert any("chosen among 4 looks at these very pictures by reward" in sentence for sentence in said)
+    assert not any("chosen among" in sentence or "looks" in sentence for sentence in before)
+    for facts in ({"steps": 10}, {"status": "running"}):  # one look, and none chosen yet
+        assert read_run(fake_run(tmp_path / str(facts), **facts)).chosen_by is None
+
+
+def test_two_rewards_of_one_name_are_not_compared(tmp_path):
+    """b's clipscore has other weights: every look of it lies 100 higher."""
+    a, b = fake_run(tmp_path / "a"), fake_run(tmp_path / "b", draw=1)
+    looks = [json.loads(line) for line in (b / "eval.jsonl").read_text().splitlines()]
+    for look in looks:
+        look["panel"]["pictures"]["clipscore"] = [x + 100 for x in look["panel"]["pictures"]["clipscore"]]
+        look["panel"]["values"]["clipscore"] += 100
+    assert "clipscore" in duel(read_run(a), read_run(b))
+    (b / "eval.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    assert duel(read_run(a), read_run(b)).keys() == {"reward", "symmetry"}
+    assert "clipscore of a and b cannot be compared" in page(a, b)[1].text
+
+
+def test_a_reward_that_either_run_was_trained_on_is_trained(tmp_path):
+    measures = MEASURES | {"clipscore": MEASURES["clipscore"] | {"role": "trained"}}
+    runs = [read_run(fake_run(tmp_path / "a")), read_run(fake_run(tmp_path / "b", draw=1, measures=measures))]
+    for pair in (runs, runs[::-1]):
+        shown = context(pair)
+        assert {row[2]["text"]: row[3]["text"] for row in shown["duels"]["rows"]}["clipscore"] == "trained"
+        assert {row[3]["ends"].rpartition(", ")[2] for row in shown["table"]["rows"]} == {"held out", "trained on"}
+        titles = [section["title"] for section in shown["galleries"][0]["worst"]]
+        assert titles == ["clipscore", "The trained reward"]
+
+
+def test_better_and_worse_are_words_too(tmp_path):
+    """Not colours alone: less of symmetry is better, and clipscore fell."""
+    runs = [read_run(fake_run(tmp_path / f"seed{seed}", seed=seed, draw=seed)) for seed in (0, 1)]
+    shown = context([*runs, read_run(fake_run(tmp_path / "other", gain=0.9))])
+    for table, first in (("table", 1), ("seeds", 2)):
+        assert shown[table]["headings"][first + 1] == "Δ symmetry (less is better)"
+        for cell, word in zip(shown[table]["rows"][0][first : first + 3], ("better", "better", "worse"), strict=True):
+            assert cell["ends"].endswith(f", {word}")
+    won = next(row[5] for row in shown["duels"]["rows"] if row[2]["text"] == "symmetry")
+    assert (won["mood"], won["ends"]) == ("bad", "B is better")
+
+
+def test_the_command_names_a_folder_with_spaces(tmp_path):
+    shown = context([read_run(fake_run(tmp_path / "my run"))])
+    command = shlex.split(shown["runs"][0]["snippet"]["command"])
+    assert command[:3] == ["rewardtune", "sample", str(tmp_path / "my run")]

@@ -8,6 +8,7 @@ command line can read rules early.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -18,6 +19,8 @@ from .stats import by_prompt, mean_interval
 
 Then = Literal["warn", "rollback", "stop"]  # in order of severity
 BOUNDS = ("falls_by", "rises_by", "below", "above")
+# Settings of the shipped rewards that leave alone what is judged: they change the gradient, the speed or the unit.
+NOT_JUDGED = ("detach_std", "random_shift", "dtype", "micro_batch", "checkpointing", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,10 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One metric as a panel measured it. role: trained (by a run), held_out, or guard. better: as in `Metric`."""
+    """One metric as a panel measured it. better: as in `Metric`.
+
+    role: trained (by a run), held_out, guard, or unknown: a reward on which a candidate may have been trained.
+    """
 
     what: str
     better: str
@@ -342,6 +348,15 @@ def best_of(history: Sequence[Evaluation], metric: str, rules: Sequence[Rule] = 
     return max(fit, key=lambda evaluation: sign * evaluation.values[metric], default=first).step
 
 
+def chosen_by(facts: Mapping[str, Any], best: str | None, steps: Iterable[int]) -> str | None:
+    """The metric by which the weights of a finished run were chosen among several looks; None where they were not.
+
+    facts: run.json. best: checkpoints.best. steps: of the looks; the one at the untuned model is no chance to win.
+    """
+    ended = "kept_step" in facts or facts.get("status") in ("done", "out of time")
+    return best if ended and len({step for step in steps if step > 0}) > 1 else None
+
+
 def paired(metric: str, latest: Evaluation, first: Evaluation) -> tuple[float, float]:
     """(mean change since `first`, half the width of its 95 % interval) over prompts; NaN where there are no pairs."""
     pairs = zip(latest.by_prompt(metric), first.by_prompt(metric), strict=True)
@@ -403,15 +418,24 @@ def _with_words(verdict: Verdict, first: Evaluation, latest: Evaluation, best: i
 
 
 def check_held_out(trained: Sequence[Any], held_out: Sequence[Any]) -> None:
-    """ConfigError where a reward of `guards.rewards` is trained on with the same options. Both: a run file's parts."""
-
-    known = list(named_parts(trained))
+    """ConfigError where a reward of `guards.rewards` is trained on. Both: a run file's parts."""
+    known = [judged(*reward) for reward in named_parts(trained)]
     for reward in named_parts(held_out):
-        if reward in known:
+        if judged(*reward) in known:
             raise ConfigError(
                 f"guards.rewards: {reward[0]} is trained on, so it cannot guard; name another reward, or the same one "
                 "with another model (options.model)"
             )
+
+
+def bare(metric: str) -> str:
+    """The reward that a metric is of: trained_clipscore and clipscore_2 are of clipscore."""
+    return re.sub(r"_\d+$", "", metric.removeprefix("heldout_").removeprefix("trained_"))
+
+
+def judged(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, the options by which rewards of one name differ in what they judge). An own reward's all count."""
+    return name, {key: value for key, value in options.items() if ":" in name or key not in NOT_JUDGED}
 
 
 def named_parts(parts: Iterable[Any], weight: float = 1.0) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -73,6 +73,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl or eval.jsonl; none where it is missing. A half-written line is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            record = json.loads(line)
+            found += [record] if isinstance(record, dict) else []
+    return found
+
+
 def checkpoint_folders(run: Path) -> dict[int, Path]:
     """step -> folder checkpoint-N of `run`; other names (checkpoint-abc, checkpoint-007) are not looked at."""
     if not run.is_dir():

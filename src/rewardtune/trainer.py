@@ -365,6 +365,7 @@ class RewardTuner:
             "held_out": sorted(self.watch.panel.held_out),
             "measures": self.watch.panel.roles(),
             "eval_prompts": self.eval_prompts,
+            "best": self.checkpoints.best,
             "method": str(self.method),
             "T": self.T,
             "call": {key: value for key, value in self.call.items() if isinstance(value, int | float | str)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations, product
@@ -16,14 +17,28 @@ import yaml
 
 from .. import __version__
 from ..errors import RewardTuneError
-from ..guards import violates
+from ..guards import bare, violates
 from ..modelcard import _public, plain, public_name, settings, snippet
 from ..stats import Interval
 from .curves import charts, sweep_charts, x_axes
 from .page import clean
 from .pictures import data_uri
-from .read import RunData, bare
-from .results import WORST, Change, agree, changes, duel, falls, joined, percent, signed, value, verdict, with_ends
+from .read import RunData
+from .results import (
+    WORST,
+    Change,
+    agree,
+    changes,
+    duel,
+    falls,
+    joined,
+    percent,
+    same_measure,
+    signed,
+    value,
+    verdict,
+    with_ends,
+)
 
 PAIRS = 48  # before/after pairs on a page, the worst ones among them
 REFRESH = 20  # seconds between two readings of the page of a run that is under way
@@ -57,6 +72,7 @@ def context(runs: Sequence[RunData], *, pairs: int = PAIRS, now: datetime | None
         "seeds": _seeds(runs, found),
         "imitations": _imitations(dict.fromkeys(name for run in runs for name in run.imitations)),
         "duels": _duels(runs, names, groups),
+        "unlike": _unlike(runs, names, groups),
         "alone": [names[group[0]] for group in groups if len(group) == 1] if len(runs) > 1 else [],
     }
 
@@ -192,10 +208,11 @@ def duration(seconds: float) -> str:
 
 
 def _change_row(run: RunData, one: Change) -> dict[str, Any]:
-    words = {1: "better", -1: "worse", 0: "cannot be told"}
+    words = {1: "better", -1: "lost: no number" if one.lost else "worse", 0: "cannot be told"}
+    told = one.better and (one.won or one.lost) and not one.metric.startswith("base_")
     return {
         "name": _marked(run, one.metric),
-        "role": {"trained": "trained on", "held_out": "held out", "guard": "guard"}[one.role],
+        "role": _ROLE[one.role],
         "better": one.better or "–",
         "before": value(one.before),
         "after": value(one.after),
@@ -204,7 +221,7 @@ def _change_row(run: RunData, one: Change) -> dict[str, Any]:
         "won": percent(one.won) if one.won else "–",
         "won_sort": one.won.value if one.won else math.nan,
         "sign": one.sign,
-        "words": words[one.sign] if one.better and one.won and not one.metric.startswith("base_") else "–",
+        "words": words[one.sign] if told else "–",
     }
 
 
@@ -273,7 +290,7 @@ def _eval_or_note(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 def _eval(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """The tables of one eval/NAME.json: its candidates' values, and the pairs."""
     measures = found.get("measures", {})
-    order = {"trained": 0, "held_out": 1, "guard": 2}
+    order = {"trained": 0, "held_out": 1, "unknown": 1, "guard": 2}
     names = sorted(measures, key=lambda key: order.get(measures[key].get("role"), 3))
     shown = [key for key in names if measures[key].get("role") != "guard"] or names
     candidates = [
@@ -315,7 +332,7 @@ def _snippet(run: RunData) -> dict[str, Any]:
     """How to sample the result; the command always, Python where the LoRA is there."""
     from ..export import open_run
 
-    command = f'rewardtune sample {run.folder} --prompt "..."'
+    command = f'rewardtune sample {shlex.quote(str(run.folder))} --prompt "..."'
     try:
         return {
             "command": command,
@@ -407,7 +424,9 @@ def _worst(group: Sequence[tuple[str, RunData, dict[str, Change]]], count: int) 
         losses.sort(key=lambda row: -row[0])
         cards = [{"index": index, "loss": value(loss), "run": name} for loss, index, name in losses[:WORST]]
         unlike = len({index for _, index, _ in losses})
-        sections.append({"metric": metric, "cards": cards, "fell": unlike, "of": count})
+        apart = all(run.measures[metric].role == "held_out" for _, run, _ in group if metric in run.measures)
+        title = "The trained reward" if metric == "reward" else metric + (", never trained on" if apart else "")
+        sections.append({"metric": metric, "title": title, "cards": cards, "fell": unlike, "of": count})
     return sections
 
 
@@ -487,13 +506,15 @@ def _table(runs: Sequence[RunData], names: Sequence[str], found: Sequence[dict[s
         cells = [_cell(name)]
         for metric in metrics:
             one = each.get(metric)
-            cells.append(_difference(one.difference, {1: "good", -1: "bad", 0: ""}[one.sign]) if one else _cell("–"))
+            roles = {run.measures[metric].role for run in runs if metric in run.measures}
+            role = _ROLE[one.role] if one and len(roles) > 1 else ""
+            cells.append(_difference(one.difference, one.sign, role) if one else _cell("–"))
         cells += [_cell(own[key], wide=key in ("Method", "Reward")) for key in unlike]
         rows.append(
             [*cells, _cell(str(len(run.metrics)), len(run.metrics)), _cell(f"{images:,.0f}", images),
              _cell(duration(seconds), seconds), _cell(STATUS.get(str(run.facts.get("status")), "unknown"))]
         )  # fmt: skip
-    headings = ["Run", *(f"Δ {metric}" for metric in metrics), *unlike, "Updates", "Images", "Time", "Status"]
+    headings = ["Run", *_deltas(runs, metrics), *unlike, "Updates", "Images", "Time", "Status"]
     same = [f"{key.lower()} {text}" for key, text in told[0].items() if key not in unlike and text != "–"]
     return {"headings": headings, "rows": rows, "same": same}
 
@@ -520,9 +541,21 @@ def _cell(
     return {"text": text, "sort": sort if known else None, "mood": mood, "ends": ends, "wide": wide}
 
 
-def _difference(found: Interval, mood: str = "") -> dict[str, Any]:
+def _difference(found: Interval, sign: int = 0, role: str = "") -> dict[str, Any]:
+    """sign: 1 for better, -1 for worse, told by a word too: colours alone are not seen by all."""
     ends = f"{signed(found.low)} to {signed(found.high)}" if math.isfinite(found.low) else ""
-    return _cell(signed(found.value), found.value, mood, ends=ends)
+    told = ", ".join(filter(None, (ends, _WORD[sign], role)))
+    return _cell(signed(found.value), found.value, _MOOD[sign], ends=told)
+
+
+_MOOD, _WORD = {1: "good", -1: "bad", 0: ""}, {1: "better", -1: "worse", 0: ""}
+_ROLE = {"trained": "trained on", "held_out": "held out", "guard": "guard"}
+
+
+def _deltas(runs: Sequence[RunData], metrics: Iterable[str]) -> list[str]:
+    """The headings of changes; with a word where less is better."""
+    less = {name for run in runs for name, measure in run.measures.items() if measure.better == "less"}
+    return [f"Δ {metric} (less is better)" if metric in less else f"Δ {metric}" for metric in metrics]
 
 
 def _seeds(runs: Sequence[RunData], found: Sequence[dict[str, Change]]) -> dict[str, Any] | None:
@@ -538,13 +571,15 @@ def _seeds(runs: Sequence[RunData], found: Sequence[dict[str, Change]]) -> dict[
     for group in several:
         cells = [_cell(", ".join(names[index] for index in group)), _cell(str(len(group)), len(group))]
         for metric in metrics:
-            deltas = [found[index][metric].difference.value for index in group if metric in found[index]]
+            each = [found[index][metric] for index in group if metric in found[index]]
+            deltas = [one.difference.value for one in each]
+            signs = {one.sign for one in each}
             mean = fmean(deltas) if deltas else math.nan
             ends = Interval(value=mean, low=min(deltas, default=mean), high=max(deltas, default=mean))
-            cells.append(_difference(ends))
+            cells.append(_difference(ends, signs.pop() if len(signs) == 1 else 0))
         method = clean(str(runs[group[0]].facts.get("method", "–")))
         rows.append([*cells, _range([len(runs[index].metrics) for index in group]), _cell(method, wide=True)])
-    return {"headings": ["Runs", "Count", *(f"Δ {metric}" for metric in metrics), "Updates", "Method"], "rows": rows}
+    return {"headings": ["Runs", "Count", *_deltas(runs, metrics), "Updates", "Method"], "rows": rows}
 
 
 def _range(numbers: Sequence[int]) -> dict[str, Any]:
@@ -565,11 +600,27 @@ def _duels(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Seque
     for group in groups:
         for i, j in combinations(group, 2):
             for metric, (apart, rate) in duel(runs[i], runs[j]).items():
-                role = runs[i].measures[metric].role
+                roles = [runs[k].measures[metric].role for k in (i, j)]
+                role = "trained" if "trained" in roles else roles[0]
                 mood = "good" if rate.low > 0.5 else "bad" if rate.high < 0.5 else ""
+                better = {"good": "A is better", "bad": "B is better", "": ""}[mood]
                 rows.append(
                     [_cell(names[i]), _cell(names[j]), _cell(metric), _cell(role.replace("_", " ")),
-                     _difference(apart), _cell(percent(rate), rate.value, mood)]
+                     _difference(apart), _cell(percent(rate), rate.value, mood, ends=better)]
                 )  # fmt: skip
     headings = ["A", "B", "Metric", "Role", "A − B (95 %)", "A better than B (95 %)"]
     return {"headings": headings, "rows": rows} if rows else None
+
+
+def _unlike(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
+    """Which metrics of one name are not compared, since they measure the same untuned pictures differently."""
+    found = []
+    for i, j in (pair for group in groups for pair in combinations(group, 2)):
+        looks = [runs[k].looks[0].pictures for k in (i, j)]
+        shared = [key for key, one in runs[i].measures.items() if one.role != "guard" and all(key in x for x in looks)]
+        if metrics := [name for name in shared if not same_measure(runs[i], runs[j], name)]:
+            found.append(
+                f"{joined(metrics)} of {names[i]} and {names[j]} cannot be compared, here or in the tables above: the "
+                "same untuned pictures have other values, so one name stands for different rewards or weights."
+            )
+    return found

@@ -79,7 +79,9 @@ def _metric(runs: Sequence[RunData], name: str) -> dict[str, Any] | None:
         curves += _of_looks(runs, index, name)
     measures = [run.measures[name] for run in runs if name in run.measures]
     better = {"more": "more is better", "less": "less is better"}.get(measures[0].better if measures else "more", "")
-    role = {"trained": "trained on", "held_out": "held out"}.get(measures[0].role if measures else "trained", "")
+    roles = {measure.role for measure in measures}
+    role = {"trained": "trained on", "held_out": "held out"}.get(min(roles, default="trained"), "")
+    role = "trained on in some" if len(roles) > 1 and "trained" in roles else role
     title = "Trained reward" if name == "reward" else name
     what = measures[0].what if measures and measures[0].role == "guard" else ""
     lines = [

@@ -7,7 +7,6 @@ half-written last line is left out.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 from ..config import RunConfig, load_config, named_parts
 from ..errors import ConfigError, RewardTuneError
-from ..guards import METRICS, Evaluation, Measure, Rule, make_rules
+from ..guards import METRICS, Evaluation, Measure, Rule, bare, chosen_by, make_rules
 from ..pictures import by_number
 from ..prompts import load_prompts
+from ..runfolder import json_lines
 
 # Of runs whose run.json does not tell yet: the shipped rewards of which less is better.
 LESS = ("symmetry", "compressibility", "objectness")
@@ -60,6 +60,12 @@ class RunData:
         return known[-1] if known and self.before is not None and (len(self.looks) > 1 or kept is not None) else None
 
     @property
+    def chosen_by(self) -> str | None:
+        """The metric by which the kept weights were chosen among several looks; None where they were not."""
+        best = self.config.checkpoints.best if self.config else self.facts.get("best", "reward")
+        return chosen_by(self.facts, best, (look.step for look in self.looks))
+
+    @property
     def imitations(self) -> list[str]:
         """The rewards that are the playground's small versions; none known where there is no run file."""
         found = named_parts([*self.config.reward, *self.config.guards.rewards]) if self.config else ()
@@ -86,12 +92,12 @@ def read_run(folder: str | Path) -> RunData:
         hint = f"; it holds runs, give one of them or several: {', '.join(map(str, inside[:5]))}" if inside else ""
         raise ConfigError(f"{folder} holds no run (there is no run.json){hint or '; give the output_dir of a run'}")
     facts = read_json(folder / "run.json")
-    looks = [Evaluation(**line["panel"]) for line in _lines(folder / "eval.jsonl") if "panel" in line]
+    looks = [Evaluation(**line["panel"]) for line in json_lines(folder / "eval.jsonl") if "panel" in line]
     config = _config(folder)
     return RunData(
         folder=folder,
         facts=facts,
-        metrics=[line for line in _lines(folder / "metrics.jsonl") if "step" in line],
+        metrics=[line for line in json_lines(folder / "metrics.jsonl") if "step" in line],
         looks=looks,
         measures=_measures(facts, looks),
         prompts=_prompts(facts, config, looks),
@@ -131,18 +137,6 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in _text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that is being written
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
 def _config(folder: Path) -> RunConfig | None:
     path = folder / "config.yaml"
     try:
@@ -167,11 +161,6 @@ def _measures(facts: Mapping[str, Any], looks: Sequence[Evaluation]) -> dict[str
         role = "held_out" if name in held_out else "trained"
         guessed[name] = Measure(what=name, better="less" if bare(name) in LESS else "more", role=role)
     return told | guessed
-
-
-def bare(metric: str) -> str:
-    """The reward that a metric is of: trained_clipscore and clipscore_2 are of clipscore."""
-    return re.sub(r"_\d+$", "", metric.removeprefix("heldout_").removeprefix("trained_"))
 
 
 def _prompts(facts: Mapping[str, Any], config: RunConfig | None, looks: Sequence[Evaluation]) -> list[str]:

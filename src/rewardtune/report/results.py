@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..guards import ACROSS, METRICS, WITHIN, Evaluation, Metric
+from ..guards import ACROSS, METRICS, WITHIN, Evaluation, Measure, Metric
 from ..progress import digits
 from ..stats import Interval, paired_difference, win_rate
 from .read import RunData
@@ -36,10 +36,18 @@ class Change:
     difference: Interval
     won: Interval | None
     prompts: int
+    looks: int = 1  # among which the weights were chosen by this metric: its interval holds for all of them at once
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was a number before and is none after."""
+        return math.isfinite(self.before) and not math.isfinite(self.after)
 
     @property
     def sign(self) -> int:
-        """1: certainly better, -1: certainly worse, 0: cannot be told (or neither is better)."""
+        """1: certainly better, -1: certainly worse or lost, 0: cannot be told (or neither is better)."""
+        if self.better and self.lost:
+            return -1
         if not self.better or not self.difference.excludes(0) or METRICS.get(self.metric, _ANY).zero:
             return 0  # training moves the pictures away from the base's: that alone is no loss
         return 1 if (self.difference.value > 0) == (self.better == "more") else -1
@@ -67,10 +75,12 @@ def change(run: RunData, metric: str, before: Evaluation, after: Evaluation) -> 
     difference = Interval(value=after.values[metric] - before.values[metric], low=math.nan, high=math.nan)
     won = None
     prompts = after.prompts[: len(a)]
+    looks = _chosen_among(run, measure, metric)
     if a and len(a) == len(b) == len(prompts):
-        difference = paired_difference(a, b, prompts)
+        confidence = 1 - 0.05 / looks  # Bonferroni: the best of several looks at noise would rise too often else
+        difference = paired_difference(a, b, prompts, confidence=confidence)
         sided = measure.better and not METRICS.get(metric, _ANY).zero  # untuned pictures have 0: none is nearer
-        won = win_rate(a, b, prompts, less=measure.better == "less") if sided else None
+        won = win_rate(a, b, prompts, less=measure.better == "less", confidence=confidence) if sided else None
     return Change(
         metric=metric,
         better=measure.better,
@@ -80,7 +90,15 @@ def change(run: RunData, metric: str, before: Evaluation, after: Evaluation) -> 
         difference=difference,
         won=won,
         prompts=len(set(after.prompts)),
+        looks=looks,
     )
+
+
+def _chosen_among(run: RunData, measure: Measure, metric: str) -> int:
+    """How many looks among which the kept weights were chosen by this metric, or by the total that it is part of."""
+    by = run.chosen_by
+    whole = by in run.measures and run.measures[str(by)].role == measure.role == "trained"
+    return sum(look.step > 0 for look in run.looks) if metric == by or whole else 1
 
 
 def value(number: float) -> str:
@@ -136,11 +154,11 @@ def verdict(run: RunData, found: dict[str, Change]) -> Verdict:
         mood = "mixed" if lost else "unclear"
         told = [f"No change of the reward can be told from the noise over {_prompts(reward)}", *lost]
     elif reward.sign < 0:
-        mood, told = "bad", ["The trained reward fell", *lost]
+        mood, told = "bad", [f"The trained reward {'can no longer be measured' if reward.lost else 'fell'}", *lost]
     elif not held:
         mood, told = "mixed", ["The reward rose; nothing that was not trained on was scored beside it", *lost]
     else:
-        mood, first = "mixed" if lost else "good", _held_words(held)
+        mood, first = "good" if any(one.sign for one in held) and not lost else "mixed", _held_words(held)
         told = [f"The reward rose, and {first[0]}", *first[1:], *_cost_words(found, parts)]
     sentences = [_sentence(one, first=one is reward) for one in (reward, *held, *parts)]
     sentences += [_set_sentence(found[name]) for name in ACROSS[:1] if name in found]
@@ -151,10 +169,11 @@ def verdict(run: RunData, found: dict[str, Change]) -> Verdict:
 
 def _held_words(held: Iterable[Change]) -> list[str]:
     """What became of held-out rewards, those that got worse first; the first clause says what they are."""
-    by_sign: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    by_sign: dict[int, list[str]] = {-2: [], -1: [], 1: [], 0: []}
     for one in held:
-        by_sign[one.sign].append(one.metric)
+        by_sign[-2 if one.lost else one.sign].append(one.metric)
     words = {-1: "{} got worse", 1: "{} got better", 0: "no change of {} can be told"}
+    words |= {-2: "{} can no longer be measured"}
     named = [(words[sign], joined(names)) for sign, names in by_sign.items() if names]
     apart = ", never trained on,"
     return [text.format(names + (apart if place == 0 else "")) for place, (text, names) in enumerate(named)]
@@ -165,7 +184,9 @@ def _cost_words(found: Mapping[str, Change], parts: Iterable[Change]) -> list[st
     worse = [one.metric for one in parts if one.sign < 0]
     words = [f"{joined(worse)}, {'a part' if len(worse) == 1 else 'parts'} of the reward, got worse"] if worse else []
     vendi = found.get("vendi")
-    if vendi is not None and vendi.share <= -FALL:
+    if vendi is not None and vendi.lost:
+        words.append("diversity can no longer be measured")
+    elif vendi is not None and vendi.share <= -FALL:
         words.append(f"diversity fell by {-100 * vendi.share:.2g}\u00a0%")
     worse = [name for name in WITHIN if name in found and found[name].sign < 0]
     return words + (["pictures of one prompt became more alike"] if worse else [])
@@ -200,13 +221,17 @@ def joined(names: Sequence[str]) -> str:
 
 def _sentence(one: Change, *, first: bool = False) -> str:
     d = one.difference
+    if one.lost:
+        name = "The trained reward" if one.metric == "reward" else f"{one.metric} ({_ROLE[one.role]})"
+        return f"{name} was {value(one.before)} and can no longer be measured (NaN or infinite)."
     certain = one.better and d.excludes(0)
     verb = ("rose" if d.value > 0 else "fell") if certain else "went" if d.value else "stayed"
     name = {"reward": "The trained reward"}.get(one.metric, f"{one.metric} ({_ROLE[one.role]})")
     text = f"{name} {verb} from {value(one.before)} to {value(one.after)}: {signed(d.value)}"
     if math.isfinite(d.low):
         paired = f", paired over {_prompts(one)}" if first else ""
-        text += f", 95 % interval {signed(d.low)} to {signed(d.high)}{paired}"
+        wider = f" for the best of {one.looks} looks" if one.looks > 1 else ""
+        text += f", 95 % interval{wider} {signed(d.low)} to {signed(d.high)}{paired}"
         if not d.excludes(0):
             text += ", which holds 0"
     if one.won is not None and math.isfinite(one.won.value):
@@ -233,6 +258,13 @@ def _caveats(run: RunData, reward: Change | None, held: Sequence[Change]) -> lis
             "No held-out reward was measured, so this shows that the optimisation worked and not that the pictures "
             "are better: look at them, and set guards.rewards."
         )
+    looks = sum(look.step > 0 for look in run.looks)
+    if reward is not None and run.chosen_by:
+        said.append(
+            f"The weights kept were chosen among {looks} looks at these very pictures by {run.chosen_by}. The "
+            "intervals of what was chosen by are widened for that, all others are not and may flatter: rewardtune "
+            "eval with --seed or --prompts takes fresh pictures."
+        )
     if reward is not None and reward.prompts < 16:
         said.append(f"{_prompts(reward)[:1].upper()}{_prompts(reward)[1:]} are few: the intervals are rough.")
     if reward is not None:
@@ -256,7 +288,7 @@ def agree(a: RunData, b: RunData) -> bool:
     """Whether the eval pictures of two runs have the same prompts and seeds, and the same base model.
 
     The seeds derive from the run's seed and the picture's index; that the untuned pictures measure the same
-    shows that everything else (model, sampling) is the same too.
+    shows that everything else (model, sampling) is the same too. Of rewards: `same_measure`.
     """
     if a.before is None or b.before is None or list(a.prompts) != list(b.prompts) or not a.prompts:
         return False
@@ -266,6 +298,19 @@ def agree(a: RunData, b: RunData) -> bool:
     if mine is None or theirs is None or len(mine) != len(theirs):
         return False
     return all(abs(x - y) < 1e-3 for x, y in zip(mine, theirs, strict=True))
+
+
+def same_measure(a: RunData, b: RunData, metric: str) -> bool:
+    """Whether the untuned pictures, the same for both runs, measure the same: one name may stand for two rewards.
+
+    Up to a twentieth of their range, for the rounding of another machine.
+    """
+    mine, theirs = (run.before.pictures.get(metric, []) if run.before else [] for run in (a, b))
+    known = [x for x in mine if math.isfinite(x)]
+    near = max(0.05 * (max(known) - min(known)), 1e-6 * max(map(abs, known))) if known else 0.0
+    pairs = zip(mine, theirs, strict=False)
+    same = (abs(x - y) <= near or (not math.isfinite(x) and not math.isfinite(y)) for x, y in pairs)
+    return len(mine) == len(theirs) and all(same)
 
 
 def duel(a: RunData, b: RunData) -> dict[str, tuple[Interval, Interval]]:
@@ -281,7 +326,7 @@ def duel(a: RunData, b: RunData) -> dict[str, tuple[Interval, Interval]]:
             continue  # totals of different rewards
         if not measure.better or other is None or other.better != measure.better or not mine or not theirs:
             continue
-        if len(mine) == len(theirs) and name not in ("base_distance", "base_pixels"):
+        if len(mine) == len(theirs) and name not in ("base_distance", "base_pixels") and same_measure(a, b, name):
             prompts = first.prompts
             rate = win_rate(mine, theirs, prompts, less=measure.better == "less")
             found[name] = (paired_difference(mine, theirs, prompts), rate)
