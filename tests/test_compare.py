@@ -10,8 +10,10 @@ import torch
 from tiny_runs import made_run, save_tiny, write_run
 
 from rewardtune import rewards
+from rewardtune.candidates import Candidate, Settings
 from rewardtune.cli import main
-from rewardtune.compare import compare_candidates, evaluate_candidates
+from rewardtune.compare import compare_candidates, evaluate_candidates, prepare
+from rewardtune.config import Model, Part, load_config
 from rewardtune.pictures import open_image
 from rewardtune.prompts import with_categories
 from rewardtune.runfolder import LORA_FILE, RunFolder
@@ -147,9 +149,72 @@ def test_a_lora_file_with_everything_named(run, model, tmp_path):
     options = {"model": str(model), "steps": 2, "prompts": ["red heart", "blue star"], "output": tmp_path / "out"}
     found = evaluate_candidates([str(file)], rewards=rewards.Symmetry(), **options)
     assert [c.label for c in found.candidates] == ["base", "style"]
-    assert found.measures["symmetry"].role == "held_out"
+    assert found.measures["symmetry"].role == "unknown"  # it may have been trained on anything
+    assert "nothing tells what style was trained on" in " ".join(found.notes)
+    assert "unknown" in found.as_text()
     assert "vendi" not in found.measures
     assert any("--features" in note for note in found.notes)
+
+
+def candidate(place, **settings):
+    return Candidate(
+        spec="x", label="x", place=place and place / LORA_FILE, settings=Settings(model=Model(id="x"), scheduler=None,
+        call={}, **settings)
+    )  # fmt: skip
+
+
+def role_of(asked, *tuned):
+    """As `eval --reward` gives it, for candidates beside the base model."""
+    setup = prepare([candidate(None), *tuned], rewards=asked, prompts=["red heart"])
+    return setup.measures[next(name for name in setup.measures if name.endswith(("symmetry", "clipscore")))].role
+
+
+def test_a_reward_that_was_trained_on_is_not_held_out(tmp_path):
+    """The playground's preset trains symmetry with `detach_std`, which changes its gradient and not its value."""
+    run = candidate(tmp_path, config=load_config("playground"))
+    playground = {"model": "playground"}
+    by_name = Part(name="symmetry")
+    assert role_of([by_name], run) == "trained"
+    assert role_of([Part(name="symmetry", options={"eps": 0.1})], run) == "held_out"  # another value
+    assert role_of([Part(name="clipscore", options=playground | {"scale": "logit"})], run) == "trained"
+    assert role_of([Part(minimum_of=[by_name, Part(name="brightness")])], run) == "trained"
+    assert role_of(rewards.Symmetry(), run) == "trained"
+    assert role_of(2 * rewards.load("brightness") - rewards.Symmetry(), run) == "trained"
+    other = candidate(tmp_path, config=load_config("playground", ["reward=[brightness]"]))
+    assert role_of([by_name], other) == "held_out"
+    assert role_of(rewards.Symmetry(), other) == "held_out"
+    assert role_of([by_name], other, run) == "trained"
+
+
+def test_what_a_candidate_was_trained_on_may_be_unknown(tmp_path):
+    """Without a run file run.json tells the rewards by name, and a LoRA file tells nothing."""
+    facts = {"measures": {"reward": {"role": "trained"}, "symmetry_2": {"role": "trained"}, "vendi": {"role": "guard"}}}
+    python, file = candidate(tmp_path, facts=facts), candidate(tmp_path)
+    for asked in ([Part(name="symmetry")], rewards.Symmetry()):
+        assert role_of(asked, python) == "trained"
+        assert role_of(asked, file) == "unknown"
+        assert role_of(asked, file, python) == "trained"
+    clip = [Part(name="clipscore", options={"model": "playground"})]
+    assert role_of(clip, python) == "held_out"
+    assert role_of(clip, file, python) == "unknown"
+
+
+def test_pictures_that_chose_the_weights_are_told(tmp_path):
+    """Same prompts, same seed, and the best of several looks kept: the numbers favour it."""
+    facts = {"status": "done", "seed": 0, "eval_prompts": ["red heart", "blue star"]}
+    (tmp_path / "run.json").write_text("{}")
+    found = [candidate(None), candidate(tmp_path, facts=facts)]
+
+    def notes(prompts, **options):
+        return " ".join(prepare(found, rewards=rewards.Symmetry(), prompts=prompts, **options).notes)
+
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 5, 10)))
+    assert "by 1 of these pictures the weights" in notes(["red heart"])
+    assert "2 looks (reward)" in notes(["red heart"])
+    assert "the weights" not in notes(["red heart"], seed=1)
+    assert "the weights" not in notes(["green moon"])
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 10)))
+    assert "the weights" not in notes(["red heart"])  # one look at the end is no choice
 
 
 def test_a_candidate_against_itself_is_a_tie(run, tmp_path):

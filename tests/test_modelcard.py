@@ -96,6 +96,14 @@ def test_scores_come_from_eval_jsonl_when_run_json_has_none(tmp_path):
     assert "Not measured" in body
 
 
+def test_weights_chosen_on_the_pictures_of_the_table(tmp_path):
+    """A caveat where the best of several looks was kept, and none where there was one look at the end."""
+    for steps, said in (((0, 5, 10), True), ((0, 10), False)):
+        (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        _, body = card_of(made_run(tmp_path, facts={"status": "done"}), tmp_path / "card")
+        assert ("chosen among 2 looks at these very pictures by `reward`" in body) == said
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_foreign_text_stays_text(text, tmp_path):
     """In the head, in the gallery, in the snippet, in the tables and in the settings."""

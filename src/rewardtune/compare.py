@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, stats
 from .candidates import BASE, Candidate, candidates, load_base, opened
 from .config import Part, RunConfig
+from .config import named_parts as config_parts
 from .errors import ConfigError
-from .guards import Evaluation, Measure, Metric, named_parts
+from .guards import Evaluation, Measure, Metric, bare, chosen_by, judged, named_parts
 from .progress import digits
 from .prompts import TABLES, is_picture, load_prompts, with_categories
-from .runfolder import write_text
+from .runfolder import json_lines, write_text
 from .stats import Interval
 from .tables import text_table
 
@@ -248,10 +249,11 @@ def prepare(
     seed = (first.seed if first else 0) if seed is None else seed
     texts = [text for text, _ in rows for _ in range(seeds)]
     features = features or (first.guards.features if first else None)
-    panel, roles = _panel(
-        configs, texts, rewards=rewards, trained_too=trained_too, features=features, batch=batch, model=found[0]
-    )
-    notes = [*_settings_notes(found), *_trained_on(configs, [text for text, _ in rows])]
+    panel, roles = _panel(found, texts, rewards=rewards, trained_too=trained_too, features=features, batch=batch)
+    prompted = [text for text, _ in rows]
+    notes = [*_settings_notes(found), *_trained_on(configs, prompted), *_chosen_on(found, prompted, seed)]
+    if untold := [one.label for one in found if _trained_names(one) is None] if "unknown" in roles.values() else []:
+        notes.append(f"nothing tells what {', '.join(untold)} was trained on, so no reward is known to be held out")
     if len(rows) < FEW:
         notes.append(f"{len(rows)} prompts are few: the intervals are rough, and too narrow for lopsided scores")
     if features is None:
@@ -337,15 +339,54 @@ def _trained_on(configs: Sequence[RunConfig], prompts: Sequence[str]) -> Iterabl
             yield f"{shared} of {len(prompts)} prompts were trained on: this says little of other prompts"
 
 
+def _chosen_on(found: Sequence[Candidate], prompts: Sequence[str], seed: int) -> Iterable[str]:
+    """Where a candidate is judged on the very pictures by which its weights were chosen (`guards.chosen_by`)."""
+    for run, settings in {one.run: one.settings for one in found if one.run is not None}.items():
+        facts, config = settings.facts, settings.config
+        steps = {line.get("step", 0) for line in json_lines(run / "eval.jsonl")}
+        by = chosen_by(facts, config.checkpoints.best if config else facts.get("best", "reward"), steps)
+        same = sum(a == b for a, b in zip(prompts, facts.get("eval_prompts", ()), strict=False))
+        if by and same and seed == facts.get("seed"):
+            yield (
+                f"by {same} of these pictures the weights of {run.resolve().name} were chosen among its "
+                f"{len(steps - {0})} looks ({by}), which favours them: --seed or --prompts takes fresh ones"
+            )
+
+
+def _trained_names(candidate: Candidate) -> set[str] | None:
+    """The rewards that it was trained on, by name in lower case; None where neither config.yaml nor run.json tells."""
+    config, measures = candidate.settings.config, candidate.settings.facts.get("measures")
+    if candidate.place is None:
+        return set()
+    if config is not None:
+        return {name.rpartition(":")[2].lower() for name, _ in named_parts(config.reward)}
+    if not measures:
+        return None
+    return {bare(name).lower() for name, measure in measures.items() if measure.get("role") == "trained"}
+
+
+def _role(name: str, options: Mapping[str, Any] | None, found: Sequence[Candidate]) -> str:
+    """trained, held_out or unknown. options: None where they are not known: by its name alone it may be the same."""
+    names = [_trained_names(candidate) for candidate in found]
+    for candidate, own in zip(found, names, strict=True):
+        config = candidate.settings.config
+        if options is None or config is None:
+            trained = name.rpartition(":")[2].lower() in (own or ())
+        else:
+            trained = judged(name, options) in [judged(*part) for part in named_parts(config.reward)]
+        if trained:
+            return "trained"
+    return "unknown" if None in names else "held_out"
+
+
 def _panel(
-    configs: Sequence[RunConfig],
+    found: Sequence[Candidate],
     texts: Sequence[str],
     *,
     rewards: Sequence[Part] | Reward | None,
     trained_too: bool,
     features: str | None,
     batch: int,
-    model: Candidate,
 ) -> tuple[Panel, dict[str, str]]:
     """(the panel, metric -> role of its rewards)."""
     from .diversity import Features
@@ -354,7 +395,7 @@ def _panel(
     from .rewards.base import Reward, leaves
     from .score import pick_device
 
-    trained_keys = {repr(key) for config in configs for key in named_parts(config.reward)}
+    configs = [candidate.settings.config for candidate in found if candidate.settings.config is not None]
     total, parts = None, list[Part]()
     alike = len({json.dumps([c.model_dump()["reward"], c.reward_weight], default=str) for c in configs}) == 1
     if (rewards is None or trained_too) and alike:
@@ -373,7 +414,7 @@ def _panel(
     others = reduce(add, (reward for _, reward in built)) if built else None
     if isinstance(rewards, Reward):
         others, built = rewards, []
-    device = pick_device(model.settings.model.device)
+    device = pick_device(found[0].settings.model.device)
     for reward in (total, others):
         if reward is not None:
             reward.to(device)
@@ -385,14 +426,15 @@ def _panel(
         batch=batch,
         device=device,
     )
-    held_out, known = panel.held_out, set[int]()
-    by_leaf = []
+    known = set[int]()
+    by_leaf = [_role(leaf.name, None, found) for leaf, _ in leaves(rewards)] if isinstance(rewards, Reward) else []
     for part, reward in built:
-        was_trained = any(repr(key) in trained_keys for key in named_parts([part]))
+        each = {_role(str(one.name).lower(), one.options, found) for one in config_parts([part])}
+        role = next(role for role in ("trained", "unknown", "held_out") if role in each)
         new = [id(leaf) for leaf, _ in leaves(reward) if id(leaf) not in known]
         known |= set(new)
-        by_leaf += ["trained" if was_trained else "held_out"] * len(new)
-    roles = dict(zip(held_out, by_leaf or ["held_out"] * len(held_out), strict=True))
+        by_leaf += [role] * len(new)
+    roles = dict(zip(panel.held_out, by_leaf, strict=True))
     return panel, roles | dict.fromkeys(panel.trained_names, "trained")
 
 
@@ -540,7 +582,7 @@ def shown(interval: Interval, *, percent: bool = False, signed: bool = False) ->
     return f"{word(interval.value)}{unit} [{word(interval.low)}, {word(interval.high)}]"
 
 
-ORDER = ("held_out", "trained", "guard")
+ORDER = ("held_out", "unknown", "trained", "guard")
 COUNTS = ("black", "nan")
 TO_BASE = ("base_distance", "base_pixels")  # 0 for the base model itself
 
@@ -560,7 +602,7 @@ def titled(name: str, measures: Mapping[str, Measure]) -> str:
     return name + {"more": " ↑", "less": " ↓"}.get(measures[name].better, "")
 
 
-ROLES = {"held_out": "held out", "trained": "trained", "guard": "guard"}
+ROLES = {"held_out": "held out", "unknown": "unknown", "trained": "trained", "guard": "guard"}
 
 
 def _eval_text(result: Comparison) -> str:

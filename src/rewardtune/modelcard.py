@@ -17,8 +17,9 @@ import yaml
 
 from . import __version__
 from .config import RunConfig
+from .guards import chosen_by
 from .prompts import Conditioned, is_picture
-from .runfolder import LORA_FILE, write_text
+from .runfolder import LORA_FILE, json_lines, write_text
 
 if TYPE_CHECKING:
     from .export import Exported, Run
@@ -334,20 +335,26 @@ def scores_table(run: "Run") -> str:
             "",
             f"Means over {pictures}, with half the width of a 95 % interval over the prompts (not over training "
             f"seeds: one run). {code('reward')} is what was maximised; the others are its parts in their own units, "
-            "of some of which less is better.",
+            "of some of which less is better." + _choice(run),
         ]
+    )
+
+
+def _choice(run: "Run") -> str:
+    """A caveat where the weights are the best of several looks at the very pictures of the table."""
+    steps = {line.get("step", 0) for line in json_lines(run.folder / "eval.jsonl")}
+    by = chosen_by(run.facts, run.config.checkpoints.best if run.config else run.facts.get("best", "reward"), steps)
+    return (
+        f" The weights kept were chosen among {len(steps - {0})} looks at these very pictures by {code(by)}, which "
+        "favours the scores after: fresh prompts and seeds tell more."
+        if by
+        else ""
     )
 
 
 def _scores(run: "Run") -> tuple[dict[str, Any], dict[str, Any], int]:
     """(before, after, number of pictures) from run.json, else from the first and last line of eval.jsonl."""
-    lines: list[dict[str, Any]] = []
-    path = run.folder / "eval.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
+    lines = json_lines(run.folder / "eval.jsonl")
     count = int(lines[-1].get("count", 0)) if lines else 0
     before = run.facts.get("before") or (lines[0].get("scores", {}) if len(lines) > 1 else {})
     after = run.facts.get("after") or (lines[-1].get("scores", {}) if len(lines) > 1 else {})
