@@ -255,7 +255,8 @@ def test_means_are_over_seeds_alone(tmp_path):
     assert [row[0]["text"] for row in found["rows"]] == ["seed0, seed1"]
     deltas = [changes(read_run(run))["reward"].difference.value for run in seeds]
     assert found["rows"][0][2]["sort"] == pytest.approx(sum(deltas) / 2)
-    assert found["rows"][0][2]["ends"] == f"{signed(min(deltas))} to {signed(max(deltas))}, better"
+    assert found["rows"][0][2]["ends"] == f"{signed(min(deltas))} to {signed(max(deltas))}"
+    assert found["rows"][0][2]["word"] == "better"
     assert "no means over seeds" in page(seeds[0], *others)[1].text
 
 
@@ -470,7 +471,7 @@ def test_a_reward_that_either_run_was_trained_on_is_trained(tmp_path):
     for pair in (runs, runs[::-1]):
         shown = context(pair)
         assert {row[2]["text"]: row[3]["text"] for row in shown["duels"]["rows"]}["clipscore"] == "trained"
-        assert {row[3]["ends"].rpartition(", ")[2] for row in shown["table"]["rows"]} == {"held out", "trained on"}
+        assert {row[3]["word"].rpartition(", ")[2] for row in shown["table"]["rows"]} == {"held out", "trained on"}
         titles = [section["title"] for section in shown["galleries"][0]["worst"]]
         assert titles == ["clipscore", "The trained reward"]
 
@@ -482,9 +483,9 @@ def test_better_and_worse_are_words_too(tmp_path):
     for table, first in (("table", 1), ("seeds", 2)):
         assert shown[table]["headings"][first + 1] == "Δ symmetry (less is better)"
         for cell, word in zip(shown[table]["rows"][0][first : first + 3], ("better", "better", "worse"), strict=True):
-            assert cell["ends"].endswith(f", {word}")
+            assert cell["word"] == word
     won = next(row[5] for row in shown["duels"]["rows"] if row[2]["text"] == "symmetry")
-    assert (won["mood"], won["ends"]) == ("bad", "B is better")
+    assert (won["mood"], won["word"]) == ("bad", "B is better")
 
 
 def test_the_command_names_a_folder_with_spaces(tmp_path):

@@ -534,18 +534,18 @@ def _told(run: RunData) -> dict[str, str]:
 
 
 def _cell(
-    text: str, sort: float | None = None, mood: str = "", *, ends: str = "", wide: bool = False
+    text: str, sort: float | None = None, mood: str = "", *, ends: str = "", word: str = "", wide: bool = False
 ) -> dict[str, Any]:
-    """ends: an interval, in a line of its own."""
+    """ends: an interval, word: what the colour of the mood says; each in a line of its own."""
     known = sort is not None and math.isfinite(sort)
-    return {"text": text, "sort": sort if known else None, "mood": mood, "ends": ends, "wide": wide}
+    return {"text": text, "sort": sort if known else None, "mood": mood, "ends": ends, "word": word, "wide": wide}
 
 
 def _difference(found: Interval, sign: int = 0, role: str = "") -> dict[str, Any]:
-    """sign: 1 for better, -1 for worse, told by a word too: colours alone are not seen by all."""
+    """sign: 1 for better, -1 for worse."""
     ends = f"{signed(found.low)} to {signed(found.high)}" if math.isfinite(found.low) else ""
-    told = ", ".join(filter(None, (ends, _WORD[sign], role)))
-    return _cell(signed(found.value), found.value, _MOOD[sign], ends=told)
+    word = ", ".join(filter(None, (_WORD[sign], role)))
+    return _cell(signed(found.value), found.value, _MOOD[sign], ends=ends, word=word)
 
 
 _MOOD, _WORD = {1: "good", -1: "bad", 0: ""}, {1: "better", -1: "worse", 0: ""}
@@ -606,7 +606,7 @@ def _duels(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Seque
                 better = {"good": "A is better", "bad": "B is better", "": ""}[mood]
                 rows.append(
                     [_cell(names[i]), _cell(names[j]), _cell(metric), _cell(role.replace("_", " ")),
-                     _difference(apart), _cell(percent(rate), rate.value, mood, ends=better)]
+                     _difference(apart), _cell(percent(rate), rate.value, mood, word=better)]
                 )  # fmt: skip
     headings = ["A", "B", "Metric", "Role", "A − B (95 %)", "A better than B (95 %)"]
     return {"headings": headings, "rows": rows} if rows else None
