@@ -15,6 +15,7 @@ from rewardtune.stats import (
     jackknife,
     mean_interval,
     paired_difference,
+    share_interval,
     wilson,
     win_rate,
 )
@@ -109,6 +110,32 @@ def test_a_clean_sweep_is_no_certainty():
     assert (lost.value, lost.low, lost.high) == (0, 0, pytest.approx(1 - theirs.low))
     mixed = win_rate([1.0] * 11 + [0.0], [0.0] * 12)  # 11 wins, a tie
     assert mixed == bootstrap_mean([1.0] * 11 + [0.5])
+
+
+def test_equal_shares_are_no_certainty():
+    """Two of three votes on each of n prompts: as wide as Wilson's interval of as many prompts won."""
+    for n in (2, 4, 9):
+        found, theirs = share_interval([2 / 3] * n), wilson(2 * n / 3, n)
+        assert (found.value, found.low, found.high) == (pytest.approx(2 / 3), theirs.low, theirs.high)
+    assert not share_interval([2 / 3] * 2).excludes(0.5)
+    nine = scipy_stats.binomtest(6, 9).proportion_ci(0.95, "wilson")
+    assert share_interval([2 / 3] * 9).low == pytest.approx(nine.low)
+    assert share_interval([0.5] * 3) == wilson(1.5, 3)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize(("a", "b"), [(None, None), (2, 2), (0.9, 0.6)])
+def test_few_shares_cover(n, a, b):
+    """Three votes on each of n prompts, independent ones of a coin, or with a prompt's own leaning (a beta law)."""
+    rng, held, blind = random.Random(n), 0, 0
+    truth = 0.5 if a is None else a / (a + b)
+    for _ in range(SETS):
+        leanings = [0.5 if a is None else rng.betavariate(a, b) for _ in range(n)]
+        means = sorted(fmean(rng.random() < p for _ in range(3)) for p in leanings)
+        held += not share_interval(means, resamples=1000).excludes(truth)
+        blind += means[0] > truth or means[-1] < truth
+    assert held / SETS >= (0.95 if n < 6 else 0.88)
+    assert n >= 6 or blind / SETS > 0.05  # what no resample can cover
 
 
 def test_against_scipys_bca():
