@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from PIL import Image, PngImagePlugin
 from rewardtune.cli import main
 from rewardtune.errors import ConfigError
 from rewardtune.report.sheet import make_sheet
-from rewardtune.report.tally import agree, tally
+from rewardtune.report.tally import _left, agree, tally
+from rewardtune.stats import wilson
 
 
 def folders(path: Path, count: int = 6) -> tuple[Path, Path]:
@@ -126,6 +128,7 @@ def test_the_tally(made, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "category animals" in text
     assert "rater Bob" in text
+    assert "few prompts (below 12), so the intervals are rough: all, category animals, category people, rater" in text
     assert json.loads((tmp_path / "t.json").read_text())["all"]["votes"] == 12
 
 
@@ -199,3 +202,33 @@ def test_intervals_over_prompts_cover(made, tmp_path):
         naive += abs(p - 0.6) <= 1.96 * (p * (1 - p) / len(ballots)) ** 0.5
     assert 180 <= held <= 199
     assert naive < 160
+
+
+@pytest.mark.parametrize(("agreeing", "habit"), [(1.0, 0.0), (0.8, 0.0), (0.8, 0.3)])
+def test_intervals_of_the_left_habit_cover(agreeing, habit):
+    """400 studies of 60 pairs with sides at random, seen by 3 raters; the true share of the left is known.
+
+    Raters choose the better picture (with probability `agreeing`), or the left one by habit; some votes are ties.
+    """
+    ties = (1 - habit) * (1 - agreeing) / 3
+    truth = 0.5 + habit / 2 / (1 - ties)
+    rng = random.Random(2)
+    held = naive = 0
+    for _ in range(400):
+        ballots = []
+        for pair in range(60):
+            side = rng.choice(("left", "right"))
+            for rater in range(3):
+                choice = side if rng.random() < agreeing else rng.choice(("left", "right", "tie"))
+                choice = "left" if rng.random() < habit else choice
+                ballots.append((f"r{rater}", {"pair": str(pair)}, choice))
+        share = _left(ballots)
+        held += not share.excludes(truth)
+        decided = [choice for _, _, choice in ballots if choice != "tie"]
+        naive += not wilson(decided.count("left"), len(decided)).excludes(truth)
+    assert held / 400 == pytest.approx(0.95, abs=0.03)
+    assert naive / 400 < 0.9
+
+
+def test_a_side_that_nobody_chose_has_no_interval():
+    assert math.isnan(_left([("r", {"pair": "p"}, "tie")]).value)

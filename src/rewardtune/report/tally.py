@@ -15,8 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ..compare import FEW
 from ..errors import ConfigError
-from ..stats import Interval, by_prompt, share_interval, wilson
+from ..stats import Interval, by_prompt, share_interval
 from ..tables import text_table
 from .page import finite
 from .read import read_json
@@ -40,7 +41,8 @@ class Share:
 class Tally:
     """agreement: share of pairs of votes on one pair of pictures that are equal; alpha: Krippendorff's, nominal.
 
-    Both are NaN where no two raters voted on the same pair. left: share of the untied votes for the left side.
+    Both are NaN where no two raters voted on the same pair. left: share of the untied votes for the left side,
+    averaged by pair first: all raters see the same sides.
     """
 
     a: str
@@ -66,7 +68,10 @@ class Tally:
             ["", "prompts", "votes", "for A", "ties", "for B", "B better than A [95 %]"],
             rows, flexible=0, numbers=[1, 2, 3, 4, 5],
         )  # fmt: skip
+        few = [row[0] for row in rows if int(row[1]) < FEW]
         lines = [f"A: {self.a}", f"B: {self.b}", table, self.verdict()]
+        if few:
+            lines.append(f"few prompts (below {FEW}), so the intervals are rough: {', '.join(few)}")
         if math.isfinite(self.agreement):
             alpha = f"{self.alpha:.2f}" if math.isfinite(self.alpha) else "undefined: all votes are the same"
             words = f"{100 * self.agreement:.0f} % of the pairs of votes are equal, Krippendorff's alpha {alpha}"
@@ -112,7 +117,6 @@ def tally(key: str | Path, votes: Sequence[str | Path], *, missing: bool = False
         raise ConfigError("there is not one vote in the files")
     ballots = [(rater, pairs[pair], choice) for rater, chosen in cast.items() for pair, choice in chosen.items()]
     named = sorted({row["category"] for row in pairs.values() if row["category"]})
-    decided = [choice for _, _, choice in ballots if choice != "tie"]
     agreement, alpha = agree([[chosen[pair] for chosen in cast.values() if pair in chosen] for pair in pairs])
     return Tally(
         a=str(facts["a"]),
@@ -122,7 +126,7 @@ def tally(key: str | Path, votes: Sequence[str | Path], *, missing: bool = False
         raters={name: _share([ballot for ballot in ballots if ballot[0] == name]) for name in cast},
         agreement=agreement,
         alpha=alpha,
-        left=wilson(decided.count("left"), len(decided)),
+        left=_left(ballots),
         missing=len(pairs) * len(cast) - len(ballots),
     )
 
@@ -165,6 +169,12 @@ def _share(ballots: Sequence[tuple[str, Mapping[str, Any], str]]) -> Share:
         ties=counts["tie"],
         rate=share_interval(means),
     )
+
+
+def _left(ballots: Sequence[tuple[str, Mapping[str, Any], str]]) -> Interval:
+    """The share of the untied votes for the left side, over pairs: each drew its sides once, for all raters."""
+    untied = [(float(choice == "left"), row["pair"]) for _, row, choice in ballots if choice != "tie"]
+    return share_interval(by_prompt([side for side, _ in untied], [pair for _, pair in untied]))
 
 
 def _won(row: Mapping[str, Any], choice: str) -> str:
