@@ -12,7 +12,7 @@ import pytest
 from rewardtune import evaluate, methods
 from rewardtune.bench import ablations, cells, gradients, plots, table1
 from rewardtune.bench.cells import BASE, final_prompts, law_of, open_cell, run_cell
-from rewardtune.bench.claims import best, better
+from rewardtune.bench.claims import JUDGED, best, better
 from rewardtune.bench.cost import Cost, spent, updates_within
 from rewardtune.bench.main import NAMES, bench
 from rewardtune.bench.rows import Cell, Rows, made_by
@@ -254,6 +254,32 @@ def test_half_of_the_iterations_is_told_from_a_few_less(reached, verdict, tmp_pa
     assert told.figure == f"{sum(reached) / 60:.4g} of them"
 
 
+@pytest.mark.parametrize(
+    ("ends", "looks", "verdict"),
+    [
+        (0.80, [(60, 0.59)] * 3, "fails"),
+        (0.80, [(36, 0.75)] * 3, "fails"),  # three quarters of the updates
+        (0.80, [(35, 0.75)] * 3, "cannot be told here"),  # it had no time to get there
+        (0.80, [(60, 0.59), (60, 0.59), (20, 0.81)], "cannot be told here"),
+        (0.80, [(60, 0.59)], "cannot be told here"),  # one seed
+        (0.50, [(60, 0.59)] * 3, "cannot be told here"),  # AlignProp fell, and this never was below it
+    ],
+)
+def test_a_reward_that_is_never_reached_is_no_half_of_the_iterations(ends, looks, verdict, tmp_path):
+    """AlignProp ends at `ends` after 48 updates; with stop-gradient each seed ends with a look of (updates, reward)."""
+    work = Work(setting=setting_of("playground"), folder=tmp_path)
+    for method, seeds in (("AlignProp", [(48, ends)] * len(looks)), ("AlignProp + sg", looks)):
+        searched(work, method, "hpsv2")
+        for seed, last in enumerate(seeds):
+            rate = work.lr(method, "hpsv2")
+            cell = work.cell(method, "hpsv2", seed, lr=rate, T=None, options=(), count=work.setting.counted)
+            trace = [{"updates": u, "scores": {"hpsv2": value}} for u, value in ((0, 0.6), last)]
+            work.rows.add({"cell": json.loads(cell.key), "trace": trace})
+    told = ablations._iterations(ablations.FIG6, work, work.rows, "hpsv2")
+    assert told.verdict == verdict
+    assert "reached" in told.figure
+
+
 def test_a_rate_that_broke_the_run_is_not_chosen(tmp_path):
     work = Work(setting=setting_of("playground"), folder=tmp_path)
     searched(work, "DRTune", "hpsv2", {1e-4: 0.2, 3e-4: 0.1, 9e-4: float("nan")}.get)
@@ -285,6 +311,9 @@ def test_every_page_can_be_made_before_anything_ran(name, tmp_path):
     page = bench(name, results=tmp_path, only_report=True, plots=False)
     text = page.read_text()
     assert "not run" in text or "0 of" in text
+    tables = text.count("| claim | here |")
+    assert tables == (0 if name in ("fig4", "fig5") else 2 if name == "table1" else 1)
+    assert text.count("\n".join(JUDGED)) == tables
     assert not (tmp_path / "playground" / "rows.jsonl").exists()
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..progress import digits
 from ..stats import mean_interval
+from ..tables import markdown_table
 
 Verdict = Literal["holds", "fails", "cannot be told here", "not run"]
 
@@ -27,6 +28,16 @@ class Claim:
 
 
 HEADINGS = ["claim", "here", "95 % interval over seeds", "verdict"]
+JUDGED = (
+    "Each claim is judged by itself at 95 %: of twenty about nothing, one would get a verdict. To be the best *holds*",
+    "where it is above every rival at 95 %, and *fails* where it is below one at 95 % for the whole family; the",
+    "interval shown is that of the best rival alone, so it may exclude 0 beside *cannot be told here*.",
+)
+
+
+def claims_table(claims: Sequence[Claim]) -> list[str]:
+    """The lines of a page: the table of the claims, and how they are judged."""
+    return [markdown_table(HEADINGS, [claim.cells() for claim in claims]), "", *JUDGED]
 
 
 def better(says: str, ours: Sequence[float], theirs: Sequence[float], *, less: bool, names: tuple[str, str]) -> Claim:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tables import markdown_table
-from .claims import HEADINGS, Claim, better
+from .claims import Claim, better, claims_table
 from .rows import Cell, made_by
 from .setting import Setting
 from .table1 import spread
@@ -104,7 +104,7 @@ def report(work: Work) -> str:
         "",
         markdown_table(["K", "norm without stop-gradient", "norm with it"], body),
         "",
-        markdown_table(HEADINGS, [claim.cells() for claim in claims(rows, s.T)]),
+        *claims_table(claims(rows, s.T)),
         *(["", "![gradient norm](fig7.png)"] if rows else []),
         *made_by(rows),
     ]

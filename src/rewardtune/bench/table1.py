@@ -13,7 +13,7 @@ from typing import Any
 from ..progress import digits
 from ..tables import markdown_table
 from .cells import BASE
-from .claims import HEADINGS, Claim, best, better
+from .claims import Claim, best, better, claims_table
 from .rows import Cell, Rows, made_by
 from .setting import METHODS, PAPER, Setting
 from .work import Work
@@ -107,7 +107,7 @@ def report(work: Work) -> str:
         "",
         "## Claims",
         "",
-        markdown_table(HEADINGS, [claim.cells() for reward in rewards for claim in claims(s, reward, tables[reward])]),
+        *claims_table([claim for reward in rewards for claim in claims(s, reward, tables[reward])]),
         "",
         "## What the budget bought",
         "",
@@ -187,7 +187,7 @@ def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[s
         "",
         markdown_table(["method", *(f"{share:.0%}" for share in LEVELS), "moved, first / last step"], body),
         "",
-        markdown_table(HEADINGS, [claim.cells() for claim in told]),
+        *claims_table(told),
     ]
 
 
