@@ -598,7 +598,7 @@ def page(found: dict[str, Any], command: str) -> list[str]:
         f"gathered, in {found['gatherings']} parts,",
         "at each of the E calls and twice at each of the K replays (forward, backward). Efficiency: against a GPU that",
         "holds the whole model and works alone. One card is the slow bound across nodes, eight the fast one.",
-        "`memory.shard` itself shares the weights over all processes of a run; a node each is what would be better.",
+        "`memory.shard: true` shares the weights over all processes of a run, `node` inside each machine.",
         "",
         *sharded_table(found["sharded"]),
     ]
