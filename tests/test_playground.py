@@ -328,6 +328,52 @@ def test_build_resumes_and_equals_the_uninterrupted_one(tmp_path, capsys):
         build(tmp_path / "parts", quick=True, seed=1)
 
 
+def test_a_checkpoint_of_another_world_beginning_or_upstream_is_refused(tmp_path, monkeypatch):
+    from torch import nn
+
+    from rewardtune.playground.training import Schedule, fit
+
+    def train(start=1.0, upstream=2.0):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(model.weight, start)
+        fit(
+            "one",
+            model,
+            loss=lambda draw: (model.weight.sum(), {}),
+            schedule=Schedule(steps=1, batch=1, lr=0.1, warmup=0),
+            checkpoint=tmp_path / "one.ckpt",
+            seed=0,
+            upstream=[torch.tensor(upstream)],
+        )
+        return model.weight.item()
+
+    assert train() == train() != 1.0  # trained, and then from its checkpoint
+    for other in ({"start": 1.5}, {"upstream": 2.5}):
+        with pytest.raises(ConfigError, match="belongs to"):
+            train(**other)
+    (tmp_path / "scenes.py").write_text("another world")
+    monkeypatch.setattr(scenes, "__file__", str(tmp_path / "scenes.py"))
+    with pytest.raises(ConfigError, match="belongs to"):
+        train()
+
+
+def test_latents_of_another_autoencoder_number_or_seed_are_drawn_again(tmp_path):
+    from rewardtune.playground.autoencoder import autoencoder
+    from rewardtune.playground.denoiser import cached_latents
+
+    def latents(vae, scenes=2, seed=0):
+        return cached_latents(vae, tmp_path / "latents.pt", scenes=scenes, seed=seed)[0]
+
+    vae, other = autoencoder(), autoencoder()
+    first = latents(vae)
+    written = (tmp_path / "latents.pt").stat().st_mtime_ns
+    assert torch.equal(latents(vae), first)
+    assert (tmp_path / "latents.pt").stat().st_mtime_ns == written
+    assert len(latents(vae, scenes=3)) == 3
+    assert not torch.equal(latents(vae, seed=1), first)
+    assert not torch.equal(latents(other), first)
+
+
 def test_build_refuses_an_unknown_stage(tmp_path):
     from rewardtune.playground.build import build
 

@@ -67,7 +67,7 @@ class _Build:
     def clip_finish(self) -> Any:
         pipe = small_pipeline(self.output, text_model=self.clip.text_model, vae=self.vae, unet=self.unet)
         tokenizer, heads = pipe.tokenizer, deepcopy(self.seeing)
-        settings = self._settings("clip_finish") | {"look": clip.stopped_early(pipe)}
+        settings = self._settings("clip_finish") | {"look": clip.stopped_early(pipe), "upstream": (self.unet, self.vae)}
         return clip.train_vision(heads, tokenizer, self._checkpoint("clip_finish"), **settings).clip
 
     @cached_property

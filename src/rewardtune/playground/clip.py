@@ -8,13 +8,13 @@ When that is trained, the vision tower learns on from the early stops it shows; 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .captions import KINDS, negative, with_places
@@ -42,7 +42,7 @@ def write_processor(folder: Path) -> None:
 
 
 def small_clip(tokenizer: Any) -> Any:
-    """An untrained `CLIPModel` of about 0.9 M parameters."""
+    """An untrained `CLIPModel` of 0.78 M parameters."""
     from transformers import CLIPConfig, CLIPModel
 
     shared: dict[str, Any] = {
@@ -158,11 +158,13 @@ def train_vision(
     *,
     schedule: Schedule = SCHEDULE,
     look: Callable[[list[Scene], Draw], Tensor] = softened,
+    upstream: Sequence[nn.Module] = (),
     seed: int = 0,
     stop_after: int | None = None,
 ) -> Heads:
     """Train the vision tower and both projections contrastively against the text tower, which stays as it is;
-    returns the heads with their `CLIPModel`. `look` gives the scenes' pictures (n, 3, 64, 64)."""
+    returns the heads with their `CLIPModel`. `look` gives the scenes' pictures (n, 3, 64, 64),
+    by the networks `upstream`."""
     clip, batch = heads.requires_grad_(True).clip, schedule.batch
     clip.text_model.requires_grad_(False)
 
@@ -180,5 +182,5 @@ def train_vision(
         return value + 0.7 * looking, {name: number.item() for name, number in numbers.items()}
 
     settings: dict[str, Any] = {"schedule": schedule, "checkpoint": checkpoint, "seed": seed, "stop_after": stop_after}
-    fit(checkpoint.stem, heads.train(), loss=loss, **settings)
+    fit(checkpoint.stem, heads.train(), loss=loss, upstream=upstream, **settings)
     return heads

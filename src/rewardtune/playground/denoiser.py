@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .autoencoder import encode
 from .heads import WIDTH
 from .scenes import draw_scenes, render
-from .training import Draw, Schedule, draw_for, fit
+from .training import Draw, Schedule, draw_for, fingerprint, fit
 from .words import tokens
 
 SCHEDULE = Schedule(steps=10000, batch=32, lr=1e-3, ema=0.999, shards=2)
@@ -65,8 +65,9 @@ def scheduler() -> Any:
 
 
 def cached_latents(vae: Any, file: Path, *, scenes: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Latents (scenes, 4, 16, 16) in float16 and their captions, from `file` where it exists."""
-    if not file.exists():
+    """Latents (scenes, 4, 16, 16) in float16 and their captions, from `file` where it was made of the same."""
+    identity = {"scenes": scenes, "seed": seed, "made_from": fingerprint(vae)}
+    if not file.exists() or torch.load(file, weights_only=True).get("identity") != identity:
         latents, captions = [], []
         with torch.no_grad():
             for start in range(0, scenes, 250):
@@ -75,7 +76,7 @@ def cached_latents(vae: Any, file: Path, *, scenes: int, seed: int) -> tuple[Ten
                 captions += [scene.caption for scene in drawn]
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".tmp")
-        torch.save({"latents": torch.cat(latents), "captions": captions}, part)
+        torch.save({"identity": identity, "latents": torch.cat(latents), "captions": captions}, part)
         os.replace(part, file)
     stored = torch.load(file, weights_only=True)
     return stored["latents"], stored["captions"]
@@ -130,6 +131,7 @@ def train_unet(
         return (error * weight((a / (1 - a)).view(-1))).mean(), {"mse": error.mean().item()}
 
     settings: dict[str, Any] = {"loss": loss, "seed": seed, "stop_after": stop_after, "workers": workers}
+    settings["upstream"] = (clip.text_model, latents)
     model = fit("unet", model, schedule=schedule, checkpoint=checkpoint, **settings)
     model = model.requires_grad_(True).train()
     return fit("finish", model, schedule=finish, checkpoint=checkpoint.with_stem("finish"), **settings)

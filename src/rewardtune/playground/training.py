@@ -6,11 +6,12 @@ one would have seen and a checkpoint holds no generator. Left out: devices, mixe
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import ConfigError
+
+from . import scenes, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,17 @@ def draw_for(seed: int, name: str, step: int, shard: int = 0) -> Draw:
     return Draw(step=step, rng=rng, noise=torch.Generator().manual_seed(rng.getrandbits(62)))
 
 
+def fingerprint(*parts: nn.Module | Tensor) -> str:
+    """Of the world, as its sources `scenes.py` and `words.py` describe it, and of networks and tensors."""
+    digest = hashlib.sha256()
+    for module in (scenes, words):
+        digest.update(Path(module.__file__).read_bytes())
+    for part in parts:
+        for name, tensor in part.state_dict().items() if isinstance(part, nn.Module) else [("", part)]:
+            digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _gradients(
     parameters: list[nn.Parameter],
     loss: Callable[[Draw], tuple[Tensor, dict[str, float]]],
@@ -86,12 +100,13 @@ def fit(
     seed: int,
     stop_after: int | None = None,
     workers: int = 1,
+    upstream: Sequence[nn.Module | Tensor] = (),
 ) -> nn.Module:
     """Train `model` on `loss(draw) -> (loss, numbers to print)`; returns it (averaged if `schedule.ema`).
 
     Continues from `checkpoint` where that exists; `stop_after` steps of this call it saves and raises
-    KeyboardInterrupt, as Ctrl-C would; `workers` threads share a step's shards. ConfigError for a checkpoint of
-    another schedule or seed.
+    KeyboardInterrupt, as Ctrl-C would; `workers` threads share a step's shards. upstream: what else the loss is made
+    with. ConfigError for a checkpoint of another schedule, seed, world, beginning of `model` or `upstream`.
     """
     from diffusers.training_utils import EMAModel
 
@@ -99,12 +114,14 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
     average = EMAModel(parameters, decay=schedule.ema, use_ema_warmup=True, power=0.75) if schedule.ema else None
     identity = {"name": name, "seed": seed, "steps": schedule.steps, "batch": schedule.batch, "lr": schedule.lr}
+    identity["made_from"] = fingerprint(model, *upstream)  # the model as it begins: often a trained one
     begin = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["identity"] != identity:
             raise ConfigError(
-                f"{checkpoint} belongs to {state['identity']}, this build is {identity}: delete it or change --output"
+                f"{checkpoint} belongs to {state['identity']}, this build is {identity}: "
+                "delete it and those made from it, or change --output"
             )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
