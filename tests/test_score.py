@@ -154,6 +154,14 @@ def test_where_prompts_come_from(folder):
     rows = [{"file": f"{name}.png", "prompt": name.upper()} for name in "cba"]
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert texts(captions(paths, prompts=folder / "t.jsonl")) == ["A", "B", "C"]
+    lines = "two\nlines", "and\u2028two", "C"  # a table keeps the breaks inside a prompt
+    (folder / "t.csv").write_text(
+        "".join(["file,prompt\n", *(f'{x}.png,"{y}"\n' for x, y in zip("abc", lines, strict=True))])
+    )
+    assert texts(captions(paths, prompts=folder / "t.csv")) == list(lines)
+    rows = [{"file": f"{x}.png", "prompt": y} for x, y in zip("abc", lines, strict=True)]
+    (folder / "t.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert texts(captions(paths, prompts=folder / "t.jsonl")) == list(lines)
     for name in "abc":
         (folder / f"{name}.txt").write_text(f"beside {name}\n")
     assert texts(captions(paths)) == ["beside a", "beside b", "beside c"]
@@ -335,6 +343,10 @@ def test_the_playgrounds_clipscore_prefers_the_right_prompt(tmp_path, capsys):
         (["a.png", "-r", "clipscor"], "unknown reward 'clipscor' (did you mean 'clipscore'?)"),
         (["a.png", "-r", "absent:f"], "reward 'absent:f': importing absent failed"),
         (["a.png", "-r", "clipscore"], "the reward 'clipscore' reads a prompt and none is given"),
+        (
+            ["a.png", "-r", "objectness", "-o", "model=playground", "-o", "target=null"],
+            "the reward 'objectness' reads a prompt and none is given",
+        ),
         (["a.png", "-r", "mine:function"], "the reward 'mine:function' reads a prompt and none is given"),
         (["a.png", "-r", "symmetry", "-r", "symmetry"], "'symmetry' is given twice"),
         (
@@ -447,6 +459,12 @@ def test_the_table_says_what_objectness_looks_for_by_default():
     picture = Picture(file="a.png", width=8, height=8, prompt=None, converted="", native={"objectness": 0.5})
     assert as_table([picture], {"objectness": {}}).endswith("\nobjectness looks for 'book'")
     assert "looks for" not in as_table([picture], {"symmetry": {}})
+
+
+@pytest.mark.parametrize(("options", "less"), [({}, True), ({"minimise": True}, True), ({"minimise": False}, False)])
+def test_the_table_says_whether_less_is_better(options, less):
+    picture = Picture(file="a.png", width=8, height=8, prompt=None, converted="", native={"objectness": 0.5})
+    assert ("Less is better: objectness" in as_table([picture], {"objectness": options})) is less
 
 
 @pytest.mark.parametrize(

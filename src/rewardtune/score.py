@@ -84,9 +84,10 @@ def load_rewards(choices: Choices, *, prompts: bool, device: str) -> dict[str, R
     from .launch import make_reward
     from .rewards.loading import named
 
-    for name in choices:
+    for name, options in choices.items():
         named(name)
-        if not prompts and name.lower() not in READS_NO_PROMPT:
+        own_prompt = name.lower() == "objectness" and options.get("target", OBJECT) is None
+        if not prompts and (own_prompt or name.lower() not in READS_NO_PROMPT):
             raise ConfigError(
                 f"the reward {name!r} reads a prompt and none is given: --prompt TEXT for all images, --prompts FILE "
                 "with one line for each, or a text file beside each image (a reward of yours that reads none: "
@@ -220,7 +221,8 @@ def as_table(pictures: Sequence[Picture], choices: Choices) -> str:
         label = f"mean of {len(pictures)}, ± 95%"
         rows.append([label, *([""] if prompted else []), *(with_interval(mean, half) for mean, half in means)])
     text = text_table(headings, rows, flexible=1 if prompted else 0, numbers=range(1 + prompted, len(headings)))
-    if less := [column for column in columns if column in LESS_IS_BETTER]:
+    more = {name.lower() for name, options in choices.items() if options.get("minimise") is False}  # objectness
+    if less := [column for column in columns if column in LESS_IS_BETTER - more]:
         text += f"\nLess is better: {', '.join(less)}"
     for options in (options for name, options in choices.items() if name.lower() == "objectness"):
         target = options.get("target", OBJECT)
