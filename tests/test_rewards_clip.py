@@ -149,6 +149,12 @@ def test_a_cut_prompt_is_said_once_and_cut_as_transformers_does(folder, images):
     torch.testing.assert_close(ours, official_cosine(folder, images.mul(255).round() / 255, long), rtol=0, atol=5e-3)
 
 
+def test_an_end_token_inside_a_prompt_cuts_it_and_is_said(folder, score, images):
+    with pytest.warns(UserWarning, match=r"clipscore: a prompt itself holds the tokenizer's end token .*; it is cut"):
+        cut = score(images[:1], ["ab<|endoftext|>cd"])
+    torch.testing.assert_close(cut, score(images[:1], ["ab"]))
+
+
 def test_bfloat16_network_gives_float32_scores(folder, score, images):
     half = rewards.CLIPScore(model=str(folder), dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16

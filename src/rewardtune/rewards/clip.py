@@ -26,6 +26,7 @@ from rewardtune.rewards.clipmodel import (
     image_settings,
     pretrained_clip,
     vit_h_from_open_clip,
+    warn_of_inner_end,
 )
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
@@ -109,6 +110,7 @@ class CLIPSimilarity(NetworkReward):
 
     def _encode(self, ids: list[int]) -> Tensor:
         """The normalised text embedding (D,), float32 or wider."""
+        warn_of_inner_end(ids, who=self.name)
         output = self.model.get_text_features(input_ids=torch.tensor([ids], device=self.model.device))
         return F.normalize(full(embedding(output)), dim=-1)[0]
 

@@ -161,6 +161,16 @@ def check_end_token(tokenizer: Any, end: int | None, *, who: str, repo: str) -> 
         )
 
 
+def warn_of_inner_end(ids: Sequence[int], *, who: str) -> None:
+    """A text is read at its first end token: one that a prompt spells out cuts the prompt there."""
+    if (first := list(ids).index(ids[-1])) < len(ids) - 1:
+        warnings.warn(
+            f"{who}: a prompt itself holds the tokenizer's end token (<|endoftext|>), as token {first + 1} of "
+            f"{len(ids)}; it is cut there",
+            stacklevel=2,
+        )
+
+
 def embedding(output: Any) -> Tensor:
     """transformers 5 answers with an output object whose pooler_output is the projected embedding; 4 with a tensor."""
     return output if torch.is_tensor(output) else output.pooler_output

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from rewardtune.errors import ConfigError
 from rewardtune.rewards.catalogue import OBJECT, OWLVIT, Source
-from rewardtune.rewards.clipmodel import channels, check_end_token
+from rewardtune.rewards.clipmodel import channels, check_end_token, warn_of_inner_end
 from rewardtune.rewards.contract import full
 from rewardtune.rewards.network import NetworkReward, TextCache
 from rewardtune.rewards.preprocess import Preprocess
@@ -104,6 +104,7 @@ class Objectness(NetworkReward):
 
     def _encode(self, ids: list[int]) -> Tensor:
         """The query embedding (D,), of length 1, float32 or wider."""
+        warn_of_inner_end(ids, who=self.name)
         output = self.model.owlvit.get_text_features(input_ids=torch.tensor([ids], device=self.model.device))
         return F.normalize(full(output.pooler_output), dim=-1)[0]
 
