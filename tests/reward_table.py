@@ -15,7 +15,7 @@ from golden_rewards import BUILDERS, read
 from torch import Tensor
 
 from rewardtune import playground, rewards
-from rewardtune.rewards import Reward, balance, hinge, mean_of, minimum_of, standardise, target
+from rewardtune.rewards import Reward, balance, hinge, mean_of, minimum_of, relative, standardise, target
 
 HEIGHT, WIDTH = 40, 56
 PROMPTS = ["a red cat", "two dogs", "a house"]
@@ -85,6 +85,7 @@ COMPOSED = {
     "hinge": Row(make=lambda: 1e-3 * hinge(network("imagereward"), 50.0), columns=CROPPED),
     "target": Row(make=lambda: target(rewards.Symmetry(), 0.3)),
     "standardise": Row(make=lambda: standardise(network("aesthetic"), mean=5.0, std=0.5), columns=CROPPED),
+    "relative": Row(make=lambda: relative(network("clipscore"), "a {}", "no {}", k=0.5), columns=CROPPED),
     "mean_of": Row(make=lambda: mean_of(network("hpsv2"), network("clipscore"))),
     "minimum_of": Row(make=lambda: minimum_of(network("hpsv2"), hinge(network("objectness"), -9.0))),
     "balance": Row(make=lambda: balance(network("clipscore") + 0.2 * rewards.Symmetry() + 0 * rewards.JPEGBytes())),

@@ -6,7 +6,8 @@
 
 They combine per image, nothing is shared over a batch, and the log keeps the native values of all that they are
 made of. A level, target, mean or std is given as the log shows the reward: `hinge(Symmetry(), 0.3)` stops pushing when
-symmetry has come down to 0.3. (Where score and log differ by more than a sign, as for objectness: as the score.)
+symmetry has come down to 0.3; a weight goes outside, `0.5 * hinge(...)`. (Where score and log differ by more than a
+sign, as for objectness: as the score.)
 """
 
 import math
@@ -23,7 +24,6 @@ class _OfOne(Composition):
     def __init__(self, reward: Reward | Scorer) -> None:
         self.reward = as_reward(reward, action=f"build '{self.name}'")
         self.members = (self.reward,)
-        self.sign = -1.0 if self.reward.minimise else 1.0  # the score is sign * r
 
 
 class Hinge(_OfOne):
@@ -31,7 +31,7 @@ class Hinge(_OfOne):
 
     def __init__(self, reward: Reward | Scorer, level: float) -> None:
         super().__init__(reward)
-        self.level = _number("hinge", "level", level)
+        self.sign, self.level = _sign("hinge", self.reward), _number("hinge", "level", level)
         self.name = f"hinge({self.reward.name}, {level:g})"
 
     def _measure(self, call: Call) -> Tensor:
@@ -43,7 +43,7 @@ class Target(_OfOne):
 
     def __init__(self, reward: Reward | Scorer, value: float) -> None:
         super().__init__(reward)
-        self.value = _number("target", "value", value)
+        self.sign, self.value = _sign("target", self.reward), _number("target", "value", value)
         self.name = f"target({self.reward.name}, {value:g})"
 
     def _measure(self, call: Call) -> Tensor:
@@ -58,6 +58,7 @@ class Standardised(_OfOne):
 
     def __init__(self, reward: Reward | Scorer, *, mean: float, std: float) -> None:
         super().__init__(reward)
+        self.sign = _sign("standardise", self.reward)
         self.mean, self.std = _number("standardise", "mean", mean), _number("standardise", "std", std)
         if self.std <= 0:
             raise ConfigError(f"standardise: std is {std!r}; legal is above 0: the spread of the native value")
@@ -98,7 +99,8 @@ class Relative(_OfOne):
         if torch.equal(liked, disliked):
             raise RewardError(
                 f"{self.name}: the same score for {self.positive!r} and {self.negative!r}, so it does not read the "
-                "prompt; relative needs a reward that does (clipscore, pickscore, hpsv2, imagereward)"
+                "prompt; relative needs a reward that does (clipscore, pickscore, hpsv2, imagereward). Or the prompts "
+                "are so long that the words behind {} are cut off: put them before {}"
             )
         score = (1 + self.k) * liked - disliked
         call.keep(self, score)
@@ -203,6 +205,19 @@ def _balanced(gradients: Tensor, weights: Tensor, *, limit: float) -> Tensor:
 
 hinge, target, standardise, relative = Hinge, Target, Standardised, Relative
 mean_of, minimum_of, balance = Mean, Minimum, Balance
+
+
+def _sign(who: str, reward: Reward) -> float:
+    """The score is sign * r, r as the log shows it. ConfigError where a weight alone has turned the one part's sign."""
+    if len(reward.terms) == 1:
+        ((weight, part),) = reward.terms
+        if part is not reward and (weight < 0) != part.minimise:
+            raise ConfigError(
+                f"{who}: '{reward.name}' is scored with the other sign than '{part.name}' is logged, so no level can "
+                f"be read off the log; put the weight outside: 0.5 * {who}(a, ...); less is better for a reward with "
+                "`minimise = True`"
+            )
+    return -1.0 if reward.minimise else 1.0
 
 
 def _number(who: str, setting: str, value: object) -> float:
