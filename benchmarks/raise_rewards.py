@@ -16,6 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from stored import refuse_other
+
 RESULTS = Path("docs/results")
 STORED = RESULTS / "raise_rewards.json"
 KEEP = {"name": "clipscore", "weight": 4.0, "options": {"model": "playground"}}  # beside rewards that ignore the prompt
@@ -35,6 +37,12 @@ UPDATES, LR = 40, 4e-4  # four times the rate of the recipe: at twice, symmetry 
 SLOWER = {"clipscore": (80, 2e-4)}  # at 4e-4 it fell for seed 0; chosen with seed 7 on prompts of the training split
 
 
+def settings_of(name: str, *, count: int) -> dict[str, Any]:
+    """What a run is made with, besides its reward and seed; stored in its row."""
+    updates, lr = SLOWER.get(name, (UPDATES, LR))
+    return {"updates": updates, "lr": lr, "count": count}
+
+
 def tune(name: str, seed: int, *, count: int) -> dict[str, Any]:
     """One run; the native values of its rewards before and after, on held-out prompts with fixed noise."""
     import torch
@@ -44,7 +52,7 @@ def tune(name: str, seed: int, *, count: int) -> dict[str, Any]:
     from rewardtune.launch import train
 
     torch.set_num_threads(1)
-    updates, lr = SLOWER.get(name, (UPDATES, LR))
+    settings = settings_of(name, count=count)
     prompts = {
         split: [p for p in playground.prompts(2000, split=split, layout="free") if name != "objectness" or OBJECT in p]
         for split in ("train", "eval")
@@ -53,13 +61,13 @@ def tune(name: str, seed: int, *, count: int) -> dict[str, Any]:
         changes = ["method={name: drtune, options: {K: 2, m: 8}}"]
         changes += [f"reward={json.dumps(REWARDS[name])}", f"prompts={json.dumps(prompts['train'][:1000])}"]
         changes += [f"eval.prompts={json.dumps(prompts['eval'][:count])}", f"eval.count={count}", f"seed={seed}"]
-        changes += [f"optim.steps={updates}", f"optim.lr={lr}", f"output_dir={folder}/run"]
+        changes += [f"optim.steps={settings['updates']}", f"optim.lr={settings['lr']}", f"output_dir={folder}/run"]
         result = train(load_config("playground", changes))
     if seed == 0:
         columns = {"before": result.before_images[:SHOWN], "after": result.after_images[:SHOWN]}
         evaluate.save_grid(columns, prompts["eval"][:SHOWN], RESULTS / f"raise_{name}.png")
     scores = {part: [result.before[part][0], result.after[part][0]] for part in result.before if part != "reward"}
-    return {"reward": name, "seed": seed, "updates": result.steps, "seconds": round(result.seconds), "scores": scores}
+    return {"reward": name, "seed": seed, **settings, "seconds": round(result.seconds), "scores": scores}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -93,13 +101,13 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def report(rows: list[dict[str, Any]], *, count: int) -> str:
+def report(rows: list[dict[str, Any]]) -> str:
     slower = ", ".join(f"{name} {updates} at {lr:g}" for name, (updates, lr) in SLOWER.items())
     lines = [
         "# DRTune raises the seven rewards",
         "",
         f"`python benchmarks/raise_rewards.py`: the playground, {UPDATES} updates of 8 at {LR:g} ({slower}), DRTune",
-        f"with K=2, m=8; native values, means over {count} held-out prompts with fixed noise, all",
+        f"with K=2, m=8; native values, means over {rows[0]['count']} held-out prompts with fixed noise, all",
         "sampling steps, the same before and after. *Noise of seeds*: the standard deviation of the change over seeds;",
         "*beyond*: every seed improved and the mean change is more than twice that.",
         "",
@@ -127,6 +135,8 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
     rows = json.loads(STORED.read_text()) if STORED.exists() else []
+    for row in rows:
+        refuse_other(row, **settings_of(row["reward"], count=asked.count))
     done = {(row["reward"], row["seed"]) for row in rows}
     jobs = [(name, seed) for seed in asked.seeds for name in asked.rewards if (name, seed) not in done]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
@@ -135,7 +145,7 @@ def main() -> None:
             rows.append(run.result())
             STORED.write_text(json.dumps(rows, indent=1) + "\n")
             print(rows[-1], flush=True)
-    text = report(rows, count=asked.count)
+    text = report(rows)
     (RESULTS / "raise_rewards.md").write_text(text)
     print(text)
 

@@ -22,6 +22,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from stored import refuse_other
+
 RESULTS = Path("docs/results")
 STORED = RESULTS / "regularisers.json"
 LR, CLIP, BATCH, RANK = 1e-3, 0.1, 8, 16
@@ -99,6 +101,9 @@ def tune(name: str, seed: int, *, updates: int, every: int, count: int) -> dict[
         "setting": name,
         "seed": seed,
         "updates": updates,
+        "every": every,
+        "count": count,
+        "lr": LR,
         "seconds": round(time.perf_counter() - started),
         "trace": trace,
         "kl": distances[-10:],
@@ -106,13 +111,15 @@ def tune(name: str, seed: int, *, updates: int, every: int, count: int) -> dict[
     }
 
 
-def at_reward(trace: list[dict[str, float]], level: float, measure: str) -> float | None:
-    """The measure where the run first reaches this reward, linear between two evaluations; None if it never does."""
+def at_reward(trace: list[dict[str, float]], level: float, measure: str) -> float:
+    """The measure where the run first reaches this reward, linear between two evaluations. ValueError if never."""
+    if trace[0]["reward"] >= level:
+        return trace[0][measure]
     for a, b in pairwise(trace):
-        if a["reward"] <= level <= b["reward"]:
-            share = (level - a["reward"]) / (b["reward"] - a["reward"] or 1.0)
+        if a["reward"] < level <= b["reward"]:
+            share = (level - a["reward"]) / (b["reward"] - a["reward"])
             return a[measure] + share * (b[measure] - a[measure])
-    return None
+    raise ValueError(f"a run never reaches the reward {level}")
 
 
 def equal_level(rows: list[dict[str, Any]], name: str) -> tuple[float, list[tuple[Any, Any]]]:
@@ -130,19 +137,15 @@ def at_equal(rows: list[dict[str, Any]], name: str) -> list[str]:
     cells = [f"{level:.2f}"]
     for measure in MEASURES[1:]:
         ends = [[at_reward(trace, level, measure) for trace in pair] for pair in pairs]
-        gains = [after - before for before, after in ends if before is not None and after is not None]
-        without, with_ = (statistics.mean(end[k] or 0.0 for end in ends) for k in (0, 1))
+        gains = [after - before for before, after in ends]
+        without, with_ = map(statistics.mean, zip(*ends, strict=True))
         mean, half = mean_interval(gains)
         cells.append(f"{without:.3f} -> {with_:.3f}: {mean:+.3f}" + (f" ± {half:.3f}" if len(gains) > 1 else ""))
     return cells
 
 
-def spread(values: list[float | None]) -> str:
-    found = [v for v in values if v is not None]
-    if not found:
-        return "not reached"
-    text = f"{statistics.mean(found):.4f}" + (f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else "")
-    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)} reach it)"
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -192,13 +195,12 @@ def curve(rows: list[dict[str, Any]]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    updates = " or ".join(map(str, sorted({row["updates"] for row in rows})))
     lines = [
         "# Regularisers at equal reward",
         "",
-        f"`python benchmarks/regularisers.py`: the playground, {updates} updates of {BATCH} at {LR:g}, DRTune",
-        "(K=2, m=8) on the aesthetic reward alone; means over held-out prompts with fixed noise, ± standard deviation",
-        "over seeds.",
+        "`python benchmarks/regularisers.py`: the playground,",
+        f"{rows[0]['updates']} updates of {BATCH} at {LR:g}, DRTune (K=2, m=8) on the aesthetic reward alone;",
+        f"means over {rows[0]['count']} held-out prompts with fixed noise, ± standard deviation over seeds.",
         "Diversity is the mean pairwise 1 - cos of CLIP image features. The first columns are the runs' ends. The last",
         "three compare each setting with no regulariser where both first reach the same reward, the highest that all",
         "of their seeds reach: without -> with, and the gain, paired by seed, with Student's 95 % interval over seeds.",
@@ -223,9 +225,11 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
     stored = asked.results / STORED.name
     rows = json.loads(stored.read_text()) if stored.exists() else []
+    given = {"updates": asked.updates, "every": asked.every, "count": asked.count}
+    for row in rows:
+        refuse_other(row, **given, lr=LR)
     done = {(row["setting"], row["seed"]) for row in rows}
     jobs = [(name, seed) for seed in asked.seeds for name in asked.settings if (name, seed) not in done]
-    given = {"updates": asked.updates, "every": asked.every, "count": asked.count}
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         for run in [pool.submit(tune, name, seed, **given) for name, seed in jobs]:
             rows.append(run.result())

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from stored import refuse_other
 from torch import Tensor
 
 from rewardtune import evaluate, playground
@@ -63,7 +64,10 @@ def run(name: str, *, updates: int, every: int, count: int, seed: int) -> dict[s
     rules = make_rules(RULES) if name == "with guards" else []
     return {
         "run": name,
+        "seed": seed,
         "updates": updates,
+        "every": every,
+        "lr": LR,
         "ended": ended,
         "best": best_of(curve, "reward", rules),
         "prompts": prompts,
@@ -155,13 +159,13 @@ def pictures(rows: list[dict[str, Any]]) -> None:
     evaluate.save_grid(columns, rows[0]["prompts"][:SHOWN], RESULTS / "reward_hacking_pictures.png", per_row=2)
 
 
-def report(rows: list[dict[str, Any]], *, seed: int) -> str:
+def report(rows: list[dict[str, Any]]) -> str:
     shown = ["aesthetic", "clipscore", "vendi", "saturation", "sharpness", "base_distance"]
     lines = [
         "# Reward hacking, with and without guards",
         "",
         f"`python benchmarks/reward_hacking.py`: the playground, aesthetic reward alone, learning rate {LR:g},",
-        f"seed {seed}; {len(rows[0]['prompts'])} held-out prompts, fixed noise. CLIPScore is not",
+        f"seed {rows[0]['seed']}; {len(rows[0]['prompts'])} held-out prompts, fixed noise. CLIPScore is not",
         f"trained on. The rule of the guarded run: `{json.dumps(RULES[0])}`; asked is that less than {ALLOWED:.0%} is",
         "lost. Intervals are Student's at 95 % over prompts; one seed. What is lost when a rule acts depends on how",
         "far two evaluations are apart: at twice the learning rate the rule noticed 17.3 % (every 4 updates), 10.4 %",
@@ -204,14 +208,17 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rows = {row["run"]: row for row in json.loads(STORED.read_text())} if STORED.exists() else {}
+    settings = {"seed": asked.seed, "updates": asked.updates}
+    for name, row in rows.items():
+        refuse_other({**row, "count": len(row["prompts"])}, **settings, every=EVERY[name], lr=LR, count=asked.count)
     for name in COLOURS:
         if name not in rows:
-            rows[name] = run(name, updates=asked.updates, every=EVERY[name], count=asked.count, seed=asked.seed)
+            rows[name] = run(name, **settings, every=EVERY[name], count=asked.count)
             write_text(STORED, json.dumps(list(rows.values())) + "\n")
     ordered = [rows[name] for name in COLOURS]
     plot(RESULTS / "reward_hacking.png", {r["run"]: curve_of(r) for r in ordered}, ["aesthetic", "clipscore", "vendi"])
     pictures(ordered)
-    text = report(ordered, seed=asked.seed)
+    text = report(ordered)
     write_text(RESULTS / "reward_hacking.md", text)
     print(text)
 

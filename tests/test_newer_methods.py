@@ -514,7 +514,7 @@ def test_the_relative_reward_is_that_of_the_combined_text():
 
 def test_a_reward_that_does_not_read_the_prompt_is_not_relative():
     blind = rewards.relative(lambda images, prompts: images.mean(dim=(1, 2, 3)), "Real. {}", "Oily. {}")
-    with pytest.raises(RewardError, match="does not read the prompt.*words behind {} are cut off"):
+    with pytest.raises(RewardError, match=r"does not read the prompt.*words behind \{\} are cut off"):
         blind(torch.rand(2, 3, 8, 8), ["a", "b"])
     with pytest.raises(ConfigError, match="says nothing"):
         rewards.relative(lambda images, prompts: images.mean(dim=(1, 2, 3)), "{}", "{}")
