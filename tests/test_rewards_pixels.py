@@ -159,6 +159,12 @@ def test_detach_is_the_exact_gradient_of_the_true_error():
     assert (error[0] - error[1]) / (2 * h) == pytest.approx((gradient * direction).sum().item(), rel=1e-4)
 
 
+def test_samples_that_are_not_rounded_are_left_as_they_are():
+    flat = torch.tensor([0.8, 0.3, 0.5]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    out = jpeg(flat, 50, rounding=torch.positive, samples=torch.positive)
+    torch.testing.assert_close(out, flat, rtol=0, atol=1e-6)
+
+
 def test_cubic_rounding_points_the_same_way():
     images = small_photo()
     exact, cubic = (

@@ -44,7 +44,8 @@ def jpeg(images: Tensor, quality: int, *, rounding: Rounding = torch.round, samp
     pixels = F.pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate")  # whole blocks of chroma
     to_ycc = pixels.new_tensor(YCC)
     ycc = samples(torch.einsum("kc,bchw->bkhw", to_ycc, pixels))
-    half = samples(F.avg_pool2d(ycc[:, 1:], 2) + _ties(ycc))
+    half = F.avg_pool2d(ycc[:, 1:], 2)
+    half = half if samples is torch.positive else samples(half + _ties(ycc))
     luma = samples(_quantise(ycc[:, :1] - 128, _table(LUMA, quality).to(ycc), rounding)) + 128
     chroma = samples(_quantise(half, _table(CHROMA, quality).to(ycc), rounding))
     chroma = samples(F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False))
