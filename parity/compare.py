@@ -71,7 +71,8 @@ TRANSFORMS = """
 as in no photograph, where the first pass of PIL is clipped. hpsv2 resizes tensors and clips nothing, so `HPSv2` does
 neither; a clamp as in the others would differ in the last column. image-reward's and open_clip's transforms equal
 openai-clip's bit for bit. Where a centre crop cuts an odd rest, torchvision (openai-clip, open_clip, image-reward)
-rounds half a pixel to even and transformers and we round it down: oblong images may then be one pixel apart.
+rounds half a pixel to even, and so do `Aesthetic`, `CLIPScore` and `ImageReward`; transformers rounds it down, and so
+does `PickScore`.
 
 | official transform | ours | photo-like | hard edges | with `clamp="hard"` |
 |---|---|---|---|---|

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from reward_table import network
 from tiny_clip import photo_like, to_pil
 
 from rewardtune.errors import ConfigError
@@ -107,6 +108,23 @@ def test_any_size_fits(fit, height, width):
 def test_an_odd_rest_is_cropped_as_transformers_does():
     ramp = torch.arange(35.0).expand(1, 3, 32, 35) / 100  # no resize: 32 is the short side
     assert plain(32)(ramp)[0, 0, 0, 0].item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("rest", [0, 1, 2, 3, 5, 7, 103])
+def test_an_odd_rest_is_cropped_as_torchvision_does(rest):
+    """torchvision.transforms.functional.center_crop: crop_top = int(round((image_height - crop_height) / 2.0))."""
+    ramp = torch.arange(32.0 + rest) / 1000
+    begins = int(round((32 + rest - 32) / 2.0)) / 1000  # noqa: RUF046 - as it stands there
+    for images, size in ((ramp.expand(1, 3, 32, -1), 32), (ramp[:, None].expand(1, 3, -1, 32), 32)):
+        assert plain(size, round_rest=True)(images)[0, 0, 0, 0].item() == pytest.approx(begins)
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("aesthetic", True), ("clipscore", True), ("imagereward", True), ("pickscore", False)]
+)
+def test_each_reward_cuts_an_odd_rest_as_its_official_code(name, rounds):
+    """openai-clip, open_clip and image-reward crop by torchvision, PickScore's by transformers."""
+    assert network(name).preprocess.round_rest is rounds
 
 
 def test_normalises_in_float32_and_is_the_identity_at_equal_size():

@@ -47,6 +47,7 @@ class AffineEmbedding(NetworkReward):
     """
 
     name = "affine_embedding"
+    round_rest = False  # see `Preprocess`
 
     def __init__(
         self,
@@ -84,8 +85,9 @@ class AffineEmbedding(NetworkReward):
         self.weight, self.bias = weight.float(), bias.float()
         self.model = self.adopt(network)
         self.preprocess = Preprocess(
-            size=size, mean=mean, std=std, fit=fit, antialias=antialias, clamp=clamp, random_shift=random_shift
-        )
+            size=size, mean=mean, std=std, fit=fit, antialias=antialias, clamp=clamp, random_shift=random_shift,
+            round_rest=self.round_rest,
+        )  # fmt: skip
 
     def piece(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = self.preprocess(images).to(self.model.dtype)
@@ -102,6 +104,7 @@ class Aesthetic(AffineEmbedding):
     """
 
     name = "aesthetic"
+    round_rest = True
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class CLIPSimilarity(NetworkReward):
     spare_processor: Source | None = None  # for a model without a tokenizer of its own
     laion_vit_h: bool = False  # a ViT-H/14 in this class is LAION's, whose config is known
     fit = "crop"
+    round_rest = False  # see `Preprocess`
     needed = "config.json and model.safetensors (or pytorch_model.bin)"
 
     def __init__(
@@ -92,8 +93,9 @@ class CLIPSimilarity(NetworkReward):
         self.factor = math.exp(network.logit_scale.item()) if scale == "logit" else 1.0  # before weights are rounded
         self.model = self.adopt(network)
         self.preprocess = Preprocess(
-            size=size, mean=mean, std=std, fit=self.fit, antialias=antialias, clamp=clamp, random_shift=random_shift
-        )
+            size=size, mean=mean, std=std, fit=self.fit, antialias=antialias, clamp=clamp, random_shift=random_shift,
+            round_rest=self.round_rest,
+        )  # fmt: skip
         self.texts = TextCache(
             tokenizer,
             self._encode,
@@ -129,6 +131,7 @@ class CLIPScore(CLIPSimilarity):
 
     name = "clipscore"
     laion_vit_h = True
+    round_rest = True
 
 
 class PickScore(CLIPSimilarity):

@@ -69,8 +69,9 @@ class ImageReward(NetworkReward):
         self.weight, self.bias = (state[f"head.{part}"].float() for part in ("weight", "bias"))  # float32 everywhere
         check_finite([("head.weight", self.weight), ("head.bias", self.bias)], who=self.name, what=str(path))
         self.preprocess = Preprocess(
-            size=vision["image_size"], mean=MEAN, std=STD, antialias=antialias, clamp=clamp, random_shift=random_shift
-        )
+            size=vision["image_size"], mean=MEAN, std=STD, antialias=antialias, clamp=clamp, random_shift=random_shift,
+            round_rest=True,
+        )  # fmt: skip
         bert = _tokenizer(_tokens(source, tokenizer), vocabulary=text["vocab_size"])
         self.tokens = TextCache(bert, _padded, length=TOKENS, name=self.name)
 

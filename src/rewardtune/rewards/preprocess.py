@@ -27,6 +27,8 @@ class Preprocess:
     size: side of the network's input. mean, std: per channel.
     fit: "crop" brings the short side to `size` and cuts the middle out (CLIP); "letterbox" brings the long side to
     `size` and pads with black (hpsv2); "squash" gives up the aspect ratio (OWL-ViT). One and the same for squares.
+    round_rest: half of what "crop" cuts off, where it is no whole pixel, is rounded to even, as torchvision does for
+    open_clip, OpenAI's CLIP and ImageReward; else down, as transformers does. Oblong images differ by a pixel.
     antialias: False resizes as torchvision did for tensors before 0.17 and so, probably, as HPS was trained. Shrinking
     512 to 224 the two differ by 9/255 on average, and without it a part of the pixels gets no gradient.
     clamp: bicubic filters overshoot; 8-bit images cannot. "hard" clamps, and kills the gradient where it does; "ste"
@@ -43,13 +45,14 @@ class Preprocess:
     antialias: bool = True
     clamp: str = "hard"
     random_shift: bool = False
+    round_rest: bool = False
 
     def __post_init__(self) -> None:
         for field, legal in (("fit", FITS), ("clamp", CLAMPS)):
             given = getattr(self, field)
             if given not in legal:
                 raise ConfigError(f"{field} is {given!r}{nearest(str(given), list(legal))}; legal: {', '.join(legal)}")
-        for field in ("antialias", "random_shift"):
+        for field in ("antialias", "random_shift", "round_rest"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field} is {getattr(self, field)!r}; legal: true, false")
 
@@ -59,7 +62,10 @@ class Preprocess:
             down, right = _shifts(images.shape[-2] / height), _shifts(images.shape[-1] / width)
             images = shift(images, down=down, right=right) if down or right else images
         images = resize(images, height=height, width=width, antialias=self.antialias, clamp=self.clamp)
-        images = letterbox(images, self.size) if self.fit == "letterbox" else centre_crop(images, self.size)
+        if self.fit == "letterbox":
+            images = letterbox(images, self.size)
+        else:
+            images = centre_crop(images, self.size, round_rest=self.round_rest)
         return normalise(images, mean=self.mean, std=self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -103,9 +109,10 @@ def letterbox(images: Tensor, size: int) -> Tensor:
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
 
-def centre_crop(images: Tensor, size: int) -> Tensor:
-    """The middle (B, 3, size, size); an odd rest is floored, as transformers does."""
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+def centre_crop(images: Tensor, size: int, *, round_rest: bool = False) -> Tensor:
+    """The middle (B, 3, size, size). `round_rest`: see Preprocess."""
+    rests = images.shape[-2] - size, images.shape[-1] - size
+    top, left = (round(rest / 2) if round_rest else rest // 2 for rest in rests)
     return images[..., top : top + size, left : left + size]
 
 
