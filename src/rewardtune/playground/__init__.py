@@ -117,7 +117,7 @@ def prompts(n: int, *, split: str = "train", seed: int = 0, layout: str = "any")
 
     split: "train" or "eval"; no content (colours, shapes, background) is in both, and no network of the playground
     was trained on eval captions. layout: "free" names no place, "any" names places in 35% of the captions.
-    Captions are distinct unless the world runs out of them.
+    Captions are distinct; where too few are found there are fewer than `n`.
     """
     if split not in ("train", "eval") or layout not in ("any", "free", "named"):
         raise ConfigError(f"split={split!r} must be train or eval, layout={layout!r} must be any, free or named")

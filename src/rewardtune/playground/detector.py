@@ -149,8 +149,8 @@ def train_detector(
     seed: int = 0,
     stop_after: int | None = None,
 ) -> Any:
-    """Train the detector from `clip`, which stays as it is; half of the queries carry an article, one picture in four
-    is softened as a denoiser's early predictions are."""
+    """Train the detector from `clip`, which stays as it is; half of the queries carry an article, a third of the
+    pictures is softened as a denoiser's early predictions are."""
     torch.manual_seed(seed)
     model = small_owlvit(clip).train()
 

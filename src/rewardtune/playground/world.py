@@ -104,7 +104,7 @@ class Predictions:
 
 
 def teach(pipe: Any, step: int, *, steps: int, seed: int = 0) -> None:
-    """A LoRA on the UNet that learns middle-column pictures at one step's noise level (weight min(snr, 5) on x0)."""
+    """A LoRA on the UNet that learns middle-column pictures at one step's noise level, by the plain error of x0."""
     from peft import LoraConfig
 
     torch.manual_seed(seed)
