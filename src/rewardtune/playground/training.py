@@ -63,7 +63,7 @@ def fingerprint(*parts: nn.Module | Tensor) -> str:
     """Of the world, as its sources `scenes.py` and `words.py` describe it, and of networks and tensors."""
     digest = hashlib.sha256()
     for module in (scenes, words):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(str(module.__file__)).read_bytes())
     for part in parts:
         for name, tensor in part.state_dict().items() if isinstance(part, nn.Module) else [("", part)]:
             digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
