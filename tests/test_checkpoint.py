@@ -583,6 +583,7 @@ SETTINGS = {
     "optim": {"steps": 100, "lr": 1e-4, "betas": [0.9, 0.999], "schedule": "constant", "max_seconds": None},
     "memory": {"cache_text": True, "vae_dtype": None},
     "eval": {"every": None},
+    "guards": {"rules": []},
     "output_dir": "runs/a",
 }
 
@@ -605,7 +606,7 @@ def test_settings_that_may_change():
         optim__max_seconds=60,
         optim__micro_batch=2,
         eval__every=10,
-        guards__features="playground",
+        guards__rules=[{"metric": "reward", "below": 0.1}],
         checkpoints__keep=3,
         log__project="x",
         output_dir="runs/b",
@@ -625,6 +626,7 @@ def test_settings_that_may_change():
 
 def test_settings_that_may_not_change_are_listed_all_at_once():
     now = changed(optim__lr=2e-4, model__dtype="bfloat16", memory__vae_dtype="bfloat16", seed=1, eval__every=5)
+    now |= {"eval": {"every": 5, "count": 4, "prompts": "b.txt"}, "guards": {"features": "a", "rewards": ["b"]}}
     now |= {"prompts": ["a", "b", "c"], "reward": [{"name": "clipscore", "weight": 2.0}]}
     with pytest.raises(CheckpointError) as caught:
         compare_settings(SETTINGS, now)
@@ -636,6 +638,10 @@ def test_settings_that_may_not_change_are_listed_all_at_once():
         "seed: null at the checkpoint, 1 now",
         "reward.0.weight: 1.0 at the checkpoint, 2.0 now",
         'prompts: ["a", "b"] at the checkpoint, ["a", "b", "c"] now',
+        'eval.prompts: null at the checkpoint, "b.txt" now',
+        "eval.count: null at the checkpoint, 4 now",
+        'guards.features: null at the checkpoint, "a" now',
+        'guards.rewards: null at the checkpoint, ["b"] now',
     ):
         assert line in text
     assert "eval.every" not in text

@@ -15,10 +15,11 @@ import torch
 from tiny import stable_diffusion
 from tiny_runs import redness, save_tiny, write_run
 
-from rewardtune import adapters, checkpoint, cli, methods
+from rewardtune import adapters, checkpoint, cli, methods, rewards
 from rewardtune import gradient as gradient_module
 from rewardtune.engine import Tape
-from rewardtune.errors import RewardTuneError, TrainingStopped
+from rewardtune.errors import ConfigError, RewardTuneError, TrainingStopped
+from rewardtune.rewards.base import as_reward
 from rewardtune.trainer import RewardTuner
 
 PROMPTS = ["red heart", "blue star", "green moon", "pink cat", "grey dog"]
@@ -507,3 +508,28 @@ def test_the_best_look_is_kept_at_the_end_and_it_is_the_average(tmp_path):
     own_weights = torch.cat([value.flatten() for value in raw.values()])
     assert float(saved.norm()) == pytest.approx(float(average.norm()), rel=1e-6)
     assert float(saved.norm()) != pytest.approx(float(own_weights.norm()), rel=1e-4)
+
+
+def test_a_resume_is_held_against_the_look_at_step_0(tmp_path):
+    """Other eval prompts and held-out rewards, a rule that this look crosses, a metric that it lacks: all refused."""
+    folder = tmp_path / "run"
+    training = {"lr": 1e-3, "eval_every": 2}
+    tuner(folder).train(2, **training)
+    text = (folder / "eval.jsonl").read_text()
+
+    def refused(words, **changes):
+        with pytest.raises(ConfigError, match=words):
+            tuner(folder, resume="latest", **changes).train(4, **training)
+
+    refused("eval_prompts_digest", eval_prompts=["red cat", "blue dog"])
+    refused("guards.rewards", guards={"rewards": as_reward(redness, action="guard") + rewards.Symmetry()})
+    refused(
+        r"guards.rules\[0\]: brightness .* already above 0", guards={"rules": [{"metric": "brightness", "above": 0}]}
+    )
+    (folder / "eval.jsonl").write_text(text.replace('"saturation"', '"saturatiom"'))
+    rules = [{"metric": "saturation", "above": 0.99}]
+    refused("saturation of guards.rules .* not measured at its step 0", guards={"rules": rules})
+    (folder / "eval.jsonl").write_text(text)
+    assert checkpoint.latest(folder).step == 2
+    tuner(folder, resume="latest", guards={"rules": rules}).train(4, **training)
+    assert status(folder)["status"] == "done"

@@ -33,7 +33,7 @@ from .models import offloaded_vae
 from .panel import Panel
 from .processes import join
 from .progress import Progress
-from .prompts import OURS, Conditioned, check_argument, identity, load_prompts
+from .prompts import OURS, Conditioned, check_argument, digests, load_prompts
 from .regularize import Denoising, DenoisingLoss
 from .report.live import LiveReport
 from .rewards import check_reward
@@ -269,9 +269,7 @@ class RewardTuner:
             state = TrainingState(self.denoiser, **moves)
             stack.callback(self.trackers.finish)
             facts = moves | {"clip": clip, "batch": self.batch, "max_seconds": max_seconds}
-            settings = (self.settings or self._settings()) | {
-                "prompts_digest": checkpoint.digest(identity(self.prompts))
-            }
+            settings = (self.settings or self._settings()) | digests(self.prompts, self.eval_prompts)
             settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
             found = self._find(settings)
             for stale in ("error", "kept_step"):  # of the run that is resumed
@@ -380,7 +378,10 @@ class RewardTuner:
         """What a resume compares, where there is no run file."""
         facts = self._describe()
         told = {key: facts[key] for key in ("pipeline", "model", "scheduler", "reward", "method", "T", "call", "seed")}
-        return told | {"adapter": self.adapter, "regularize": self.regularize.model_dump(mode="json")}
+        features = self.watch.panel.features
+        guards = {"rewards": facts["held_out"], "features": features and features.name}
+        told |= {"adapter": self.adapter, "regularize": self.regularize.model_dump(mode="json")}
+        return told | {"guards": guards}
 
     def _find(self, settings: dict[str, Any]) -> checkpoint.Checkpoint | None:
         """The checkpoint to go on from, if it is one of the same run; each `resume` serves one call of train."""
@@ -390,6 +391,7 @@ class RewardTuner:
         found = checkpoint.find(self.folder.path, which)
         for note in [*found.notes, *checkpoint.compare_settings(found.state["settings"], settings)]:
             self._say(note)
+        self.watch.check_resume()
         return found
 
     def _begin(
