@@ -12,6 +12,7 @@ import subprocess
 import kill_run
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import stable_diffusion
 from tiny_runs import redness, save_tiny, write_run
 
@@ -196,9 +197,32 @@ def test_a_fault_in_an_update(name, whole, tmp_path, monkeypatch):
         for key in ("optim.micro_batch", "memory.gradient_checkpointing", "memory.offload"):
             assert key in str(met.value)
     assert checkpoint.latest(folder).step == 2
-    saved_by_step_2 = name == "memory, optimiser"  # half an update is not saved
+    broken = "pictures" in message
+    assert told.get("kept_step") == (2 if broken else None)
+    saved_by_step_2 = broken or name == "memory, optimiser"  # half an update is not saved
     assert good_weights(folder, whole, steps=2 if saved_by_step_2 else 3)
     assert resumed_equals(whole, folder) == []
+
+
+@pytest.mark.parametrize("best", ["reward", None])
+def test_weights_that_give_nan_do_not_replace_those_of_a_look(best, tmp_path):
+    folder = tmp_path / "run"
+    each = tuner(folder, checkpoints={"best": best})
+    own = each._update
+
+    def update(*args):
+        record = own(*args)
+        if each.step == 2:  # of the update after the look
+            args[1].parameters[0].data.fill_(float("nan"))
+        return record
+
+    each._update = update
+    with pytest.raises(TrainingStopped, match="step 3: the pictures hold NaN"):
+        each.train(6, lr=1e-3, eval_every=2)
+    assert all(torch.isfinite(value).all() for value in load_file(folder / LORA).values())
+    assert status(folder).get("kept_step") == (2 if best else None)
+    said = "of step 2, the best look, are in" if best else "after 3 updates gave these pictures and are not saved"
+    assert f"the weights {said}" in (folder / "train.log").read_text()
 
 
 BY_STEP = {}

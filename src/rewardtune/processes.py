@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 from .errors import (
+    BrokenPictures,
     ConfigError,
     PreflightError,
     ReplayError,
@@ -133,7 +134,7 @@ def _told(rank: int, met: tuple[str, str, list[str]]) -> Exception:
     """What another process met: of the same kind where the kind decides what follows."""
     import torch
 
-    own = (TrainingStopped, ConfigError, PreflightError, RewardError, ReplayError)
+    own = (TrainingStopped, BrokenPictures, ConfigError, PreflightError, RewardError, ReplayError)
     kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*own, torch.OutOfMemoryError)}
     kind, words, notes = met
     unnamed = "" if kind in kinds or kind == "RewardTuneError" else f"{kind}: "

@@ -25,7 +25,7 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .engine.chain import few_steps
 from .engine.preflight import asked_of
-from .errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
+from .errors import BrokenPictures, ConfigError, RewardTuneError, TrainingStopped, out_of_memory
 from .gradient import Gradient, doing
 from .listing import versions
 from .methods import Method
@@ -38,7 +38,7 @@ from .regularize import Denoising, DenoisingLoss
 from .report.live import LiveReport
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
-from .runfolder import DENOISING_FILE, LORA_FILE, RunFolder, write_text
+from .runfolder import DENOISER_FOLDER, DENOISING_FILE, LORA_FILE, RunFolder, write_text
 from .state import TrainingState
 from .textcache import TextCache, cached_text
 from .trackers import Trackers
@@ -242,7 +242,7 @@ class RewardTuner:
         (`checkpoints`).
         The first Ctrl-C or SIGTERM finishes the update, saves and leaves (KeyboardInterrupt, SystemExit(143)).
         Raises TrainingStopped on a NaN, on black pictures, when no gradient arrives, when the memory does not suffice,
-        or when a guard says so; the last good weights are saved.
+        or when a guard says so; the last good weights are saved: those of the best look, if the pictures are broken.
         """
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
             if not value > 0:
@@ -622,15 +622,13 @@ class RewardTuner:
         self.folder.set_status(status, steps=self.step, lora_verified=True, **facts)
 
     def _rescue(self, state: TrainingState, error: BaseException) -> None:
-        """An error ends the run: the parameters are those of the last good update, save them and say why."""
+        """An error ends the run: save the last good weights and say why."""
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)  # the second signal: at once
         stopped = isinstance(error, TrainingStopped) or out_of_memory(error)
         words = "interrupted at once" if interrupted else _in_words(error)
         with suppress(Exception):  # the first error is the one to report
             if self.processes.first and self.step > self.saved and not interrupted and not self.torn:
-                with state.averaged():
-                    adapters.save(self.pipe, self.folder.path)
-                self._say(f"the weights of the last good state are in {self.folder.path}")
+                self._say(self._save_good(state, broken=isinstance(error, BrokenPictures)))
         with suppress(Exception):
             status = "interrupted" if interrupted else "stopped" if stopped else "failed"
             self.folder.set_status(status, steps=self.step, error=words)
@@ -638,6 +636,23 @@ class RewardTuner:
             self.folder.log(words)
             if not interrupted and not isinstance(error, TrainingStopped):
                 self.folder.log("".join(traceback.format_exception(error)).rstrip())
+
+    def _save_good(self, state: TrainingState, *, broken: bool) -> str:
+        """The weights of the last good update, unverified; what was saved, in words.
+
+        broken: the weights after the last update give NaN or black pictures, so those of the best look are saved. Where
+        there is none they replace no file that an earlier look has saved.
+        """
+        now, folder = f"the weights after {self.step} updates", self.folder.path
+        back = self._take_back(state) if broken and len(self.watch.history) > 1 else None
+        if broken and back is None and any((folder / name).exists() for name in (LORA_FILE, DENOISER_FOLDER)):
+            return f"{now} gave these pictures and are not saved; what an earlier look saved is left in {folder}"
+        with state.averaged():
+            adapters.save(self.pipe, folder)
+        if back is None:
+            return f"{now}{', which gave these pictures,' if broken else ''} are in {folder}"
+        self.folder.status["kept_step"] = back
+        return f"the weights of {_step(back)}, the best look, are in {folder}"
 
     def _say(self, text: str) -> None:
         self.folder.log(text)
