@@ -541,10 +541,14 @@ def test_a_resume_is_held_against_the_look_at_step_0(tmp_path):
     tuner(folder).train(2, **training)
     text = (folder / "eval.jsonl").read_text()
 
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "eval.jsonl"}
+
     def refused(words, **changes):
         with pytest.raises(ConfigError, match=words):
             tuner(folder, resume="latest", **changes).train(4, **training)
+        assert all(path.read_bytes() == held for path, held in kept.items())  # run.json above all
 
+    refused("(?s)method: .*seed: ", method=methods.drtune(K=1, m=1), seed=3)
     refused("eval_prompts_digest", eval_prompts=["red cat", "blue dog"])
     refused("guards.rewards", guards={"rewards": as_reward(redness, action="guard") + rewards.Symmetry()})
     refused(

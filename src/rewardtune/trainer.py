@@ -265,16 +265,14 @@ class RewardTuner:
             text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
             if "vae" in self.offload:
                 stack.enter_context(offloaded_vae(self.pipe))
-            self._prepare(set_aside, text)
+            optim = moves | {"clip": clip, "batch": self.batch}
+            found = self._prepare(set_aside, text, optim)
             state = TrainingState(self.denoiser, **moves)
             stack.callback(self.trackers.finish)
-            facts = moves | {"clip": clip, "batch": self.batch, "max_seconds": max_seconds}
-            settings = (self.settings or self._settings()) | digests(self.prompts, self.eval_prompts)
-            settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
-            found = self._find(settings)
-            for stale in ("error", "kept_step"):  # of the run that is resumed
+            settings = self._settings(optim)
+            for stale in ("error", "kept_step", "after", "lora_verified", "seconds"):  # of an earlier end
                 self.folder.status.pop(stale, None)
-            self.folder.set_status("running", train=facts)
+            self.folder.set_status("running", train=optim | {"max_seconds": max_seconds})
             with _Signals(speaks=self.processes.first) as signals:
                 try:
                     before, before_images = self._begin(state, found, settings)
@@ -307,10 +305,15 @@ class RewardTuner:
             folder=self.folder.path,
         )
 
-    def _prepare(self, set_aside: list[str], text: TextCache | None) -> None:
-        """Once: every check that can refuse the run before it costs anything, then the folder."""
+    def _prepare(
+        self, set_aside: list[str], text: TextCache | None, optim: dict[str, Any]
+    ) -> checkpoint.Checkpoint | None:
+        """Once: every check that can refuse the run before it costs anything, then the folder.
+
+        Gives the checkpoint to go on from, if the run is a resumed one.
+        """
         if self.parameters:
-            return
+            return None
         try:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
             if self.processes.sharded:
@@ -327,6 +330,7 @@ class RewardTuner:
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
             if text is not None and "text_encoders" in self.offload:
                 text.fill([*self.prompts, *self.eval_prompts])
+            found = self._find(optim)
             self.folder.open()
             self.folder.set_status("running", **self._describe(), notes=facts.notes)
             if self.config_text is not None and self.folder.writes:
@@ -340,6 +344,7 @@ class RewardTuner:
         notes = [*facts.notes, *(text.notes if text else ()), *(f"{name} set aside" for name in set_aside)]
         for note in notes:
             self._say(note)
+        return found
 
     def _denoising(self) -> DenoisingLoss | None:
         settings = self.regularize.denoise
@@ -374,8 +379,12 @@ class RewardTuner:
             "versions": versions(self.device),
         }
 
-    def _settings(self) -> dict[str, Any]:
-        """What a resume compares, where there is no run file."""
+    def _settings(self, optim: dict[str, Any]) -> dict[str, Any]:
+        """What a resume compares: the run file, or where there is none the facts; and the prompts themselves."""
+        settings = (self.settings or self._facts()) | digests(self.prompts, self.eval_prompts)
+        return settings | {"optim": dict(settings.get("optim", {})) | optim}
+
+    def _facts(self) -> dict[str, Any]:
         facts = self._describe()
         told = {key: facts[key] for key in ("pipeline", "model", "scheduler", "reward", "method", "T", "call", "seed")}
         features = self.watch.panel.features
@@ -383,15 +392,15 @@ class RewardTuner:
         told |= {"adapter": self.adapter, "regularize": self.regularize.model_dump(mode="json")}
         return told | {"guards": guards}
 
-    def _find(self, settings: dict[str, Any]) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from, if it is one of the same run; each `resume` serves one call of train."""
-        which, self.resume = self.resume, None
-        if which is None:
+    def _find(self, optim: dict[str, Any]) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, if it is one of the same run. Nothing is written before that is known."""
+        if self.resume is None:
             return None
-        found = checkpoint.find(self.folder.path, which)
-        for note in [*found.notes, *checkpoint.compare_settings(found.state["settings"], settings)]:
-            self._say(note)
+        found = checkpoint.find(self.folder.path, self.resume)
+        notes = [*found.notes, *checkpoint.compare_settings(found.state["settings"], self._settings(optim))]
         self.watch.check_resume()
+        for note in notes:
+            self._say(note)
         return found
 
     def _begin(
