@@ -561,3 +561,18 @@ def test_a_resume_is_held_against_the_look_at_step_0(tmp_path):
     assert checkpoint.latest(folder).step == 2
     tuner(folder, resume="latest", guards={"rules": rules}).train(4, **training)
     assert status(folder)["status"] == "done"
+
+
+def test_a_resumed_run_that_fails_keeps_no_facts_of_its_earlier_end(tmp_path):
+    folder = tmp_path / "run"
+    tuner(folder).train(2, lr=1e-3)
+    assert status(folder)["lora_verified"]
+    each = tuner(folder, resume="latest")
+    own = each._update
+    each._update = lambda *args: memory() if each.step == 3 else own(*args)
+    with pytest.raises(TrainingStopped):
+        each.train(4, lr=1e-3)
+    told = status(folder)
+    assert (told["status"], told["steps"], told["lora_verified"]) == ("stopped", 3, False)
+    assert "before" in told
+    assert not {"after", "seconds"} & told.keys()

@@ -447,9 +447,11 @@ def test_an_optimiser_that_cannot_be_leaves_no_folder(tmp_path):
 def test_a_guard_that_stops_leaves_the_comparison_of_what_is_kept(tmp_path):
     rules = {"rules": [{"metric": "base_pixels", "above": 1e-6}]}
     folder = tmp_path / "run"
+    each = tuner(folder, guards=rules)
     with pytest.raises(TrainingStopped, match="step 0, the untuned model"):
-        tuner(folder, guards=rules).train(4, lr=3e-3, eval_every=2)
+        each.train(4, lr=3e-3, eval_every=2)
     told = json.loads((folder / "run.json").read_text())
     assert (told["status"], told["kept_step"], told["lora_verified"]) == ("stopped", 0, True)
     assert told["after"] == told["before"]
     assert (folder / "before_after.png").is_file()
+    assert each.train(1, lr=3e-3, eval_every=2).status == "done"  # the stop was that of the first call

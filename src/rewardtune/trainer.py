@@ -270,6 +270,7 @@ class RewardTuner:
             state = TrainingState(self.denoiser, **moves)
             stack.callback(self.trackers.finish)
             settings = self._settings(optim)
+            self.stop = self.kept = None
             for stale in ("error", "kept_step", "after", "lora_verified", "seconds"):  # of an earlier end
                 self.folder.status.pop(stale, None)
             self.folder.set_status("running", train=optim | {"max_seconds": max_seconds})
@@ -658,6 +659,7 @@ class RewardTuner:
             return f"{now} gave these pictures and are not saved; what an earlier look saved is left in {folder}"
         with state.averaged():
             adapters.save(self.pipe, folder)
+        self.folder.status["lora_verified"] = False
         if back is None:
             return f"{now}{', which gave these pictures,' if broken else ''} are in {folder}"
         self.folder.status["kept_step"] = back
