@@ -207,7 +207,7 @@ def _met_together(processes: Processes | None) -> Iterator[None]:
 def _at(step: int) -> Iterator[None]:
     """The reward passed its check at start-up, so a missing gradient now is a training that went wrong.
 
-    One micro-batch may be flat (a hinge that is satisfied); the trainer refuses a batch that is flat altogether.
+    One micro-batch may be flat (a hinge that is satisfied); the trainer makes no update where all of them are.
     """
     try:
         yield

@@ -45,6 +45,7 @@ from .trackers import Trackers
 from .watch import Score, Watch, line
 
 ROLLBACKS = 2  # the third stops the run
+FLAT = 10  # so many updates in a row without a gradient stop it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,7 @@ class RewardTuner:
         self.step, self.saved, self.T, self.rollbacks, self.rolled_back_at = 0, 0, 0, 0, 0
         self.kept: int | None = None  # the step whose weights are kept, where that is not the last one
         self.stop: str | None = None  # why a guard ends the run
+        self.flat = 0  # updates in a row without a gradient
         self.torn = False  # the weights are those of no step
         self.settings: dict[str, Any] = {}  # the run file, resolved; what a resume compares
         self.config_text: str | None = None  # the same as YAML; saved as config.yaml
@@ -241,7 +243,8 @@ class RewardTuner:
         eval_every: pictures, scores and rules every so often. With it, the best look is what is kept at the end
         (`checkpoints`).
         The first Ctrl-C or SIGTERM finishes the update, saves and leaves (KeyboardInterrupt, SystemExit(143)).
-        Raises TrainingStopped on a NaN, on black pictures, when no gradient arrives, when the memory does not suffice,
+        Raises TrainingStopped on a NaN, on black pictures, when the memory does not suffice, when the reward has been
+        flat (a satisfied hinge) at all pictures of 10 updates in a row,
         or when a guard says so; the last good weights are saved: those of the best look, if the pictures are broken.
         """
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
@@ -412,6 +415,7 @@ class RewardTuner:
             state.load(found)
             self.step = self.saved = found.step
             self.rollbacks, self.rolled_back_at = found.state["rollbacks"], found.state["rolled_back_at"]
+            self.flat = found.state.get("flat", 0)
             if self.processes.first:
                 for note in checkpoint.rewind(self.folder.path, found):
                     self._say(note)
@@ -451,6 +455,11 @@ class RewardTuner:
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
                 self.trackers.update(record)
+                if self.flat >= FLAT:
+                    self.stop = (
+                        f"step {self.step - 1}: the reward was flat at all pictures of the last {FLAT} updates, as "
+                        "beyond the level of a hinge: nothing is left to train; raise the level for more"
+                    )
                 every = self.checkpoints.every
                 save = every is not None and self.step % every == 0
                 if eval_every and self.step % eval_every == 0 and self.step < last:  # also of the last before a stop:
@@ -532,7 +541,7 @@ class RewardTuner:
         self, state: TrainingState, status: str, looked: bool, before: Score, before_images: Tensor
     ) -> tuple[Score, Tensor]:
         """The last look; where an earlier one was better, its weights. Scores and pictures of what is kept."""
-        if self.stop is None:
+        if self.kept is None:
             with state.averaged():
                 after, after_images = self.watch.look(self.step, name="final")
             self.kept = self._take_back(state) if looked else None
@@ -553,20 +562,27 @@ class RewardTuner:
         return after, after_images
 
     def _update(self, gradient: Gradient, state: TrainingState, clip: float) -> dict[str, Any]:
-        """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan."""
+        """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan.
+
+        Where the reward is flat at all pictures the weights stay: an optimiser's momentum would move them on.
+        """
         started, cpu, step, lr = time.perf_counter(), time.process_time(), self.step, state.lr
         state.optimizer.zero_grad(set_to_none=True)
         parts = gradient.compute(step, self.processes)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
-        if not math.isfinite(norm) or norm == 0:
-            what = "is zero: the reward does not reach the trained parameters" if norm == 0 else f"is {norm}"
+        if not math.isfinite(norm):
             raise TrainingStopped(
-                f"step {step}: the gradient {what}; try a lower lr or another dtype, or check the reward"
+                f"step {step}: the gradient is {norm}; try a lower lr or another dtype, or check the reward"
             )
-        self.torn = True  # an update that fails half-way leaves weights of two steps
-        with doing(f"step {step}, the optimiser"):
-            state.update()
-        self.torn = False
+        self.flat = 0 if norm else self.flat + 1
+        if self.flat:
+            self.folder.log(f"step {step}: the reward is flat at all pictures (a satisfied hinge): the weights stay")
+            state.schedule.step()
+        else:
+            self.torn = True  # an update that fails half-way leaves weights of two steps
+            with doing(f"step {step}, the optimiser"):
+                state.update()
+            self.torn = False
         plan = gradient.plan(step)
         means = {name: float(torch.cat([part.scores[name] for part in parts]).mean()) for name in parts[0].scores}
         extra = {
@@ -599,7 +615,8 @@ class RewardTuner:
         """checkpoint-N of this step, with the LoRA file of its own; older ones are pruned."""
         if not self.processes.first:
             return
-        facts = {"settings": settings, "rollbacks": self.rollbacks, "rolled_back_at": self.rolled_back_at}
+        facts: dict[str, Any] = {"settings": settings, "flat": self.flat}
+        facts |= {"rollbacks": self.rollbacks, "rolled_back_at": self.rolled_back_at}
         best = self.watch.best_step()
 
         def weights(folder: Path) -> None:
