@@ -675,7 +675,7 @@ def _replace(staging: Path, target: Path) -> None:
 def _keep_unverified(staging: Path, target: Path) -> Path:
     """Under names that no loader takes; gives the folder."""
     kept = target.with_name(target.name + ".unverified")
-    for path in staging.glob("*.safetensors"):
+    for path in list(staging.rglob("*.safetensors")):  # of merged, in the folders of its parts too
         path.rename(path.with_suffix(".unverified"))
     shutil.rmtree(kept, ignore_errors=True)
     os.replace(staging, kept)
