@@ -564,8 +564,13 @@ def test_the_run_folder_resumes_and_overwrites(tmp_path):
     (tmp_path / "run" / "run.json").unlink()
     assert RunFolder(tmp_path / "run", resume=True).status == {}
     again.set_status("running")
+    for name in ("kohya/export.json", "hub/README.md", "mine/a.txt"):
+        file = tmp_path / "run" / "export" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
     RunFolder(tmp_path / "run", overwrite=True).open()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes of the user.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["export", "notes of the user.txt"]
+    assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["mine"]
 
 
 def test_a_start_killed_before_its_first_file_does_not_block_the_next(tmp_path):
