@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from rewardtune.checkpoint import (
 )
 from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.runfolder import RunFolder
+from rewardtune.state import TrainingState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -861,6 +863,19 @@ def test_what_an_optimiser_may_not_keep_is_named():
             {},
             flatten_optimizer(torch.optim.SGD(model.parameters()), model.named_parameters())[1],
         )
+
+
+def test_a_state_of_another_optimiser_changes_no_weights(tmp_path):
+    model = network()
+    TrainingState(model, steps=4, lr=0.1).save(tmp_path, 1, {}, keep=1, best=None)
+    state = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())["state"]
+    state["optimizer"]["class"] = "SGD"
+    found = replace(load(tmp_path / "checkpoint-1"), state=state)
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+    with pytest.raises(CheckpointError, match="SGD in the checkpoint, AdamW now"):
+        TrainingState(model, steps=4, lr=0.1).load(found)
+    assert (model[0].weight == 3).all()
 
 
 def test_importing_the_module_is_light():

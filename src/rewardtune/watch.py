@@ -120,7 +120,7 @@ class Watch:
         """ConfigError where the folder's look at step 0 is not there, or is none that the rules can be held against."""
         path = self.folder.path / "eval.jsonl"
         line, whole, _ = (path.read_text(encoding="utf-8") if path.exists() else "").partition("\n")
-        first = json.loads(line) if whole else {"step": None}
+        first: dict[str, Any] = json.loads(line) if whole else {"step": None}
         if first["step"] != 0 or len(self._first_pictures()) != len(self.prompts):
             raise ConfigError(
                 f"{self.folder.path} cannot be resumed: its first evaluation (eval.jsonl, samples/step-000000 with "
