@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from rewardtune.checkpoint import (
 )
 from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.runfolder import RunFolder
+from rewardtune.state import TrainingState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -564,8 +566,13 @@ def test_the_run_folder_resumes_and_overwrites(tmp_path):
     (tmp_path / "run" / "run.json").unlink()
     assert RunFolder(tmp_path / "run", resume=True).status == {}
     again.set_status("running")
+    for name in ("kohya/export.json", "hub/README.md", "mine/a.txt"):
+        file = tmp_path / "run" / "export" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
     RunFolder(tmp_path / "run", overwrite=True).open()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes of the user.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["export", "notes of the user.txt"]
+    assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["mine"]
 
 
 def test_a_start_killed_before_its_first_file_does_not_block_the_next(tmp_path):
@@ -583,6 +590,7 @@ SETTINGS = {
     "optim": {"steps": 100, "lr": 1e-4, "betas": [0.9, 0.999], "schedule": "constant", "max_seconds": None},
     "memory": {"cache_text": True, "vae_dtype": None},
     "eval": {"every": None},
+    "guards": {"rules": []},
     "output_dir": "runs/a",
 }
 
@@ -605,7 +613,7 @@ def test_settings_that_may_change():
         optim__max_seconds=60,
         optim__micro_batch=2,
         eval__every=10,
-        guards__features="playground",
+        guards__rules=[{"metric": "reward", "below": 0.1}],
         checkpoints__keep=3,
         log__project="x",
         output_dir="runs/b",
@@ -625,6 +633,7 @@ def test_settings_that_may_change():
 
 def test_settings_that_may_not_change_are_listed_all_at_once():
     now = changed(optim__lr=2e-4, model__dtype="bfloat16", memory__vae_dtype="bfloat16", seed=1, eval__every=5)
+    now |= {"eval": {"every": 5, "count": 4, "prompts": "b.txt"}, "guards": {"features": "a", "rewards": ["b"]}}
     now |= {"prompts": ["a", "b", "c"], "reward": [{"name": "clipscore", "weight": 2.0}]}
     with pytest.raises(CheckpointError) as caught:
         compare_settings(SETTINGS, now)
@@ -636,6 +645,10 @@ def test_settings_that_may_not_change_are_listed_all_at_once():
         "seed: null at the checkpoint, 1 now",
         "reward.0.weight: 1.0 at the checkpoint, 2.0 now",
         'prompts: ["a", "b"] at the checkpoint, ["a", "b", "c"] now',
+        'eval.prompts: null at the checkpoint, "b.txt" now',
+        "eval.count: null at the checkpoint, 4 now",
+        'guards.features: null at the checkpoint, "a" now',
+        'guards.rewards: null at the checkpoint, ["b"] now',
     ):
         assert line in text
     assert "eval.every" not in text
@@ -850,6 +863,19 @@ def test_what_an_optimiser_may_not_keep_is_named():
             {},
             flatten_optimizer(torch.optim.SGD(model.parameters()), model.named_parameters())[1],
         )
+
+
+def test_a_state_of_another_optimiser_changes_no_weights(tmp_path):
+    model = network()
+    TrainingState(model, steps=4, lr=0.1).save(tmp_path, 1, {}, keep=1, best=None)
+    state = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())["state"]
+    state["optimizer"]["class"] = "SGD"
+    found = replace(load(tmp_path / "checkpoint-1"), state=state)
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+    with pytest.raises(CheckpointError, match="SGD in the checkpoint, AdamW now"):
+        TrainingState(model, steps=4, lr=0.1).load(found)
+    assert (model[0].weight == 3).all()
 
 
 def test_importing_the_module_is_light():

@@ -63,6 +63,12 @@ def test_wrong_usage_is_2(arguments, capsys):
     assert "Usage:" in capsys.readouterr().err
 
 
+def test_a_launcher_for_one_process_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "playground", "--launcher", "--num_machines 2"]) == 2
+    assert "by -n" in capsys.readouterr().err
+
+
 def test_plan_draws_what_the_method_draws(capsys):
     assert main(["plan", "drtune", "--steps", "20", "--draws", "7", "-o", "K=2", "-o", "m=8"]) == 0
     lines = capsys.readouterr().out.splitlines()

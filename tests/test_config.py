@@ -254,6 +254,12 @@ TOGETHER = {
     "adapter: {kind: full, rank: 4}": "adapter.rank: is of adapters, and adapter.kind full has none; leave it out",
     "adapter: {kind: full, alpha: 4}": "adapter.alpha: is of adapters, and adapter.kind full has none; leave it out",
     "adapter: {kind: full, targets: [to_q]}": "adapter.targets: is of adapters, and adapter.kind full has none",
+    "adapter: {kind: full, inference_weight: 0.7}": "adapter.inference_weight: is of adapters, and adapter.kind full",
+    "memory: {offload: [text_encoders], cache_text: false}": "memory.offload: text_encoders needs memory.cache_text",
+    "sampling: {call: {prompt: x, generator: 3}}": "sampling.call: generator, prompt is set by the trainer itself",
+    "sampling: {height: 64, call: {height: 32}}": "sampling.call: height is given by a key of its own too",
+    "sampling: {negative_prompt: x, call: {negative_prompt: y}}": "sampling.call: negative_prompt is given by a key",
+    "optim: {lr: 5.0e-8, schedule: polynomial}": "optim.lr: 5e-08 with schedule polynomial, which falls to 1e-07",
     "guards: {rules: [{metric: reward, below: 0, then: rollback}]}\neval: {every: 5}\ncheckpoints: {best: null}": (
         "guards.rules: then: rollback goes back to the best checkpoint, and checkpoints.best is null"
     ),
@@ -281,6 +287,7 @@ def test_contradictions(text, tmp_path):
         ("checkpoints: {keep: 0}", "checkpoints.keep = 0: must be greater than or equal to 1"),
         ("optim: {ema: 1.0}", "optim.ema = 1.0: must be less than 1"),
         ("optim: {betas: [0.9, 1.0]}", "must be two numbers, each from 0 to below 1"),
+        ("guards: {rules: [{metric: x, falls_by: 5}]}", "falls_by = 5: must be less than or equal to 1"),
         ("guards: {rules: [{metric: x}]}", "no limit given; legal is exactly one of falls_by, rises_by, below, above"),
         ("guards: {rules: [{metric: x, below: 1, above: 2}]}", "below and above given; legal is exactly one of"),
         ("eval: {prompts: {source: a.txt, template: 'a photo'}}", "must hold {} exactly once"),

@@ -222,6 +222,8 @@ def test_a_merge_that_misses_one_layer_is_an_error(shared, tmp_path, monkeypatch
     with pytest.raises(RewardTuneError, match=r"1 merged weights are not the base plus the LoRA, first: .*to_q.weight"):
         export.export_run(shared[0], ["merged"], output=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["merged.unverified"]
+    assert (tmp_path / "merged.unverified" / "unet" / "diffusion_pytorch_model.unverified").is_file()
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_rounding_of_a_half_precision_merge_is_said():

@@ -12,13 +12,15 @@ import subprocess
 import kill_run
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import stable_diffusion
 from tiny_runs import redness, save_tiny, write_run
 
-from rewardtune import adapters, checkpoint, cli, methods
+from rewardtune import adapters, checkpoint, cli, methods, rewards
 from rewardtune import gradient as gradient_module
 from rewardtune.engine import Tape
-from rewardtune.errors import RewardTuneError, TrainingStopped
+from rewardtune.errors import ConfigError, RewardTuneError, TrainingStopped
+from rewardtune.rewards.base import as_reward
 from rewardtune.trainer import RewardTuner
 
 PROMPTS = ["red heart", "blue star", "green moon", "pink cat", "grey dog"]
@@ -195,9 +197,32 @@ def test_a_fault_in_an_update(name, whole, tmp_path, monkeypatch):
         for key in ("optim.micro_batch", "memory.gradient_checkpointing", "memory.offload"):
             assert key in str(met.value)
     assert checkpoint.latest(folder).step == 2
-    saved_by_step_2 = name == "memory, optimiser"  # half an update is not saved
+    broken = "pictures" in message
+    assert told.get("kept_step") == (2 if broken else None)
+    saved_by_step_2 = broken or name == "memory, optimiser"  # half an update is not saved
     assert good_weights(folder, whole, steps=2 if saved_by_step_2 else 3)
     assert resumed_equals(whole, folder) == []
+
+
+@pytest.mark.parametrize("best", ["reward", None])
+def test_weights_that_give_nan_do_not_replace_those_of_a_look(best, tmp_path):
+    folder = tmp_path / "run"
+    each = tuner(folder, checkpoints={"best": best})
+    own = each._update
+
+    def update(*args):
+        record = own(*args)
+        if each.step == 2:  # of the update after the look
+            args[1].parameters[0].data.fill_(float("nan"))
+        return record
+
+    each._update = update
+    with pytest.raises(TrainingStopped, match="step 3: the pictures hold NaN"):
+        each.train(6, lr=1e-3, eval_every=2)
+    assert all(torch.isfinite(value).all() for value in load_file(folder / LORA).values())
+    assert status(folder).get("kept_step") == (2 if best else None)
+    said = "of step 2, the best look, are in" if best else "after 3 updates gave these pictures and are not saved"
+    assert f"the weights {said}" in (folder / "train.log").read_text()
 
 
 BY_STEP = {}
@@ -507,3 +532,47 @@ def test_the_best_look_is_kept_at_the_end_and_it_is_the_average(tmp_path):
     own_weights = torch.cat([value.flatten() for value in raw.values()])
     assert float(saved.norm()) == pytest.approx(float(average.norm()), rel=1e-6)
     assert float(saved.norm()) != pytest.approx(float(own_weights.norm()), rel=1e-4)
+
+
+def test_a_resume_is_held_against_the_look_at_step_0(tmp_path):
+    """Other eval prompts and held-out rewards, a rule that this look crosses, a metric that it lacks: all refused."""
+    folder = tmp_path / "run"
+    training = {"lr": 1e-3, "eval_every": 2}
+    tuner(folder).train(2, **training)
+    text = (folder / "eval.jsonl").read_text()
+
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "eval.jsonl"}
+
+    def refused(words, **changes):
+        with pytest.raises(ConfigError, match=words):
+            tuner(folder, resume="latest", **changes).train(4, **training)
+        assert all(path.read_bytes() == held for path, held in kept.items())  # run.json above all
+
+    refused("(?s)method: .*seed: ", method=methods.drtune(K=1, m=1), seed=3)
+    refused("eval_prompts_digest", eval_prompts=["red cat", "blue dog"])
+    refused("guards.rewards", guards={"rewards": as_reward(redness, action="guard") + rewards.Symmetry()})
+    refused(
+        r"guards.rules\[0\]: brightness .* already above 0", guards={"rules": [{"metric": "brightness", "above": 0}]}
+    )
+    (folder / "eval.jsonl").write_text(text.replace('"saturation"', '"saturatiom"'))
+    rules = [{"metric": "saturation", "above": 0.99}]
+    refused("saturation of guards.rules .* not measured at its step 0", guards={"rules": rules})
+    (folder / "eval.jsonl").write_text(text)
+    assert checkpoint.latest(folder).step == 2
+    tuner(folder, resume="latest", guards={"rules": rules}).train(4, **training)
+    assert status(folder)["status"] == "done"
+
+
+def test_a_resumed_run_that_fails_keeps_no_facts_of_its_earlier_end(tmp_path):
+    folder = tmp_path / "run"
+    tuner(folder).train(2, lr=1e-3)
+    assert status(folder)["lora_verified"]
+    each = tuner(folder, resume="latest")
+    own = each._update
+    each._update = lambda *args: memory() if each.step == 3 else own(*args)
+    with pytest.raises(TrainingStopped):
+        each.train(4, lr=1e-3)
+    told = status(folder)
+    assert (told["status"], told["steps"], told["lora_verified"]) == ("stopped", 3, False)
+    assert "before" in told
+    assert not {"after", "seconds"} & told.keys()

@@ -279,3 +279,23 @@ def test_chunks_are_dealt_out_in_turn():
     Processes().raise_together(None)
     with pytest.raises(ValueError, match="mine"):
         Processes().raise_together(ValueError("mine"))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_end_of_the_terminal_ends_all_processes_unless_nohup_asks_for_none(ignored, tmp_path):
+    child = f"""
+import os, pathlib, signal, sys, time
+here = pathlib.Path({str(tmp_path)!r}, os.environ["RANK"])
+signal.signal(signal.SIGTERM, lambda *_: (here.write_text("saved"), sys.exit(143)))
+here.write_text("trains")
+time.sleep(3 if {ignored} else 60)
+"""
+    launcher = "import sys; from rewardtune.processes import start; sys.exit(start(2, ['-c', sys.argv[1]], cpu=True))"
+    arrange = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    parent = subprocess.Popen([sys.executable, "-c", launcher, child], env=environment(), preexec_fn=arrange)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGHUP)
+    assert parent.wait(timeout=60) == (0 if ignored else 143)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"trains" if ignored else "saved"}

@@ -236,17 +236,25 @@ def test_broken_pictures_stop_the_run(value, message, tmp_path):
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_a_gradient_that_vanishes_stops_the_run(tmp_path):
-    on = [1.0]
+def test_a_satisfied_hinge_moves_nothing_and_ends_the_run_after_ten_updates(tmp_path):
+    pipe, seen = plain(), []
 
-    def fades(images, prompts):
-        return images.mean((1, 2, 3)) * on[0]
+    def hinged(images, prompts):
+        trained = images.requires_grad and each.step > 0
+        if trained:
+            seen.append(weights(pipe))
+        return -(images.mean((1, 2, 3)) * 0 if trained and each.step != 3 else (2 - redness(images, prompts)).relu())
 
-    each = tuner(tmp_path / "run", reward=fades)
-    each.train(1)
-    on[0] = 0.0
-    with pytest.raises(TrainingStopped, match="zero"):
-        each.train(2)
+    each = tuner(tmp_path / "run", pipe, reward=hinged, method=methods.refl(m=1))
+    with pytest.raises(TrainingStopped, match=r"step 13: the reward was flat .* hinge"):
+        each.train(20, lr=1e-3, eval_every=50)
+    norms = [record["grad_norm"] for record in metrics(tmp_path / "run")]
+    assert [norm > 0 for norm in norms] == [step in (0, 3) for step in range(14)]
+    assert all(torch.equal(value, seen[2][name]) for name, value in seen[0].items())  # momentum of update 0 waits
+    assert any(not torch.equal(value, seen[3][name]) for name, value in seen[2].items())
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (told["status"], told["steps"], told["lora_verified"]) == ("stopped", 14, True)
+    assert told["after"].keys() == told["before"].keys()
 
 
 def test_a_lora_that_does_not_load_back_is_an_error_and_not_left_as_if_whole(tmp_path, monkeypatch):
@@ -447,9 +455,11 @@ def test_an_optimiser_that_cannot_be_leaves_no_folder(tmp_path):
 def test_a_guard_that_stops_leaves_the_comparison_of_what_is_kept(tmp_path):
     rules = {"rules": [{"metric": "base_pixels", "above": 1e-6}]}
     folder = tmp_path / "run"
+    each = tuner(folder, guards=rules)
     with pytest.raises(TrainingStopped, match="step 0, the untuned model"):
-        tuner(folder, guards=rules).train(4, lr=3e-3, eval_every=2)
+        each.train(4, lr=3e-3, eval_every=2)
     told = json.loads((folder / "run.json").read_text())
     assert (told["status"], told["kept_step"], told["lora_verified"]) == ("stopped", 0, True)
     assert told["after"] == told["before"]
     assert (folder / "before_after.png").is_file()
+    assert each.train(1, lr=3e-3, eval_every=2).status == "done"  # the stop was that of the first call

@@ -31,8 +31,8 @@ COMPLETE, STATE, FORMAT = "COMPLETE", "state.json", 1
 LIBRARIES = ("rewardtune", "torch", "diffusers", "transformers", "peft", "accelerate")
 # What may change at a resume; everything else would make another run of it. `memory.vae_dtype` changes the pictures.
 LEGAL = re.compile(
-    r"(eval|guards|checkpoints|log|memory)(\..*)?|output_dir|model\.device|optim\.(max_seconds|micro_batch)"
-    r"|adapter\.inference_weight"
+    r"eval\.every|(guards\.rules|checkpoints|log|memory)(\..*)?|output_dir|model\.device"
+    r"|optim\.(max_seconds|micro_batch)|adapter\.inference_weight"
 )
 MEANING = re.compile(r"memory\.vae_dtype")
 
@@ -410,9 +410,9 @@ def _cut(run: Path, name: str, length: int) -> list[str]:
 def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between a checkpoint's resolved settings and the present ones, a line each, all of it legal.
 
-    Legal are eval, guards, checkpoints, log, memory (but its vae_dtype), output_dir, model.device, optim.max_seconds,
-    optim.micro_batch, adapter.inference_weight; and optim.steps when the schedule is constant: any other schedule's
-    length is part of its state. A key that is absent counts as null, and as an empty list or mapping.
+    Legal are eval.every, guards.rules, checkpoints, log, memory (but its vae_dtype), output_dir, model.device,
+    optim.max_seconds, optim.micro_batch, adapter.inference_weight; and optim.steps when the schedule is constant: any
+    other schedule's length is part of its state. A key that is absent counts as null, and as an empty list or mapping.
     Raises CheckpointError listing every other difference with both values.
     """
     schedules = {dict(settings.get("optim") or {}).get("schedule") or "constant" for settings in (saved, now)}

@@ -118,6 +118,8 @@ def train(
     from .config import load_config
 
     config = load_config(run, overrides or [])  # before torch is imported: typing errors answer at once
+    if launcher and count == 1:
+        raise ConfigError("--launcher is for several processes: give their number over all machines by -n")
     if count > 1 and not processes.launched():
         again = ["train", run, *(overrides or []), *(["--overwrite"] if overwrite else [])]
         again += ["--resume", resume] if resume is not None else []

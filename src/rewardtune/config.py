@@ -277,7 +277,7 @@ class Memory(_Section):
     """trained steps run again when their gradient is due, so memory is that of one; false: the graphs of all are kept,
     which is faster by one forward for each trained step"""
     cache_text: bool = True
-    """prompts are encoded once, and the text encoders released"""
+    """prompts are encoded once; memory.offload: [text_encoders] also takes the encoders off the device"""
     vae_dtype: Literal["float32", "bfloat16"] | None = None
     """of the VAE, which gives black images in float16; null: as model.dtype"""
     offload: list[Literal["text_encoders", "vae", "reward"]] = []
@@ -372,7 +372,7 @@ class Rule(_Section):
 
     metric: Text
     """a name of the evaluation: a reward, a held-out reward, or a measure of docs/guards.md"""
-    falls_by: float | None = Field(default=None, gt=0)
+    falls_by: float | None = Field(default=None, gt=0, le=1)
     """share of the value before training, 0.10 being 10 %"""
     rises_by: float | None = Field(default=None, gt=0)
     """the same, for a metric of which less is better"""
@@ -412,7 +412,7 @@ class Checkpoints(_Section):
     """The training state on disk; docs/checkpoints.md."""
 
     every: int | None = Field(default=None, ge=1)
-    """updates between checkpoints; null: only at the end"""
+    """updates between checkpoints; null: only the best looks, and the end"""
     keep: int = Field(default=2, ge=1)
     """how many of the last ones stay"""
     best: Text | None = "reward"
@@ -509,6 +509,8 @@ def _prompt_mapping(value: Any) -> Any:
 
 def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for settings that are legal alone and not together."""
+    from .prompts import OURS
+
     optim, regularize, guards = config.optim, config.regularize, config.guards
     if optim.warmup >= optim.steps:
         yield "optim.warmup", f"{optim.warmup} updates of warmup, but optim.steps is {optim.steps}: must be less"
@@ -523,18 +525,30 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.model.pipeline is not None and config.model.quantize is not None:
         yield "model.pipeline", "does not go with model.quantize: save that pipeline in a folder, and name the folder"
+    if optim.schedule == "polynomial" and optim.lr <= 1e-7:
+        yield "optim.lr", f"{optim.lr:g} with schedule polynomial, which falls to 1e-07: must be above that"
+    call = config.sampling.call
     for key, value in {"steps": "num_inference_steps", "guidance": "guidance_scale"}.items():
-        if value in config.sampling.call:
+        if value in call:
             yield "sampling.call", f"{value} is sampling.{key}: set it there"
+    if ours := sorted(OURS & call.keys()):
+        yield "sampling.call", f"{', '.join(ours)} is set by the trainer itself: leave it out"
+    given = {
+        "height": config.sampling.height,
+        "width": config.sampling.width,
+        "negative_prompt": config.negative_prompt,
+    }
+    if twice := sorted(key for key, value in given.items() if value is not None and key in call):
+        yield "sampling.call", f"{', '.join(twice)} is given by a key of its own too; keep one of them"
     columns = set(config.prompts.columns)
-    if twice := sorted(columns & config.sampling.call.keys()):
+    if twice := sorted(columns & call.keys()):
         yield "prompts.columns", f"{', '.join(twice)} stands in sampling.call too; keep one of them"
     if "negative_prompt" in columns and config.negative_prompt:
         yield "prompts.columns", "negative_prompt is given for all too; keep one of them"
     if columns and config.regularize.denoise.weight:
         yield "regularize.denoise", "does not go with prompts.columns: set its weight to 0"
     if config.adapter.kind == "full":
-        for key in ("rank", "alpha", "targets"):
+        for key in ("rank", "alpha", "targets", "inference_weight"):
             if getattr(config.adapter, key) != _default(Adapter, key):
                 yield f"adapter.{key}", "is of adapters, and adapter.kind full has none; leave it out"
         if config.method.name == "draft_plus":
@@ -574,6 +588,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             "then: rollback goes back to the best checkpoint, and checkpoints.best is null: set it, e.g. reward, or "
             "use then: stop",
         )
+    if "text_encoders" in config.memory.offload and not config.memory.cache_text:
+        yield "memory.offload", "text_encoders needs memory.cache_text: set it to true"
     for index, word in enumerate(config.memory.offload):
         if word in config.memory.offload[:index]:
             yield "memory.offload", f"{word} is given twice"

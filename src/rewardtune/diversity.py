@@ -76,7 +76,7 @@ class Features:
     """
 
     def __init__(self, model: str, *, revision: str | None = None) -> None:
-        who = "guards.features"
+        who, self.name = "guards.features", model
         if model == "playground":
             from . import playground
 

@@ -35,6 +35,10 @@ class TrainingStopped(RewardTuneError):  # noqa: N818 - it is an outcome, not a 
     exit_code = 4
 
 
+class BrokenPictures(TrainingStopped):
+    """The weights as they are give NaN or black pictures."""
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether this error, or one that caused it, says that the device's or the main memory is full."""
     while error is not None:

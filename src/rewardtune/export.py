@@ -31,7 +31,7 @@ from .engine.chain import few_steps
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
 from .quietly import no_loading_bars
-from .runfolder import DENOISER_FOLDER, LORA_FILE, write_text
+from .runfolder import DENOISER_FOLDER, EXPORT, LORA_FILE, RECEIPT, write_text
 from .spelling import nearest
 
 FORMATS = {
@@ -39,7 +39,6 @@ FORMATS = {
     "kohya": "the LoRA under kohya's names, for ComfyUI and A1111; Stable Diffusion 1, 2 and XL only",
     "merged": "the whole pipeline with the LoRA in its weights, or with the weights of a full fine-tuning",
 }
-RECEIPT = "export.json"  # in every folder written here: what it is, and that it may be replaced
 ADAPTER = "export"
 METADATA = "lora_adapter_metadata"  # diffusers' key of the adapter's settings in the safetensors header
 DROPPED = {"checkpoint": "ckpt", "optimizer": "optim", "scheduler": "sched"}  # diffusers ignores files named so
@@ -122,7 +121,7 @@ def export_run(
     trained = _Trained(opened, weight=weight)
     for name in formats:  # all refusals first
         trained.refuse(name)
-    folder = opened.folder / "export" if output is None else Path(output)
+    folder = opened.folder / EXPORT if output is None else Path(output)
     for name in formats:
         _check_target(folder / name)
     trained.take_pictures()
@@ -675,7 +674,7 @@ def _replace(staging: Path, target: Path) -> None:
 def _keep_unverified(staging: Path, target: Path) -> Path:
     """Under names that no loader takes; gives the folder."""
     kept = target.with_name(target.name + ".unverified")
-    for path in staging.glob("*.safetensors"):
+    for path in list(staging.rglob("*.safetensors")):  # of merged, in the folders of its parts too
         path.rename(path.with_suffix(".unverified"))
     shutil.rmtree(kept, ignore_errors=True)
     os.replace(staging, kept)
@@ -762,7 +761,7 @@ def push_run(
     opened = open_run(run, checkpoint=checkpoint, model=model)
     made = export_run(run, formats, weight=weight, checkpoint=checkpoint, model=model)
     weight = opened.inference_weight if weight is None else weight
-    folder = opened.folder / "export" / "hub"
+    folder = opened.folder / EXPORT / "hub"
     licence = modelcard.base_licence(opened.model.id, api=api)
     with _writing(folder):
         shutil.rmtree(folder, ignore_errors=True)

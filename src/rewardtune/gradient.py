@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import Sweep, Tape, rollout
-from .errors import RewardError, RewardTuneError, TrainingStopped, out_of_memory
+from .errors import BrokenPictures, RewardError, RewardTuneError, TrainingStopped, out_of_memory
 from .evaluate import for_prompts, generators
 from .methods import Method
 from .plan import Plan
@@ -207,7 +207,7 @@ def _met_together(processes: Processes | None) -> Iterator[None]:
 def _at(step: int) -> Iterator[None]:
     """The reward passed its check at start-up, so a missing gradient now is a training that went wrong.
 
-    One micro-batch may be flat (a hinge that is satisfied); the trainer refuses a batch that is flat altogether.
+    One micro-batch may be flat (a hinge that is satisfied); the trainer makes no update where all of them are.
     """
     try:
         yield
@@ -239,11 +239,9 @@ def asking(step: int) -> Iterator[None]:
 
 def check_images(images: Tensor, step: int) -> None:
     if not torch.isfinite(images).all():
-        raise TrainingStopped(
-            f"step {step}: the pictures hold NaN; lower the lr, or run the VAE in float32 or bfloat16"
-        )
+        raise BrokenPictures(f"step {step}: the pictures hold NaN; lower the lr, or run the VAE in float32 or bfloat16")
     if float(images.detach().amax()) < 1 / 255:
-        raise TrainingStopped(f"step {step}: all pictures are black; an fp16 VAE does that: use float32 or bfloat16")
+        raise BrokenPictures(f"step {step}: all pictures are black; an fp16 VAE does that: use float32 or bfloat16")
 
 
 def check_scores(scores: dict[str, Tensor], step: int) -> None:

@@ -22,7 +22,7 @@ def tuner_from(
 ) -> "RewardTuner":
     """A RewardTuner as the run file says; cheap mistakes (prompts, folder, method) are found before weights load."""
     from .processes import join
-    from .prompts import identity, load_prompts
+    from .prompts import digests, load_prompts
     from .runfolder import RunFolder
     from .trackers import check_installed
 
@@ -36,9 +36,8 @@ def tuner_from(
     settings = config.model_dump(mode="json")
     if resume is not None:  # refused here if it cannot be, before weights load
         found = checkpoint.find(config.output_dir, resume)
-        checkpoint.compare_settings(
-            found.state["settings"], settings | {"prompts_digest": checkpoint.digest(identity(prompts))}
-        )
+        now = settings | digests(prompts, held_out[: config.eval.count])
+        checkpoint.compare_settings(found.state["settings"], now)
     pipe = load_pipeline(config.model, memory=config.memory, scheduler=config.sampling.scheduler)
     tuner = assemble(
         config,

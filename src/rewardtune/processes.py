@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 from .errors import (
+    BrokenPictures,
     ConfigError,
     PreflightError,
     ReplayError,
@@ -133,7 +134,7 @@ def _told(rank: int, met: tuple[str, str, list[str]]) -> Exception:
     """What another process met: of the same kind where the kind decides what follows."""
     import torch
 
-    own = (TrainingStopped, ConfigError, PreflightError, RewardError, ReplayError)
+    own = (TrainingStopped, BrokenPictures, ConfigError, PreflightError, RewardError, ReplayError)
     kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*own, torch.OutOfMemoryError)}
     kind, words, notes = met
     unnamed = "" if kind in kinds or kind == "RewardTuneError" else f"{kind}: "
@@ -197,7 +198,8 @@ def start(count: int, arguments: Sequence[str], *, cpu: bool) -> int:
     """`python ARGUMENTS` in `count` processes of this machine; gives the exit code, 128 + N for signal N.
 
     The first process speaks. The others are quiet, unless one of them failed alone: then its last words are printed.
-    Ctrl-C and SIGTERM are passed on, once each time. When a process fails the others have a moment to save, and end.
+    Ctrl-C, SIGTERM and the terminal's end are passed on, once each time. When a process fails the others have a moment
+    to save, and end.
     """
     place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     place["MASTER_PORT"] = str(_free_port())
@@ -239,14 +241,21 @@ def _free_port() -> int:
 
 @contextmanager
 def _passed_on(processes: "Sequence[subprocess.Popen[bytes]]") -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to all processes, which know what to do; no process outlives the block."""
+    """Ctrl-C and SIGTERM go to all processes, which know what to do; no process outlives the block.
+
+    So does the end of the terminal, as SIGTERM: they are in sessions of their own and would not hear of it.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
 
     def send(number: int, _frame: object) -> None:
         for process in processes:
             with suppress(ProcessLookupError):
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM if number == hangup else number)
 
-    before: Mapping[int, Any] = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
+        numbers.append(hangup)
+    before: Mapping[int, Any] = {number: signal.signal(number, send) for number in numbers}
     try:
         yield
     finally:

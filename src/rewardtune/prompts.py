@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .checkpoint import digest
 from .errors import ConfigError
 from .quietly import no_retry_lines
 from .spelling import nearest
@@ -210,6 +211,14 @@ def identity(prompts: Sequence[str]) -> list[Any]:
         return [str(prompt), {k: v.name if isinstance(v, Path) else v for k, v in sorted(prompt.arguments.items())}]
 
     return [told(prompt) for prompt in prompts]
+
+
+def digests(prompts: Sequence[str], eval_prompts: Sequence[str]) -> dict[str, str]:
+    """What a resume compares: the prompts themselves, whose file may have changed under its name."""
+    return {
+        "prompts_digest": digest(identity(prompts)),
+        "eval_prompts_digest": digest(identity(eval_prompts)),
+    }
 
 
 def check_template(template: str) -> str:

@@ -36,6 +36,7 @@ KNOWN = (
 LOGS = ("metrics.jsonl", "eval.jsonl")  # one JSON line each time; a resume cuts them to the checkpoint's length
 CUT = "cut"  # what a resume set aside
 TRACKERS = "logs"  # what the trackers keep
+EXPORT, RECEIPT = "export", "export.json"  # where `export` writes, and what lies in every folder that it has written
 # removed by --overwrite; run.json last: a folder that still has it can be overwritten again after a kill
 REPLACED = (*(name for name in (*KNOWN, LORA_FILE, UNVERIFIED, DENOISING_FILE) if name != "run.json"), "run.json")
 
@@ -158,6 +159,9 @@ class RunFolder:
                 *checkpoints,
                 *(self.path / name for name in (CUT, "samples", TRACKERS, DENOISER_FOLDER, *EVALS)),
             ):
+                shutil.rmtree(folder, ignore_errors=True)
+            exports = [receipt.parent for receipt in self.path.glob(f"{EXPORT}/*/{RECEIPT}")]
+            for folder in (*exports, self.path / EXPORT / "hub"):
                 shutil.rmtree(folder, ignore_errors=True)
             remove_leftovers(self.path)
             for name in REPLACED:

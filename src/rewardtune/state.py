@@ -75,10 +75,13 @@ class TrainingState:
         return checkpoint.save(run, step, tensors=groups, state=state, keep=keep, best=best, also=also)
 
     def load(self, found: Checkpoint) -> None:
-        """Everything as it was when `found` was saved. CheckpointError, and nothing changed, where it does not fit."""
-        self.load_weights(found)
+        """Everything as it was when `found` was saved.
+
+        CheckpointError, and nothing changed, for another optimiser, other parameters or other shapes.
+        """
         tensors = found.tensors("optimizer")
         checkpoint.unflatten_optimizer(self.optimizer, self.named.items(), tensors, found.state["optimizer"])
+        self.load_weights(found)
         self.schedule.load_state_dict(found.state["schedule"])
 
     def load_weights(self, found: Checkpoint) -> None:

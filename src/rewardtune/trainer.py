@@ -25,7 +25,7 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .engine.chain import few_steps
 from .engine.preflight import asked_of
-from .errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
+from .errors import BrokenPictures, ConfigError, RewardTuneError, TrainingStopped, out_of_memory
 from .gradient import Gradient, doing
 from .listing import versions
 from .methods import Method
@@ -33,18 +33,19 @@ from .models import offloaded_vae
 from .panel import Panel
 from .processes import join
 from .progress import Progress
-from .prompts import OURS, Conditioned, check_argument, identity, load_prompts
+from .prompts import OURS, Conditioned, check_argument, digests, load_prompts
 from .regularize import Denoising, DenoisingLoss
 from .report.live import LiveReport
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
-from .runfolder import DENOISING_FILE, LORA_FILE, RunFolder, write_text
+from .runfolder import DENOISER_FOLDER, DENOISING_FILE, LORA_FILE, RunFolder, write_text
 from .state import TrainingState
 from .textcache import TextCache, cached_text
 from .trackers import Trackers
 from .watch import Score, Watch, line
 
 ROLLBACKS = 2  # the third stops the run
+FLAT = 10  # so many updates in a row without a gradient stop it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,7 @@ class RewardTuner:
         self.step, self.saved, self.T, self.rollbacks, self.rolled_back_at = 0, 0, 0, 0, 0
         self.kept: int | None = None  # the step whose weights are kept, where that is not the last one
         self.stop: str | None = None  # why a guard ends the run
+        self.flat = 0  # updates in a row without a gradient
         self.torn = False  # the weights are those of no step
         self.settings: dict[str, Any] = {}  # the run file, resolved; what a resume compares
         self.config_text: str | None = None  # the same as YAML; saved as config.yaml
@@ -241,8 +243,9 @@ class RewardTuner:
         eval_every: pictures, scores and rules every so often. With it, the best look is what is kept at the end
         (`checkpoints`).
         The first Ctrl-C or SIGTERM finishes the update, saves and leaves (KeyboardInterrupt, SystemExit(143)).
-        Raises TrainingStopped on a NaN, on black pictures, when no gradient arrives, when the memory does not suffice,
-        or when a guard says so; the last good weights are saved.
+        Raises TrainingStopped on a NaN, on black pictures, when the memory does not suffice, when the reward has been
+        flat (a satisfied hinge) at all pictures of 10 updates in a row,
+        or when a guard says so; the last good weights are saved: those of the best look, if the pictures are broken.
         """
         for name, value in {"steps": steps, "lr": lr, "clip": clip}.items():
             if not value > 0:
@@ -265,18 +268,15 @@ class RewardTuner:
             text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
             if "vae" in self.offload:
                 stack.enter_context(offloaded_vae(self.pipe))
-            self._prepare(set_aside, text)
+            optim = moves | {"clip": clip, "batch": self.batch}
+            found = self._prepare(set_aside, text, optim)
             state = TrainingState(self.denoiser, **moves)
             stack.callback(self.trackers.finish)
-            facts = moves | {"clip": clip, "batch": self.batch, "max_seconds": max_seconds}
-            settings = (self.settings or self._settings()) | {
-                "prompts_digest": checkpoint.digest(identity(self.prompts))
-            }
-            settings["optim"] = dict(settings.get("optim", {})) | moves | {"clip": clip, "batch": self.batch}
-            found = self._find(settings)
-            for stale in ("error", "kept_step"):  # of the run that is resumed
+            settings = self._settings(optim)
+            self.stop = self.kept = None
+            for stale in ("error", "kept_step", "after", "lora_verified", "seconds"):  # of an earlier end
                 self.folder.status.pop(stale, None)
-            self.folder.set_status("running", train=facts)
+            self.folder.set_status("running", train=optim | {"max_seconds": max_seconds})
             with _Signals(speaks=self.processes.first) as signals:
                 try:
                     before, before_images = self._begin(state, found, settings)
@@ -309,10 +309,15 @@ class RewardTuner:
             folder=self.folder.path,
         )
 
-    def _prepare(self, set_aside: list[str], text: TextCache | None) -> None:
-        """Once: every check that can refuse the run before it costs anything, then the folder."""
+    def _prepare(
+        self, set_aside: list[str], text: TextCache | None, optim: dict[str, Any]
+    ) -> checkpoint.Checkpoint | None:
+        """Once: every check that can refuse the run before it costs anything, then the folder.
+
+        Gives the checkpoint to go on from, if the run is a resumed one.
+        """
         if self.parameters:
-            return
+            return None
         try:
             self.parameters = adapters.attach(self.denoiser, seed=self.seed, **self.adapter)
             if self.processes.sharded:
@@ -329,6 +334,7 @@ class RewardTuner:
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
             if text is not None and "text_encoders" in self.offload:
                 text.fill([*self.prompts, *self.eval_prompts])
+            found = self._find(optim)
             self.folder.open()
             self.folder.set_status("running", **self._describe(), notes=facts.notes)
             if self.config_text is not None and self.folder.writes:
@@ -342,6 +348,7 @@ class RewardTuner:
         notes = [*facts.notes, *(text.notes if text else ()), *(f"{name} set aside" for name in set_aside)]
         for note in notes:
             self._say(note)
+        return found
 
     def _denoising(self) -> DenoisingLoss | None:
         settings = self.regularize.denoise
@@ -376,19 +383,27 @@ class RewardTuner:
             "versions": versions(self.device),
         }
 
-    def _settings(self) -> dict[str, Any]:
-        """What a resume compares, where there is no run file."""
+    def _settings(self, optim: dict[str, Any]) -> dict[str, Any]:
+        """What a resume compares: the run file, or where there is none the facts; and the prompts themselves."""
+        settings = (self.settings or self._facts()) | digests(self.prompts, self.eval_prompts)
+        return settings | {"optim": dict(settings.get("optim", {})) | optim}
+
+    def _facts(self) -> dict[str, Any]:
         facts = self._describe()
         told = {key: facts[key] for key in ("pipeline", "model", "scheduler", "reward", "method", "T", "call", "seed")}
-        return told | {"adapter": self.adapter, "regularize": self.regularize.model_dump(mode="json")}
+        features = self.watch.panel.features
+        guards = {"rewards": facts["held_out"], "features": features and features.name}
+        told |= {"adapter": self.adapter, "regularize": self.regularize.model_dump(mode="json")}
+        return told | {"guards": guards}
 
-    def _find(self, settings: dict[str, Any]) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from, if it is one of the same run; each `resume` serves one call of train."""
-        which, self.resume = self.resume, None
-        if which is None:
+    def _find(self, optim: dict[str, Any]) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, if it is one of the same run. Nothing is written before that is known."""
+        if self.resume is None:
             return None
-        found = checkpoint.find(self.folder.path, which)
-        for note in [*found.notes, *checkpoint.compare_settings(found.state["settings"], settings)]:
+        found = checkpoint.find(self.folder.path, self.resume)
+        notes = [*found.notes, *checkpoint.compare_settings(found.state["settings"], self._settings(optim))]
+        self.watch.check_resume()
+        for note in notes:
             self._say(note)
         return found
 
@@ -400,6 +415,7 @@ class RewardTuner:
             state.load(found)
             self.step = self.saved = found.step
             self.rollbacks, self.rolled_back_at = found.state["rollbacks"], found.state["rolled_back_at"]
+            self.flat = found.state.get("flat", 0)
             if self.processes.first:
                 for note in checkpoint.rewind(self.folder.path, found):
                     self._say(note)
@@ -439,6 +455,11 @@ class RewardTuner:
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
                 self.trackers.update(record)
+                if self.flat >= FLAT:
+                    self.stop = (
+                        f"step {self.step - 1}: the reward was flat at all pictures of the last {FLAT} updates, as "
+                        "beyond the level of a hinge: nothing is left to train; raise the level for more"
+                    )
                 every = self.checkpoints.every
                 save = every is not None and self.step % every == 0
                 if eval_every and self.step % eval_every == 0 and self.step < last:  # also of the last before a stop:
@@ -520,7 +541,7 @@ class RewardTuner:
         self, state: TrainingState, status: str, looked: bool, before: Score, before_images: Tensor
     ) -> tuple[Score, Tensor]:
         """The last look; where an earlier one was better, its weights. Scores and pictures of what is kept."""
-        if self.stop is None:
+        if self.kept is None:
             with state.averaged():
                 after, after_images = self.watch.look(self.step, name="final")
             self.kept = self._take_back(state) if looked else None
@@ -541,20 +562,27 @@ class RewardTuner:
         return after, after_images
 
     def _update(self, gradient: Gradient, state: TrainingState, clip: float) -> dict[str, Any]:
-        """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan."""
+        """One update: the gradient is the mean over the whole batch, gathered over micro-batches of one plan.
+
+        Where the reward is flat at all pictures the weights stay: an optimiser's momentum would move them on.
+        """
         started, cpu, step, lr = time.perf_counter(), time.process_time(), self.step, state.lr
         state.optimizer.zero_grad(set_to_none=True)
         parts = gradient.compute(step, self.processes)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
-        if not math.isfinite(norm) or norm == 0:
-            what = "is zero: the reward does not reach the trained parameters" if norm == 0 else f"is {norm}"
+        if not math.isfinite(norm):
             raise TrainingStopped(
-                f"step {step}: the gradient {what}; try a lower lr or another dtype, or check the reward"
+                f"step {step}: the gradient is {norm}; try a lower lr or another dtype, or check the reward"
             )
-        self.torn = True  # an update that fails half-way leaves weights of two steps
-        with doing(f"step {step}, the optimiser"):
-            state.update()
-        self.torn = False
+        self.flat = 0 if norm else self.flat + 1
+        if self.flat:
+            self.folder.log(f"step {step}: the reward is flat at all pictures (a satisfied hinge): the weights stay")
+            state.schedule.step()
+        else:
+            self.torn = True  # an update that fails half-way leaves weights of two steps
+            with doing(f"step {step}, the optimiser"):
+                state.update()
+            self.torn = False
         plan = gradient.plan(step)
         means = {name: float(torch.cat([part.scores[name] for part in parts]).mean()) for name in parts[0].scores}
         extra = {
@@ -587,7 +615,8 @@ class RewardTuner:
         """checkpoint-N of this step, with the LoRA file of its own; older ones are pruned."""
         if not self.processes.first:
             return
-        facts = {"settings": settings, "rollbacks": self.rollbacks, "rolled_back_at": self.rolled_back_at}
+        facts: dict[str, Any] = {"settings": settings, "flat": self.flat}
+        facts |= {"rollbacks": self.rollbacks, "rolled_back_at": self.rolled_back_at}
         best = self.watch.best_step()
 
         def weights(folder: Path) -> None:
@@ -620,15 +649,13 @@ class RewardTuner:
         self.folder.set_status(status, steps=self.step, lora_verified=True, **facts)
 
     def _rescue(self, state: TrainingState, error: BaseException) -> None:
-        """An error ends the run: the parameters are those of the last good update, save them and say why."""
+        """An error ends the run: save the last good weights and say why."""
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)  # the second signal: at once
         stopped = isinstance(error, TrainingStopped) or out_of_memory(error)
         words = "interrupted at once" if interrupted else _in_words(error)
         with suppress(Exception):  # the first error is the one to report
             if self.processes.first and self.step > self.saved and not interrupted and not self.torn:
-                with state.averaged():
-                    adapters.save(self.pipe, self.folder.path)
-                self._say(f"the weights of the last good state are in {self.folder.path}")
+                self._say(self._save_good(state, broken=isinstance(error, BrokenPictures)))
         with suppress(Exception):
             status = "interrupted" if interrupted else "stopped" if stopped else "failed"
             self.folder.set_status(status, steps=self.step, error=words)
@@ -636,6 +663,24 @@ class RewardTuner:
             self.folder.log(words)
             if not interrupted and not isinstance(error, TrainingStopped):
                 self.folder.log("".join(traceback.format_exception(error)).rstrip())
+
+    def _save_good(self, state: TrainingState, *, broken: bool) -> str:
+        """The weights of the last good update, unverified; what was saved, in words.
+
+        broken: the weights after the last update give NaN or black pictures, so those of the best look are saved. Where
+        there is none they replace no file that an earlier look has saved.
+        """
+        now, folder = f"the weights after {self.step} updates", self.folder.path
+        back = self._take_back(state) if broken and len(self.watch.history) > 1 else None
+        if broken and back is None and any((folder / name).exists() for name in (LORA_FILE, DENOISER_FOLDER)):
+            return f"{now} gave these pictures and are not saved; what an earlier look saved is left in {folder}"
+        with state.averaged():
+            adapters.save(self.pipe, folder)
+        self.folder.status["lora_verified"] = False
+        if back is None:
+            return f"{now}{', which gave these pictures,' if broken else ''} are in {folder}"
+        self.folder.status["kept_step"] = back
+        return f"the weights of {_step(back)}, the best look, are in {folder}"
 
     def _say(self, text: str) -> None:
         self.folder.log(text)

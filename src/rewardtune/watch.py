@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,21 +116,37 @@ class Watch:
         """The rules that forbid a step to be the best: not those that only warn."""
         return [rule for rule in self.rules if rule.then != "warn"]
 
-    def resume(self) -> tuple[Score, Tensor]:
-        """Remember what eval.jsonl and samples/ hold; gives the scores and pictures of step 0."""
-        from .pictures import open_image
-
+    def check_resume(self) -> None:
+        """ConfigError where the folder's look at step 0 is not there, or is none that the rules can be held against."""
         path = self.folder.path / "eval.jsonl"
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        files = sorted((self.folder.path / "samples" / "step-000000").glob("*.png"))
-        if not lines or lines[0]["step"] != 0 or len(files) != len(self.prompts):
+        line, whole, _ = (path.read_text(encoding="utf-8") if path.exists() else "").partition("\n")
+        first: dict[str, Any] = json.loads(line) if whole else {"step": None}
+        if first["step"] != 0 or len(self._first_pictures()) != len(self.prompts):
             raise ConfigError(
                 f"{self.folder.path} cannot be resumed: its first evaluation (eval.jsonl, samples/step-000000 with "
                 f"{len(self.prompts)} pictures) is not there; start a new run in another output_dir"
             )
+        look = Evaluation(**first["panel"])
+        wanted = [*(rule.metric for rule in self.rules), *([] if self.best is None else [self.best])]
+        if lacking := [name for name in wanted if name not in look.values]:
+            raise ConfigError(
+                f"{self.folder.path} cannot be resumed: {lacking[0]} of guards.rules or checkpoints.best was not "
+                f"measured at its step 0; legal: {', '.join(look.values)}"
+            )
+        guards.check_start(self.rules, look)
+
+    def resume(self) -> tuple[Score, Tensor]:
+        """Remember what eval.jsonl and samples/ hold; gives the scores and pictures of step 0."""
+        from .pictures import open_image
+
+        text = (self.folder.path / "eval.jsonl").read_text(encoding="utf-8")
+        lines, files = [json.loads(line) for line in text.splitlines()], self._first_pictures()
         self.history = [Evaluation(**line["panel"]) for line in lines]
         self.base = torch.stack([open_image(file)[0] for file in files])
         return {name: tuple(pair) for name, pair in lines[0]["scores"].items()}, self.base
+
+    def _first_pictures(self) -> list[Path]:
+        return sorted((self.folder.path / "samples" / "step-000000").glob("*.png"))
 
     def _sample_and_score(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices = range(len(self.prompts))
