@@ -1,8 +1,9 @@
 # `make demo` and `make test` set up everything they need in .venv; nothing else has to be installed but Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
-# One BLAS thread for each test process: threads of two processes on the same cores slow each other down.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# One BLAS thread for each test process: threads of two processes on the same cores slow each other down. A file stays with
+# one process, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 AUDITED := clipscore pickscore hpsv2 aesthetic
 

@@ -47,7 +47,7 @@ def test_plain_diffusers_gives_identical_pictures(build, tmp_path):
     assert (base - images(pipe, call)).abs().max() > 0.01  # the LoRA does something
 
 
-@pytest.mark.parametrize(("alpha", "tolerance"), [(8, 0.0), (1, 0.0), (3, 1e-5)])
+@pytest.mark.parametrize(("alpha", "tolerance"), [pytest.param(8, 0.0, marks=pytest.mark.slow), (1, 0.0), (3, 1e-5)])
 def test_alpha_is_folded(alpha, tolerance, tmp_path):
     """Exactly where alpha / rank is a power of two, to round-off elsewhere; losing alpha=3 would show at 1e-2."""
     pipe, call = tuned(alpha=alpha)

@@ -534,6 +534,7 @@ def test_the_best_look_is_kept_at_the_end_and_it_is_the_average(tmp_path):
     assert float(saved.norm()) != pytest.approx(float(own_weights.norm()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resume_is_held_against_the_look_at_step_0(tmp_path):
     """Other eval prompts and held-out rewards, a rule that this look crosses, a metric that it lacks: all refused."""
     folder = tmp_path / "run"
@@ -563,6 +564,7 @@ def test_a_resume_is_held_against_the_look_at_step_0(tmp_path):
     assert status(folder)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_fails_keeps_no_facts_of_its_earlier_end(tmp_path):
     folder = tmp_path / "run"
     tuner(folder).train(2, lr=1e-3)

@@ -181,7 +181,10 @@ def test_the_preflight_says_how_a_call_is_guided(family: str) -> None:
     [
         ("sd", {"guidance_scale": 1.0}, "guidance is off", "none"),
         ("flux", {"true_cfg_scale": 1.0}, "guidance is off", "none"),
-        ("LatentConsistencyModelPipeline", {}, "guidance is embedded in the denoiser", "embedded"),
+        pytest.param(
+            *("LatentConsistencyModelPipeline", {}, "guidance is embedded in the denoiser", "embedded"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_no_branch_to_leave_out_is_refused(name: str, changes: dict[str, Any], said: str, guidance: str) -> None:

@@ -121,7 +121,7 @@ def eased(x: Tensor, alpha: float) -> Tensor:
     return alpha * x + (1 - alpha) * sg(x)
 
 
-@pytest.fixture(params=["sd3, flow", "sd, epsilon", "sd, v"])
+@pytest.fixture(params=["sd3, flow", pytest.param("sd, epsilon", marks=pytest.mark.slow), "sd, v"])
 def case(request):
     makes = {
         "sd3, flow": (tiny.stable_diffusion_3, Flow),

@@ -386,6 +386,7 @@ def test_the_network_is_called_as_the_pipeline_does(name: str):
     assert torch.allclose(seen[1], x, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_when_it_is_trained_on():
     pipe, call = tiny.stable_diffusion(steps=5)
     loss = prepared(pipe, call, weight=1.0, count=4)

@@ -76,7 +76,9 @@ def logged(calls, word):
     return [call[1:] for call in calls if call[0] == word]
 
 
-@pytest.mark.parametrize("name", trackers.NAMES)
+@pytest.mark.parametrize(
+    "name", [trackers.NAMES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in trackers.NAMES[1:])]
+)
 def test_every_tracker_gets_the_lines_of_the_files(name, calls, tmp_path):
     tuner(tmp_path / "run", log={"trackers": [name], "project": "mine"}).train(3, lr=1e-3, eval_every=2)
     got = logged(calls[name], "log")
@@ -181,10 +183,10 @@ def test_overwriting_a_run_starts_the_trackers_anew(calls, tmp_path):
     assert [step for step, _ in logged(calls["wandb"], "log")] == [0, 1, 1] * 2
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("start", "config", "images", "finish")]
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("init", "start", "config", "images", "finish")]
 
 
-@pytest.mark.parametrize("method", ["init", "log", *SLOW])
+@pytest.mark.parametrize("method", ["log", *SLOW])
 def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(method, calls, tmp_path):
     calls.fails = (method,)
     result = tuner(tmp_path / "run", log={"trackers": ["wandb"]}).train(3)
