@@ -191,6 +191,10 @@ def test_table_1_says_who_wins_and_what_is_missing(tmp_path):
     assert "| ReFL-10 | 0.7512 | 39.18 | 0.0029 |" in page  # the paper's own
     assert "at 98% of the untuned CLIPScore DRTune is more symmetric than DRaFT-LV" in page
     assert "| DRTune | >0.0027 (0.0003: 0.0003, 0.0009: 0.0009, 0.0027: 0.0027) | not run |" in page
+    measured = page.split("## All that was measured where symmetry was trained")[1].split("##")[0].splitlines()
+    assert measured[2] == "| method | symmetry | reward | clipscore | moved at step 0 | moved at step 19 |"
+    assert measured[-2].startswith("| DRTune | 0.101 ± 0.001 |")
+    assert measured[-2].endswith("| 0.02 ± 0 | 0.04 ± 0 |")
 
 
 def ablated(a, tmp_path, value):

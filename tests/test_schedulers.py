@@ -7,6 +7,7 @@ a prediction that is clipped. All of it must pass through the engine unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import judge
@@ -17,6 +18,7 @@ import torch
 
 from rewardtune import methods
 from rewardtune.engine import count_steps, preflight, rollout
+from rewardtune.engine.preflight import asked_of
 from rewardtune.errors import PreflightError, TrainingStopped
 from rewardtune.plan import Plan
 from rewardtune.prediction import noised, x0_hat
@@ -159,6 +161,18 @@ def refused_because_zero(name: str, draw: judge.Draw) -> None:
 def test_the_preflight_takes_what_discards_the_last_output_and_says_so(name: str) -> None:
     pipe, call = build(name)
     assert any("by 0" in note for note in preflight(pipe, **tiny.fresh(call)).notes)
+
+
+def test_what_plans_ask_of_a_pipeline() -> None:
+    made = {"stop": methods.refl(m=2), "again": methods.draft_lv(n=1), "levels": methods.flowbp_sparse(2)}
+    asked = {name: asked_of([method(6, Random(0))]) for name, method in made.items()}
+    assert {name: {key for key, value in one.items() if value} for name, one in asked.items()} == {
+        "stop": {"early_stop"},
+        "again": {"restarts"},
+        "levels": {"levels"},
+    }
+    one = methods.conditional_only(methods.draft(K=1))
+    assert asked_of([made["again"](6, Random(0)), one(6, Random(0))])["conditional"]
 
 
 def test_the_preflight_refuses_chains_that_cannot_begin_again() -> None:

@@ -118,6 +118,7 @@ def report(work: Work) -> str:
         "",
         markdown_table(["method", *(_head(s, r) for r in rewards)], _equal_time(s, rewards, tables)),
         "",
+        *_beside(work, rows, tables),
         "## Learning rates chosen",
         "",
         markdown_table(["method", *rewards], [[m, *(_rate(work, m, r) for r in rewards)] for m in METHODS]),
@@ -274,6 +275,27 @@ def _sums(work: Work, rows: Rows, tables: dict[str, dict[str, dict[int, dict[str
             markdown_table(["method", *names], body),
             "",
         ]
+    return lines
+
+
+def _beside(work: Work, rows: Rows, tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[str]:
+    """All that was measured of each reward's runs, trained or not; and where in the chain the network moved."""
+    lines = []
+    for reward, table in tables.items():
+        runs = [row for seeds in table.values() for row in seeds.values()]
+        if not runs:
+            continue
+        names = [name for name in runs[0]["scores"] if all(name in row["scores"] for row in runs)]
+        steps = list(runs[0].get("moved") or {})
+        ends = [steps[0], steps[-1]] if steps else []
+        base = rows.get(base_cell(work, reward))
+        body = [[BASE, *(digits(base["scores"][n][0]) if base and n in base["scores"] else "not run" for n in names)]]
+        body[0] += [""] * len(ends)
+        for method, seeds in table.items():
+            moved = [spread([row["moved"][step] for row in seeds.values()]) for step in ends]
+            body.append([method, *(spread(values(seeds, name)) for name in names), *moved])
+        headings = ["method", *names, *(f"moved at step {step}" for step in ends)]
+        lines += [f"## All that was measured where {reward} was trained", "", markdown_table(headings, body), ""]
     return lines
 
 
