@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from .rewards import Reward
 
 MOST = 400  # prompts, where nobody says how many
-FEW = 12  # prompts, of which tests/test_stats.py finds less than 93 % coverage for skewed scores
 SHOWN = 24  # prompts in the grid of pictures
 CONFIDENCE = 0.95
 
@@ -254,7 +253,7 @@ def prepare(
     notes = [*_settings_notes(found), *_trained_on(configs, prompted), *_chosen_on(found, prompted, seed)]
     if untold := [one.label for one in found if _trained_names(one) is None] if "unknown" in roles.values() else []:
         notes.append(f"nothing tells what {', '.join(untold)} was trained on, so no reward is known to be held out")
-    if len(rows) < FEW:
+    if len(rows) < stats.FEW:
         notes.append(f"{len(rows)} prompts are few: the intervals are rough, and too narrow for lopsided scores")
     if features is None:
         notes.append("no features (a CLIP) are named, so neither diversity nor base_distance is measured: --features")

@@ -31,7 +31,7 @@ from .engine.chain import few_steps
 from .errors import ConfigError, RewardTuneError
 from .prompts import load_prompts
 from .quietly import no_loading_bars
-from .runfolder import DENOISER_FOLDER, EXPORT, LORA_FILE, RECEIPT, write_text
+from .runfolder import DENOISER_FOLDER, EXPORT, LORA_FILE, RECEIPT, cannot_write, write_text
 from .spelling import nearest
 
 FORMATS = {
@@ -430,7 +430,7 @@ def _export(trained: _Trained, form: str, target: Path) -> Exported:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{form}.", dir=target.parent))
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     try:
         with _writing(target):
             if form == "merged":
@@ -694,14 +694,7 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(target, error) from error
-
-
-def _cannot_write(target: Path, error: Exception) -> RewardTuneError:
-    return RewardTuneError(
-        f"cannot write {target}: {getattr(error, 'strerror', None) or error}; nothing half-written was left. "
-        "Free some space, or choose another --output"
-    )
+        raise cannot_write(target, error) from error
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class DenoisingLoss:
         given = evaluate.for_prompts(captions, self.call) | {"generator": evaluate.generators(seeds)}
         i = self.step_of(step)
         with seeded(seeds[0], self.pipe):
-            tape, target = noised(self.pipe, x0, noise, T=self.T, step=i, timestep=self.timesteps[i], call=given)
+            tape, target = predict(self.pipe, x0, noise, T=self.T, step=i, timestep=self.timesteps[i], call=given)
         loss = (tape.images - target).square().mean()
         tape.backward(self.weight * size / batch * loss, allow_zero=True)
         return float(loss.detach())
@@ -169,7 +169,7 @@ class DenoisingLoss:
         return torch.stack(x0), torch.stack(noise), captions
 
 
-def noised(
+def predict(
     pipe: Any, x0: Tensor, noise: Tensor, *, T: int, step: int, timestep: Any, call: dict[str, Any]
 ) -> tuple[Tape, Tensor]:
     """The network's prediction at `step` for clean latents with noise: a tape whose `images` is F, and the target F*.
@@ -440,4 +440,4 @@ def _widened(latents: Tensor) -> Tensor:
     return latents if latents.dtype == torch.float64 else latents.float()
 
 
-__all__ = ["Denoising", "DenoisingLoss", "encode", "noised", "read_captions", "target"]
+__all__ = ["Denoising", "DenoisingLoss", "encode", "predict", "read_captions", "target"]

@@ -161,7 +161,8 @@ class RunFolder:
             ):
                 shutil.rmtree(folder, ignore_errors=True)
             exports = [receipt.parent for receipt in self.path.glob(f"{EXPORT}/*/{RECEIPT}")]
-            for folder in (*exports, self.path / EXPORT / "hub"):
+            unverified = self.path.glob(f"{EXPORT}/*.unverified")
+            for folder in (*exports, *unverified, self.path / EXPORT / "hub"):
                 shutil.rmtree(folder, ignore_errors=True)
             remove_leftovers(self.path)
             for name in REPLACED:
@@ -198,15 +199,16 @@ class RunFolder:
             raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> RewardTuneError:
-    """The error that says what could not be written, why, and what helps against this reason."""
+def cannot_write(path: Path, error: Exception) -> RewardTuneError:
+    """The error that says what could not be written, why, and what helps against this reason (an OSError names it)."""
     file = next((above for above in path.parents if above.exists() and not above.is_dir()), None)
-    why, cure = error.strerror or str(error), "Free some space or choose another place"
+    why, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None)
+    cure = "Free some space or choose another place"
     if file is not None:
         why, cure = f"{file} is a file, not a folder", "Choose another place"
-    elif error.errno == errno.EISDIR:
+    elif number == errno.EISDIR:
         why, cure = "it is a folder", "Give a file"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "Choose a place that you may write to"
     return RewardTuneError(
         f"cannot write {path}: {why}; nothing half-written was left and what was there is intact. {cure} and run again"

@@ -20,6 +20,7 @@ from typing import Any
 
 RESAMPLES = 4000
 LEAST = 6  # values: of fewer, all lie on one side of the truth more than 5 times in 100, and no resample leaves them
+FEW = 12  # prompts: below, tests/test_stats.py finds less than 93 % coverage for skewed scores
 
 
 @dataclass(frozen=True, kw_only=True)

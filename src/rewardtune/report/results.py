@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..guards import ACROSS, METRICS, WITHIN, Evaluation, Measure, Metric
 from ..progress import digits
-from ..stats import Interval, paired_difference, win_rate
+from ..stats import FEW, Interval, paired_difference, win_rate
 from .read import RunData
 
 WORST = 6  # pictures shown for each metric
@@ -265,7 +265,7 @@ def _caveats(run: RunData, reward: Change | None, held: Sequence[Change]) -> lis
             "intervals of what was chosen by are widened for that, all others are not and may flatter: rewardtune "
             "eval with --seed or --prompts takes fresh pictures."
         )
-    if reward is not None and reward.prompts < 16:
+    if reward is not None and reward.prompts < FEW:
         said.append(f"{_prompts(reward)[:1].upper()}{_prompts(reward)[1:]} are few: the intervals are rough.")
     if reward is not None:
         said.append("Intervals are over prompts; other training seeds could give another result.")

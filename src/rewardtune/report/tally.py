@@ -15,9 +15,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..compare import FEW
 from ..errors import ConfigError
-from ..stats import Interval, by_prompt, share_interval
+from ..stats import FEW, Interval, by_prompt, share_interval
 from ..tables import text_table
 from .page import finite
 from .read import read_json
