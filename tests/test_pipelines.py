@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import contract
 import judge
 import pipelines_table
 import pytest
 import tiny
+import torch
 import zoo
 
 from rewardtune import adapters
@@ -62,6 +64,25 @@ def test_contract_of_every_pipeline(name: str) -> None:
     row = as_json(contract.row(name, others=TABLE[name]["schedulers"] is not None))
     assert row["status"] == "exact", row["reason"]
     assert row == TABLE[name]
+
+
+def test_what_kandinsky_5_differs_by_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 throughout: its transformer turns much of what it is given into float32, which is float64 here."""
+    to = torch.Tensor.to
+
+    def wide(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return to(tensor, *args, **kwargs)
+
+    pipe, call = zoo.PIPELINES["Kandinsky5T2IPipeline"]()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.Tensor, "to", wide)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.double()
+    contract.check_gradient(pipe, call, "draft-3", T=count_steps(pipe, **tiny.fresh(call)), bound=1e-14)
 
 
 @pytest.mark.parametrize("name", REFUSED)
