@@ -29,6 +29,8 @@ from rewardtune.export import open_run
 from rewardtune.gradient import derive_seed
 from rewardtune.processes import Processes
 from rewardtune.prompts import Conditioned, identity, load_prompts, with_categories
+from rewardtune.regularize import Denoising, DenoisingLoss
+from rewardtune.runfolder import json_lines
 
 T = 4
 
@@ -196,6 +198,71 @@ def test_the_preflight_of_a_shortened_chain(folder: Path, strength: float) -> No
     assert found == round(2 * T * strength)
 
 
+# -- the denoising loss ----------------------------------------------------------------------------------------------
+
+
+def denoised_by_hand(pipe: Any, loss: DenoisingLoss, step: int, size: int) -> torch.Tensor:
+    """weight * mean (F - noise)^2 of an epsilon model, written out: of the steps made, a caption with its picture."""
+    x0, noise, captions = loss.draw(step, first=0, size=size)
+    made = loss.call["num_inference_steps"]
+    pipe.scheduler.set_timesteps(made)
+    t = pipe.scheduler.timesteps[made - T :][loss.step_of(step)]
+    text, _ = pipe.encode_prompt(list(map(str, captions)), "cpu", 1, False)
+    a = pipe.scheduler.alphas_cumprod[t] ** 0.5
+    x = a * x0 + (1 - a**2) ** 0.5 * noise
+    beside: dict[str, Any] = {}
+    if hasattr(pipe, "controlnet"):
+        pictures = torch.cat(
+            [pipe.control_image_processor.preprocess(Image.open(c.arguments["image"])) for c in captions]
+        )
+        down, mid = pipe.controlnet(x, t, encoder_hidden_states=text, controlnet_cond=pictures, return_dict=False)
+        beside = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return loss.weight * (pipe.unet(x, t, encoder_hidden_states=text, **beside)[0] - noise).square().mean()
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_the_denoising_loss_goes_with_each_prompts_own_picture(folder: Path, kind: str) -> None:
+    """ImageReFL's loss (img2img), and its like under ControlNet: equal to the written formula, guidance left out."""
+    pipe, call = PIPES[kind]()
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image", "negative_prompt"])
+    settings = Denoising(weight=0.3, count=3, images="prompts:image")
+    loss = settings.prepare(pipe, prompts, call=call, seed=5)
+    with torch.no_grad():
+        pixels = torch.cat([pipe.image_processor.preprocess(Image.open(p.arguments["image"])) for p in prompts])
+        latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    assert torch.allclose(loss.latents, latents, atol=2e-5 * float(latents.abs().max()))
+    step = next(step for step in range(50) if "" in loss.draw(step, first=0, size=3)[2])  # a dropped caption as well
+    exact = denoised_by_hand(pipe, loss, step, 3)
+    for p in tiny.trainable(pipe).values():
+        p.grad = None
+    assert loss.weight * loss.add(step, first=0, size=3, batch=3) == pytest.approx(float(exact.detach()), rel=1e-4)
+    found = {name: p.grad for name, p in tiny.trainable(pipe).items()}
+    assert oracle.difference(found, oracle.gradients(tiny.trainable(pipe), exact)) < 1e-4
+
+
+def test_a_kept_set_finds_the_pictures_again(folder: Path) -> None:
+    """Sampled by the base model from the prompts' pictures; read back it has them, and other prompts are refused."""
+    pipe, call = img2img()
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
+    settings, file = Denoising(weight=1.0, count=4), folder / "set.safetensors"
+    made = settings.prepare(pipe, prompts, call=call, seed=0, file=file)
+    read = settings.prepare(pipe, prompts, call=call, seed=0, file=file)
+    assert torch.equal(made.latents, read.latents)
+    assert [caption.arguments for caption in read.captions] == [p.arguments for p in [*prompts, prompts[0]]]
+    other = [Conditioned(str(prompts[0]), prompts[1].arguments), *prompts[1:]]
+    with pytest.raises(ConfigError, match="other settings"):
+        settings.prepare(pipe, other, call=call, seed=0, file=file)
+
+
+def test_a_folder_of_pictures_lacks_those_of_the_prompts(folder: Path) -> None:
+    pipe, call = img2img()
+    prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
+    with pytest.raises(ConfigError, match="each prompt brings its image along; legal is prompts:image, or null"):
+        Denoising(weight=1.0, images=folder / "given").prepare(pipe, prompts, call=call, seed=0)
+    with pytest.raises(ConfigError, match="no prompt brings pictures along"):
+        Denoising(weight=1.0, images="prompts:image").prepare(pipe, ["a cat"], call=call, seed=0)
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -224,11 +291,13 @@ def bare(kind: str) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["img2img", *slow(("controlnet",))])
 def test_training(folder: Path, kind: str) -> None:
-    """Two updates by micro-batches of one; the pictures before it are those of the pipeline with each prompt's own."""
+    """Two updates by micro-batches of one, with both losses of ImageReFL; before them, each prompt's own picture."""
     pipe, call = bare(kind)
     prompts = load_prompts(folder / "prompts.jsonl", columns=["image", "negative_prompt"])
-    made = tuner(pipe, call, prompts, folder, micro_batch=1).train(2, lr=1e-2)
+    denoise = {"weight": 0.01, "images": "prompts:image"}
+    made = tuner(pipe, call, prompts, folder, micro_batch=1, regularize={"denoise": denoise}).train(2, lr=1e-2)
     assert made.steps == 2
+    assert all(line["denoise"] > 0 for line in json_lines(folder / "run" / "metrics.jsonl"))
     untuned, call = bare(kind)
     seeds = [derive_seed(0, "eval", index) for index in range(2)]
     given = evaluate.for_prompts(prompts[:2], call) | {"generator": evaluate.generators(seeds)}
@@ -339,8 +408,15 @@ def test_train_and_compare(folder: Path, model: Path, kind: str, monkeypatch: An
             "negative_prompt is given for all too",
         ),
         (
-            {"prompts": {"source": "p.jsonl", "columns": ["image"]}, "regularize": {"denoise": {"weight": 0.1}}},
-            "does not go with prompts.columns",
+            {
+                "prompts": {"source": "p.jsonl", "columns": ["image"]},
+                "regularize": {"denoise": {"weight": 0.1, "images": "folder"}},
+            },
+            "folder: each prompt brings its image along; legal is prompts:image, or null",
+        ),
+        (
+            {"regularize": {"denoise": {"weight": 0.1, "images": "prompts:image"}}},
+            "prompts:image: no prompt brings pictures along; name their column in prompts.columns",
         ),
     ],
 )

@@ -30,7 +30,7 @@ from .engine.preflight import asked_of
 from .errors import ConfigError, PreflightError, RewardError, RewardTuneError
 from .methods import Method
 from .optimizers import make_optimizer
-from .prompts import batch_prompts, load_prompts
+from .prompts import BESIDE, batch_prompts, load_prompts
 from .regularize import Denoising, read_captions
 from .rewards.base import Reward, leaves, unique_names
 from .rewards.catalogue import CATALOGUE, OPENAI
@@ -142,7 +142,8 @@ def check(config: RunConfig, *, dry_run: bool = False, say: Callable[[str], None
         attempt("optim.optimizer", lambda: _optimizer(config, device))
         if device.type == "cpu" and config.model.dtype == "float16":
             findings.add("warning", "model.dtype", HALF)
-    images = config.regularize.denoise.images is None or attempt("regularize.denoise.images", lambda: _images(config))
+    folder = str(config.regularize.denoise.images or BESIDE)  # pictures of the prompt file are opened with it
+    images = folder.startswith(BESIDE) or attempt("regularize.denoise.images", lambda: _images(config))
     trained, held_out, features = _rewards(config, findings)
     pipe = None
     if attempt("model", lambda: _model(config)) and device is not None:

@@ -329,7 +329,8 @@ class Denoise(_Section):
     weight: float = Field(default=0.0, ge=0)
     """factor in the loss; 0: off"""
     images: Text | None = None
-    """a folder of pictures with captions beside them (cat.png, cat.txt); null: sampled from the base model"""
+    """a folder of pictures with captions beside them (cat.png, cat.txt); prompts:COLUMN: those of the prompt file;
+    null: sampled from the base model"""
     count: int = Field(default=256, ge=1)
     """how many pictures"""
     noise_range: Pair = (0.6, 1.0)
@@ -509,7 +510,7 @@ def _prompt_mapping(value: Any) -> Any:
 
 def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for settings that are legal alone and not together."""
-    from .prompts import OURS
+    from .prompts import OURS, is_picture, wrong_images
 
     optim, regularize, guards = config.optim, config.regularize, config.guards
     if optim.warmup >= optim.steps:
@@ -545,8 +546,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "prompts.columns", f"{', '.join(twice)} stands in sampling.call too; keep one of them"
     if "negative_prompt" in columns and config.negative_prompt:
         yield "prompts.columns", "negative_prompt is given for all too; keep one of them"
-    if columns and config.regularize.denoise.weight:
-        yield "regularize.denoise", "does not go with prompts.columns: set its weight to 0"
+    if misplaced := wrong_images(regularize.denoise.images, sorted(filter(is_picture, columns))):
+        yield "regularize.denoise.images", misplaced
     if config.adapter.kind == "full":
         for key in ("rank", "alpha", "targets", "inference_weight"):
             if getattr(config.adapter, key) != _default(Adapter, key):

@@ -25,6 +25,7 @@ PLAYGROUND_COUNT = {"train": 2000, "eval": 2000}
 LISTS = Path(__file__).parent / "promptlists"
 COLUMNS = ("prompt", "text", "caption")  # the first of them that a table has
 CATEGORY = "category"
+BESIDE = "prompts:"  # of a column of the prompt file, where a folder of pictures may stand too
 OURS = {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict"}  # set at every call of a pipeline
 SOURCES = (
     "a .txt, .jsonl, .json, .csv or .parquet file, hf:DATASET:SPLIT:COLUMN, hf:DATASET:FILE, builtin:NAME, "
@@ -96,6 +97,26 @@ def with_categories(
         rows, file.parent, f"prompt file {file}", hint="; paths begin at the folder of the prompt file"
     )
     return [(prompt, row.category) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def without_text(prompt: str) -> str:
+    """The empty prompt, with what `prompt` brings along."""
+    return Conditioned("", prompt.arguments) if isinstance(prompt, Conditioned) else ""
+
+
+def pictures_beside(prompt: str) -> list[str]:
+    """The names of the pictures that `prompt` brings along."""
+    return [name for name in getattr(prompt, "arguments", ()) if is_picture(name)]
+
+
+def wrong_images(images: str | Path | None, beside: Sequence[str]) -> str:
+    """What is wrong with `denoise.images` where the prompts bring the pictures `beside` along; "" if nothing."""
+    own = [f"{BESIDE}{name}" for name in beside]
+    if images is None or (str(images) in own if own else not str(images).startswith(BESIDE)):
+        return ""
+    if not own:
+        return f"{images}: no prompt brings pictures along; name their column in prompts.columns"
+    return f"{images}: each prompt brings its {' and '.join(beside)} along; legal is {' or '.join(own)}, or null"
 
 
 def with_inputs(prompts: Sequence[str], inputs: Mapping[str, Sequence[str]]) -> list[str]:

@@ -28,6 +28,7 @@ from .engine.doors import Doors
 from .errors import ConfigError, PreflightError
 from .gradient import derive_seed
 from .plan import Plan
+from .prompts import BESIDE, Conditioned, identity, pictures_beside, without_text, wrong_images
 from .runfolder import atomic
 
 #: Share of captions that are replaced by the empty one, so that the unconditional network is held as well: it is the
@@ -44,8 +45,8 @@ class Denoising:
 
     Attributes:
         weight: its weight beside the negated reward.
-        images: folder of pictures with captions (see `read_captions`); None: pictures that the base model samples
-            before training.
+        images: folder of pictures with captions (see `read_captions`); "prompts:COLUMN", the pictures of that column
+            of the prompt file, with their prompts for captions; None: pictures that the base model samples first.
         count: size of the set of pictures (of a folder at most so many are taken).
         noise_range: share t / T of the sampler's steps, t = T the noisiest. The first step of all is left out: what the
             network gets there is pure noise.
@@ -78,43 +79,62 @@ class Denoising:
         """Make the set of clean latents once: encode the pictures, or sample them from the base model (adapters off).
 
         Args:
-            prompts: captions of the sampled pictures, in turn; unused with ``images``.
+            prompts: captions of the sampled pictures, in turn, with what they bring along; with a folder of ``images``
+                unused.
             call: the other arguments of ``pipe(...)`` as in training; the pictures are sampled with its guidance.
             batch: pictures at a time.
             file: where the set is kept, and read from when it is there. Needed to resume a run that trains whole
                 weights: the base model is gone by then.
 
         Raises:
-            ConfigError: for a folder that cannot be used, or a ``file`` made with other settings.
+            ConfigError: for ``images`` that cannot be used, or a ``file`` made with other settings.
             PreflightError: if this pipeline's guidance cannot be switched off, or its pictures cannot be encoded.
         """
-        name = find_denoiser(pipe)
-        T = count_steps(pipe, **evaluate.for_prompts([""], call))
+        name, empty = find_denoiser(pipe), without_text(prompts[0])
+        paths, captions = self._pictures(prompts)
+        T = count_steps(pipe, **evaluate.for_prompts([empty], call))
         steps = _steps(pipe.scheduler, T, self.noise_range)
-        plain, timesteps = _unguided(pipe, name, T, call)
+        plain, timesteps = _unguided(pipe, name, T, call, empty)
         known = {"seed": seed, "count": self.count, "images": str(self.images), "call": repr(sorted(call.items()))}
-        key = json.dumps(known if self.images else known | {"prompts": derive_seed(*prompts)})
-        made = _load(file, key) if file is not None and file.exists() else None
-        if made is None and self.images is not None:
-            paths, captions = zip(*read_captions(self.images)[: self.count], strict=True)
-            made = encode(pipe, name, paths, call=plain, T=T), list(captions)
-        elif made is None:
-            captioned = [prompts[k % len(prompts)] for k in range(self.count)]
+        told = {} if self._folder else {"prompts": derive_seed(*map(str, identity(prompts)))}
+        key = json.dumps(known | told)
+        if file is not None and file.exists():
+            latents, kept = _load(file, key)
+            captions = kept if self._folder else captions
+        elif paths:
+            latents = encode(pipe, name, paths, call=plain, T=T, empty=empty)
+        else:
             with adapters_off(getattr(pipe, name)):
-                made = _sampled(pipe, name, captioned, call=call, seed=seed, batch=batch), captioned
+                latents = _sampled(pipe, name, captions, call=call, seed=seed, batch=batch)
         if file is not None and not file.exists():
-            _save(file, key, *made)
+            _save(file, key, latents, captions)
         return DenoisingLoss(
             pipe=pipe,
             weight=self.weight,
-            latents=made[0],
-            captions=made[1],
+            latents=latents,
+            captions=captions,
             call=plain,
             T=T,
             timesteps=timesteps,
             steps=steps,
             seed=seed,
         )
+
+    @property
+    def _folder(self) -> bool:
+        return self.images is not None and not str(self.images).startswith(BESIDE)
+
+    def _pictures(self, prompts: Sequence[str]) -> tuple[list[Path], list[str]]:
+        """The given pictures, none where they are to be sampled, and the captions."""
+        if wrong := wrong_images(self.images, pictures_beside(prompts[0])):
+            raise ConfigError(f"denoise.images={wrong}")
+        if self.images is None:
+            return [], [prompts[k % len(prompts)] for k in range(self.count)]
+        if self._folder:
+            pairs = read_captions(self.images)[: self.count]
+            return [path for path, _ in pairs], [caption for _, caption in pairs]
+        column, captions = str(self.images).removeprefix(BESIDE), list(prompts[: self.count])
+        return [Path(own.arguments[column]) for own in captions if isinstance(own, Conditioned)], captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +168,7 @@ class DenoisingLoss:
         """
         x0, noise, captions = self.draw(step, first=first, size=size)
         seeds = [derive_seed(self.seed, "denoise", step, index) for index in range(first, first + size)]
-        given = evaluate.for_prompts(captions, self.call) | {"generator": evaluate.generators(seeds)}
+        given = _without_guidance(captions, self.call) | {"generator": evaluate.generators(seeds)}
         i = self.step_of(step)
         with seeded(seeds[0], self.pipe):
             tape, target = predict(self.pipe, x0, noise, T=self.T, step=i, timestep=self.timesteps[i], call=given)
@@ -163,7 +183,8 @@ class DenoisingLoss:
             drawn = random.Random(f"denoise {self.seed} {step} {index}")
             k = drawn.randrange(len(self.latents))
             x0.append(self.latents[k])
-            captions.append("" if drawn.random() < DROPPED else self.captions[k])
+            own = self.captions[k]
+            captions.append(without_text(own) if drawn.random() < DROPPED else own)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "denoising noise", step, index))
             noise.append(torch.randn(x0[-1].shape, generator=generator, dtype=x0[-1].dtype))
         return torch.stack(x0), torch.stack(noise), captions
@@ -262,14 +283,14 @@ def _sampled(pipe: Any, name: str, captions: Sequence[str], *, call: dict[str, A
     return _widened(torch.cat(found))
 
 
-def encode(pipe: Any, name: str, paths: Sequence[Path], *, call: dict[str, Any], T: int) -> Tensor:
+def encode(pipe: Any, name: str, paths: Sequence[Path], *, call: dict[str, Any], T: int, empty: str = "") -> Tensor:
     """Latents ``(N, ...)`` of pictures, in the layout of the sampler, by the pipeline's own encoder.
 
     The way from the sampler's latent x to the decoder's input z (scaling, shift, packing) is the pipeline's own and
     differs by family. It only moves and scales elements, so one vector-Jacobian product inverts it exactly:
-    x = x_ref + J^T (z - z_ref) / (J^T 1)^2. That it does so is checked.
+    x = x_ref + J^T (z - z_ref) / (J^T 1)^2. That it does so is checked. empty: the prompt of that probe.
     """
-    doors = _probe(pipe, name, T, call, output_type="pt")
+    doors = _probe(pipe, name, T, call, empty, output_type="pt")
     decoded = [c for c in doors.calls if c.module is not doors.denoiser and hasattr(c.module, "encode")]
     z = next((x for c in decoded for x in c.inputs if isinstance(x, Tensor) and x.requires_grad), None)
     if len(decoded) != 1 or z is None or doors.final is None:
@@ -387,16 +408,22 @@ def _steps(scheduler: Any, T: int, noise_range: tuple[float, float]) -> tuple[in
     return tuple(found)
 
 
-def _probe(pipe: Any, name: str, T: int, call: dict[str, Any], *, output_type: str = "latent") -> Doors:
+def _without_guidance(prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
+    """`call`, of `_unguided`, for these prompts, whose own negative prompts are left out too."""
+    given = evaluate.for_prompts(prompts, call)
+    return {key: value for key, value in given.items() if not key.startswith("negative_prompt")}
+
+
+def _probe(pipe: Any, name: str, T: int, call: dict[str, Any], empty: str, *, output_type: str = "latent") -> Doors:
     """One sample's chain at the cost of two network calls, the last step's with a graph behind it."""
-    given = evaluate.for_prompts([""], call) | {"generator": evaluate.generators([0])}
+    given = _without_guidance([empty], call) | {"generator": evaluate.generators([0])}
     doors = Doors(pipe, Plan(T=T, train=frozenset({T - 1})), denoiser=name, blank=True)
     with seeded(0, pipe), doors.open():
         pipe(**{**given, "output_type": output_type, "return_dict": False})
     return doors
 
 
-def _unguided(pipe: Any, name: str, T: int, call: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def _unguided(pipe: Any, name: str, T: int, call: dict[str, Any], empty: str) -> tuple[dict[str, Any], list[Any]]:
     """`call` without guidance, and the timesteps of its steps.
 
     A guidance scale that the network itself reads (distilled models) is kept: only what combines several predictions
@@ -409,7 +436,7 @@ def _unguided(pipe: Any, name: str, T: int, call: dict[str, Any]) -> tuple[dict[
     if "guidance_scale" in accepted:
         scales += [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
     for scale in scales:
-        doors = _probe(pipe, name, T, plain | scale)
+        doors = _probe(pipe, name, T, plain | scale, empty)
         if _is_single(doors):
             return plain | scale, doors.timesteps
     raise PreflightError(

@@ -354,8 +354,6 @@ class RewardTuner:
         settings = self.regularize.denoise
         if not settings.weight:
             return None
-        if isinstance(self.prompts[0], Conditioned):
-            raise ConfigError("regularize.denoise does not go with pictures in the prompt file: set its weight to 0")
         loss = Denoising(**settings.model_dump())
         file = self.folder.path / DENOISING_FILE
         mine = file if self.folder.writes or file.exists() else None  # the others sample the same pictures
