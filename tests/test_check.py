@@ -512,6 +512,7 @@ def measured(**changes):
         "update": 2.0,
         "text": 0.5,
         "of_prompt": 0.1,
+        "room": 1000,
         "evaluation": 3.0,
         "checkpoint": 1,
         "total": 2,
@@ -526,6 +527,7 @@ def test_the_sum_of_the_expected_time(tmp_path, model):
     assert dryrun.evaluations(config) == 6
     assert dryrun.expected_seconds(measured(), config, prompts=7) == pytest.approx(15 + 18 + 0.7)
     assert dryrun.expected_seconds(measured(), config, prompts=500) == pytest.approx(15 + 18 + 2.0)
+    assert dryrun.expected_seconds(measured(room=6), config, prompts=7) == pytest.approx(15 + 18 + 2.0)
     short = config_of(tmp_path, model, "optim.steps=10", "optim.max_seconds=6")
     assert dryrun.expected_seconds(measured(), short, prompts=7) == pytest.approx(6 + 6 + 0.7)
 

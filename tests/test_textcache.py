@@ -1,5 +1,6 @@
 """The text cache: the same pictures and gradients, every prompt encoded once, and a pipeline left as it came."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from tiny import fresh
 from torch import nn
 
+from rewardtune import RewardTuner, methods, trainer
 from rewardtune.engine import count_steps, rollout
 from rewardtune.plan import Plan
+from rewardtune.prompts import Conditioned
+from rewardtune.rewards import Brightness
 from rewardtune.textcache import cached_text
 
 BUILDERS = {"sd": tiny.stable_diffusion, "sdxl": tiny.stable_diffusion_xl, "sd3": tiny.stable_diffusion_3}
@@ -114,7 +118,7 @@ class Letters:
         self.style, self.calls, self.components = style, 0, {"text_encoder": nn.Linear(1, 1)}
         self._execution_device = torch.device("cpu")
 
-    def encode_prompt(self, prompt, device=None, scale=1.0, prompt_embeds=None):
+    def encode_prompt(self, prompt, device=None, scale=1.0, prompt_embeds=None, negative_prompt=None):
         self.calls += 1
         prompt = [prompt] if isinstance(prompt, str) else prompt
         rows = [torch.tensor([[ord(letter), scale] for letter in text]) for text in prompt]
@@ -169,7 +173,72 @@ def test_the_longest_unused_prompts_leave():
         pipe.encode_prompt("bbbb")
         assert pipe.calls == 5
         text.fill(["aaaa", "bbbb", "cccc", "dddd", "eeee"])
-        assert any("the text cache is full" in note for note in text.notes)
+        assert text.notes == ["the text cache holds 2 prompts (0.0 GiB): others are encoded when their turn comes"]
+        assert text.holds(["aaaa", "bbbb"])
+        assert not text.holds(["bbbb", "cccc"])
+        assert text.room == 2
+
+
+def test_encoders_that_were_sent_away_come_back_once_for_a_batch(monkeypatch):
+    """The hooks are accelerate's and need a GPU; when they act is ours."""
+    pipe = Letters("alone")
+    with cached_text(pipe) as text:
+        pipe.encode_prompt(["ab", "cd"])
+        sent = []
+        monkeypatch.setattr(text, "_hooks", [SimpleNamespace(offload=lambda: sent.append(pipe.calls), remove=list)])
+        calls = pipe.calls
+        pipe.encode_prompt(["ab", "cd"])
+        assert sent == []  # nobody was called
+        pipe.encode_prompt(["ef", "gh", "ab"])
+        assert sent == [calls + 2]
+        text.fill(["ij", "kl", "ef"], release=False)
+        assert sent == [calls + 2, calls + 4]
+
+
+def test_a_prompts_own_texts_are_encoded_with_it():
+    pipe = Letters("alone")
+    prompts = [Conditioned("ab", {"negative_prompt": "xy"}), Conditioned("cd", {"negative_prompt": "zz"})]
+    with cached_text(pipe) as text:
+        pipe.encode_prompt(["ab"], negative_prompt=["xy"])
+        assert text.fill(prompts, release=False) == 2
+        calls = pipe.calls
+        pipe.encode_prompt(["cd"], negative_prompt=["zz"])
+        assert pipe.calls == calls
+
+
+def test_a_long_run_encodes_ahead(tmp_path, monkeypatch):
+    """Room for six prompts of twenty, four an update: no update finds one missing; nothing is encoded far too often."""
+    pipe, call = tiny.stable_diffusion(steps=2)
+    pipe.unet.unload_lora()
+    one = sum(part.numel() * part.element_size() for part in pipe.encode_prompt("a", "cpu", 1, False)[:1])
+    monkeypatch.setattr(trainer, "cached_text", functools.partial(cached_text, max_bytes=6 * one))
+    encoded, kept = [], RewardTuner._update
+
+    def update(self, *args):
+        before = self.text.encoded
+        record = kept(self, *args)
+        encoded.append((before, self.text.encoded))
+        return record
+
+    monkeypatch.setattr(RewardTuner, "_update", update)
+    prompts = [f"{number} hearts" for number in range(20)]
+    tuner = RewardTuner(
+        pipe,
+        reward=Brightness(),
+        prompts=prompts,
+        method=methods.draft(K=1),
+        output_dir=tmp_path / "run",
+        num_inference_steps=2,
+        guidance_scale=call["guidance_scale"],
+        batch=4,
+        rank=2,
+        eval_count=2,
+        offload=["text_encoders"],
+        show_progress=False,
+    )
+    tuner.train(5, lr=1e-3)
+    assert all(before == after for before, after in encoded), encoded
+    assert encoded[-1][1] <= 20 + 6
 
 
 def test_what_comes_out_is_a_copy():

@@ -205,14 +205,15 @@ class Measured:
 
     phases: in the order of an update; their seconds add up to `update`, apart from the evaluation's. update: seconds of
     the one update. text: seconds in it for encoding, which the cache pays once a prompt; of_prompt: that, for one
-    prompt; 0 without the cache. evaluation: seconds of one, all its pictures. checkpoint: bytes of one. total: bytes
-    of memory there are.
+    prompt; 0 without the cache, which has room for `room` prompts. evaluation: seconds of one, all its pictures.
+    checkpoint: bytes of one. total: bytes of memory there are.
     """
 
     phases: dict[str, Phase]
     update: float
     text: float
     of_prompt: float
+    room: int
     evaluation: float
     checkpoint: int
     total: int
@@ -285,6 +286,7 @@ def measure(tuner: "RewardTuner", config: RunConfig, meter: Meter) -> Measured:
         update=update,
         text=encoding - filled if kept and encoded > before else 0.0,
         of_prompt=encoding / encoded if kept and encoded else 0.0,
+        room=text.room if text is not None else 0,
         evaluation=evaluation,
         checkpoint=_checkpoint_bytes(state, lora=tuner.adapter["kind"] != "full"),
         total=total,
@@ -334,9 +336,11 @@ def evaluations(config: RunConfig) -> int:
 
 
 def expected_seconds(measured: Measured, config: RunConfig, prompts: int) -> float:
-    """Of the run: its updates, its evaluations, and each of its `prompts` different prompts encoded once."""
+    """Of the run: its updates, its evaluations, and each of its `prompts` different prompts encoded once, or each time
+    that it is drawn where the cache has no room for all."""
     optim = config.optim
-    once = measured.of_prompt * min(prompts, optim.steps * optim.batch)
+    drawn = optim.steps * optim.batch
+    once = measured.of_prompt * (min(prompts, drawn) if prompts <= measured.room else drawn)
     updates = optim.steps * (measured.update - measured.text)
     if optim.max_seconds is not None:
         updates = min(updates, optim.max_seconds)

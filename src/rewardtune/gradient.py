@@ -117,6 +117,11 @@ class Gradient:
         norm = up.flatten(1).norm(dim=1).clamp_min(torch.finfo(up.dtype).tiny).view(-1, 1, 1, 1)
         return _Moved.apply(tape.images, (leaf.detach() - self.method.robust_image * up / norm).clamp(0, 1))
 
+    def prompts_of(self, step: int, processes: Processes) -> list[str]:
+        """Of update `step`, the prompts that this process samples."""
+        prompts = batch_prompts(self.prompts, seed=self.seed, step=step, size=self.batch)
+        return [prompt for first in processes.mine(self.chunks()) for prompt in prompts[first:][: self.micro_batch]]
+
     def _compute(self, step: int, processes: Processes) -> list[Part]:
         chunks = self.chunks()
         own: list[Part] = []

@@ -2,7 +2,8 @@
 
     with cached_text(pipe) as text:
         pipe(prompts, ...)            # any call, also within a rollout
-        text.fill(all_prompts)        # the rest, with the arguments of that call; then the encoders go to the CPU
+        text.fill(coming_prompts)     # in the order of their use, with the arguments of that call; then the encoders
+                                      # go to the CPU
 
 No line per pipeline family: a prompt's embeddings are what the pipeline's own `encode_prompt` gives for a list of one.
 A batch is put together from its prompts; whether the pipeline itself does that is tested at the first batch, and where
@@ -70,6 +71,7 @@ class TextCache:
         self._slots = [(module, module.__dict__.get("_compiled_call_impl")) for module in networks.values()]
         self._encoders = {name: module for name, module in networks.items() if name.startswith("text_encoder")}
         self._hooks: list[Any] = []
+        self._visiting = self._came = False  # encoders that were sent away: whether a block has asked them to stay
         self._home: dict[str, torch.device] = {}
         self._real: Any = getattr(pipe, "encode_prompt", None)
         self.works = callable(self._real)
@@ -95,7 +97,8 @@ class TextCache:
             rules = self._rules[kind]
             if rules is None:
                 return self._run(bound)
-            answers = [self._one(row) for row in rows]
+            with self._visit():
+                answers = [self._one(row) for row in rows]
             joined, is_tuple = (
                 _join([answer for answer, _ in answers], rules, _device_of(bound, self.pipe)),
                 answers[0][1],
@@ -105,32 +108,53 @@ class TextCache:
         return joined if is_tuple else joined[0]
 
     def fill(self, prompts: Iterable[str], *, release: bool = True) -> int:
-        """Encode every prompt now, with the arguments of the last call; return how many prompts the cache holds.
+        """Encode prompts now, with the arguments of the last call; return how many of them the cache holds.
 
-        Stops when `max_bytes` are reached. release: then move the encoders to the CPU; a prompt that is not in the
-        cache brings them back for its time.
+        prompts: in the order of their use; it stops where `max_bytes` hold no more of them together. release: then
+        move the encoders to the CPU; prompts that are not in the cache bring them back, once for a batch.
         """
         if self._last is None:
             self.notes.append("nothing was encoded yet, so no prompt is encoded beforehand")
             return 0
-        template, sample = self._last, self._last["prompt"]
-        for prompt in dict.fromkeys(prompts):  # `prompt_2` and its like repeat the prompt
-            row = {
-                name: [prompt] if value == sample and not name.startswith("negative") else value
-                for name, value in template.items()
-            }
-            if _key(row) in self._kept:
-                continue
-            if self.bytes + self._largest > self.max_bytes:
-                self.notes.append(
-                    f"the text cache is full after {len(self._kept)} prompts ({self.bytes / 2**30:.1f} GiB); the "
-                    "others are encoded when they are used"
-                )
-                break
-            self._one(row)
+        held, size = set[Any](), 0  # of these prompts: the others may leave
+        with self._visit():
+            for prompt in prompts:
+                key = _key(row := self._row(prompt))
+                if key in held:
+                    continue
+                if size + self._largest > self.max_bytes:
+                    full = f"the text cache holds {len(held)} prompts ({self.bytes / 2**30:.1f} GiB)"
+                    if not any(note.startswith("the text cache holds") for note in self.notes):
+                        self.notes.append(f"{full}: others are encoded when their turn comes")
+                    break
+                self._one(row)
+                held.add(key)
+                size += self._kept[key][2]
         if release:
             self.release()
-        return len(self._kept)
+        return len(held)
+
+    @property
+    def room(self) -> int:
+        """How many prompts of the size of the largest there is room for."""
+        return self.max_bytes // max(1, self._largest)
+
+    def holds(self, prompts: Iterable[str]) -> bool:
+        """Whether all of them are in the cache, with the arguments of the last call."""
+        return self._last is not None and all(_key(self._row(prompt)) in self._kept for prompt in prompts)
+
+    def _row(self, prompt: str) -> dict[str, Any]:
+        """The last call's arguments for `prompt`; `prompt_2` and its like repeat it where it has no text of its own."""
+        assert self._last is not None
+        own, sample = getattr(prompt, "arguments", {}), self._last["prompt"]
+        return {
+            name: [own[name]]
+            if name in own
+            else [str(prompt)]
+            if value == sample and not name.startswith("negative")
+            else value
+            for name, value in self._last.items()
+        }
 
     def release(self) -> None:
         """Move the text encoders to the CPU; one that is called after that comes back for the call.
@@ -157,7 +181,19 @@ class TextCache:
             name, device = self._home.popitem()
             self._encoders[name].to(device)
 
+    @contextmanager
+    def _visit(self) -> Iterator[None]:
+        """Encoders that were sent away and are called in the block go back at its end, not after each call."""
+        outer, self._visiting = self._visiting, True
+        try:
+            yield
+        finally:
+            self._visiting = outer
+            if self._came and not outer:
+                self._offload()
+
     def _offload(self) -> None:
+        self._came = False
         for hook in self._hooks:
             hook.offload()
         if self._hooks and torch.cuda.is_available():
@@ -193,13 +229,14 @@ class TextCache:
         """The pipeline's own `encode_prompt`, outside the doors of a rollout and without a graph."""
         call = inspect.BoundArguments(self._signature, OrderedDict(arguments))
         present = [(module, module.__dict__.get("_compiled_call_impl")) for module, _ in self._slots]
-        try:
-            _put(self._slots)
-            with torch.no_grad():
-                return self._real(*call.args, **call.kwargs)
-        finally:
-            _put(present)
-            self._offload()
+        with self._visit():
+            self._came = True
+            try:
+                _put(self._slots)
+                with torch.no_grad():
+                    return self._real(*call.args, **call.kwargs)
+            finally:
+                _put(present)
 
     def _compare(self, bound: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...] | None:
         """How the answers of single prompts make the pipeline's answer for the batch, part by part; None: they do not.

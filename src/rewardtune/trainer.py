@@ -171,6 +171,7 @@ class RewardTuner:
         if guards is not None and not isinstance(guards, Mapping):
             raise ConfigError(f"guards={guards!r}: give a mapping with rewards, features, rules")
         self.watch = self._watch(dict(guards or {}))
+        self.text: TextCache | None = None
         self.parameters: list[torch.nn.Parameter] = []
         self.denoising: DenoisingLoss | None = None
         self.step, self.saved, self.T, self.rollbacks, self.rolled_back_at = 0, 0, 0, 0, 0
@@ -265,11 +266,11 @@ class RewardTuner:
         TrainingState(torch.nn.Linear(1, 1, device=self.device), **moves)  # refuses what cannot be, before all else
         with _memory_named(), ExitStack() as stack:
             set_aside = stack.enter_context(quiet(self.pipe))
-            text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
+            self.text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
             if "vae" in self.offload:
                 stack.enter_context(offloaded_vae(self.pipe))
             optim = moves | {"clip": clip, "batch": self.batch}
-            found = self._prepare(set_aside, text, optim)
+            found = self._prepare(set_aside, optim)
             state = TrainingState(self.denoiser, **moves)
             stack.callback(self.trackers.finish)
             settings = self._settings(optim)
@@ -309,9 +310,7 @@ class RewardTuner:
             folder=self.folder.path,
         )
 
-    def _prepare(
-        self, set_aside: list[str], text: TextCache | None, optim: dict[str, Any]
-    ) -> checkpoint.Checkpoint | None:
+    def _prepare(self, set_aside: list[str], optim: dict[str, Any]) -> checkpoint.Checkpoint | None:
         """Once: every check that can refuse the run before it costs anything, then the folder.
 
         Gives the checkpoint to go on from, if the run is a resumed one.
@@ -332,8 +331,8 @@ class RewardTuner:
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
-            if text is not None and "text_encoders" in self.offload:
-                text.fill([*self.prompts, *self.eval_prompts])
+            if self.text is not None and "text_encoders" in self.offload:
+                self.text.fill(self.eval_prompts)
             found = self._find(optim)
             self.folder.open()
             self.folder.set_status("running", **self._describe(), notes=facts.notes)
@@ -345,7 +344,7 @@ class RewardTuner:
                 adapters.detach(self.denoiser)  # hand the pipeline back as it came
                 self.parameters = []
             raise
-        notes = [*facts.notes, *(text.notes if text else ()), *(f"{name} set aside" for name in set_aside)]
+        notes = [*facts.notes, *(self.text.notes if self.text else ()), *(f"{name} set aside" for name in set_aside)]
         for note in notes:
             self._say(note)
         return found
@@ -448,6 +447,8 @@ class RewardTuner:
         shown = Progress(last, done=begun, max_seconds=max_seconds, enabled=self.show_progress, log=self.folder.log)
         with shown as progress:
             while self.step < last:
+                if self.text is not None and "text_encoders" in self.offload:
+                    self._encode_ahead(self.text, gradient, last)
                 record = self._update(gradient, state, clip)
                 self.step += 1
                 self.folder.append("metrics.jsonl", record)
@@ -679,6 +680,15 @@ class RewardTuner:
             return f"{now}{', which gave these pictures,' if broken else ''} are in {folder}"
         self.folder.status["kept_step"] = back
         return f"the weights of {_step(back)}, the best look, are in {folder}"
+
+    def _encode_ahead(self, text: TextCache, gradient: Gradient, last: int) -> None:
+        """The text encoders come back once for as many updates as the cache can hold, not for each prompt."""
+        if text.holds(gradient.prompts_of(self.step, self.processes)):
+            return
+        steps, told = range(self.step, last), len(text.notes)
+        text.fill(prompt for step in steps for prompt in gradient.prompts_of(step, self.processes))
+        for note in text.notes[told:]:
+            self._say(note)
 
     def _say(self, text: str) -> None:
         self.folder.log(text)
