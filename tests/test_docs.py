@@ -21,6 +21,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -40,6 +41,19 @@ DIRECTIVE = re.compile(r"<!-- (setup|slow|not run):\s(.*?)-->\n", flags=re.DOTAL
 FENCE = re.compile(
     r"((?:<!-- (?:setup|slow|not run):\s(?:(?!-->).)*-->\n)*)^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
+
+
+#: (page, method, its picture there): those of README's table, and those elsewhere that a draw of T = 20 must give.
+PICTURES = [
+    (ROOT / "README.md", *row)
+    for row in re.findall(r"^\| `(\w+\(.*?\))`.*?\| `(\\\|.*?)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+] + [
+    (ROOT / "docs" / "methods.md", "drtune(K=2, m=8)", "|....#.........#.>----|"),
+    (ROOT / "docs" / "methods.md", "drtune(K=2, m=8, stops=2)", "|#.........#..>.....>--|"),
+    (ROOT / "docs" / "methods.md", "leapalign()", "|....#=============@=|"),
+    (ROOT / "docs" / "methods.md", "srpo()", "|~~~~~~~~~~~~~#>------|"),
+]
+MANY = {"alignprop()", "flowbp_sparse()"}  # too many plans to meet one again
 
 
 @dataclass(frozen=True)
@@ -322,3 +336,15 @@ def test_run_file_keys_of_the_tables_exist():
         for key in re.findall(r"`(\w+\.[\w.]+)[`:]", page):
             if key.partition(".")[0] in sections and not key.startswith("method.options.") and key != "eval.jsonl":
                 assert key in legal, f"{name}.md: {key}"
+
+
+@pytest.mark.parametrize(("page", "method", "picture"), PICTURES, ids=lambda x: str(getattr(x, "name", x)))
+def test_pictures_of_plans_are_drawn_ones(page: Path, method: str, picture: str) -> None:
+    from rewardtune import methods
+
+    assert picture in page.read_text()
+    shown, law = picture.replace("\\|", "|"), eval(method, vars(methods))
+    drawn = {law(20, Random(draw)).draw() for draw in range(3000)}
+    if method in MANY:
+        drawn, shown = {"".join(sorted(one)) for one in drawn}, "".join(sorted(shown))  # as many marks of each kind
+    assert shown in drawn, sorted(drawn)[:5]
