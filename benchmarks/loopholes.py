@@ -5,6 +5,7 @@ Two questions for each of the playground's rewards, without any model that makes
    objects that the reader finds and the small CLIPScore says where the reward can be had without a better picture.
 2. Edits by hand of the same scenes (an object removed, shrunk, centred; whitened, blurred): which of them the reward
    pays for, in units of its deviation over scenes.
+And which of such edits the guards' panel notices.
 Writes docs/results/loopholes.md and loopholes.png. Three minutes on one core.
 """
 
@@ -18,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewardtune import edits as image_edits
 from rewardtune import evaluate, playground, rewards
 from rewardtune.config import Part
+from rewardtune.diversity import Features
 from rewardtune.launch import make_reward
+from rewardtune.panel import Panel
 from rewardtune.playground import Scene
 from rewardtune.rewards import Reward
 
@@ -112,6 +116,29 @@ def blurred(images: Tensor) -> Tensor:
     return images
 
 
+def noticed(scenes: list[Scene]) -> list[str]:
+    """What the guards' panel measures of edits by hand, as a Markdown table: the drawn scenes are the base."""
+    drawn = playground.render(scenes)
+    grey = drawn.mean(1, keepdim=True)
+    pictures = {
+        "as drawn": drawn,
+        "objects erased": erased(scenes),
+        "grey": grey.expand_as(drawn),
+        "one picture for all prompts": drawn[:1].expand_as(drawn),
+        "blurred, 1/32 of the side": image_edits.blur(drawn, 1 / 32),
+        "saturation x 1.5": (grey + 1.5 * (drawn - grey)).clamp(0, 1),
+    }
+    panel = Panel(
+        prompts=[scene.caption for scene in scenes],
+        rewards=rewards.CLIPScore(model=str(playground.clip_path())),
+        features=Features("playground"),
+    )
+    measured = {name: panel(made, base=drawn, step=1).values for name, made in pictures.items()}
+    metrics = [name for name in measured["as drawn"] if name not in ("black", "nan")]
+    rows = [f"| {name} | " + " | ".join(f"{of[key]:.3g}" for key in metrics) + " |" for name, of in measured.items()]
+    return [f"| | {' | '.join(metrics)} |", "|-" * (len(metrics) + 1) + "|", *rows]
+
+
 def report() -> str:
     scenes = playground.draw_scenes(SCENES, random.Random("loopholes"), split="eval", layout="free")
     images, prompts = playground.render(scenes), [scene.caption for scene in scenes]
@@ -155,6 +182,10 @@ def report() -> str:
             "## Edits by hand, in deviations of the reward over scenes (positive: the reward pays)",
             "",
             *edit_rows,
+            "",
+            "## What the guards' panel notices, of the drawn scenes changed by hand",
+            "",
+            *noticed(scenes),
             "",
         ]
     )

@@ -1,6 +1,7 @@
 """The methods' laws, against the paper's text: ranges exhaustively for small T, K, m; marginals; every erratum."""
 
 import math
+import sys
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
@@ -9,7 +10,9 @@ from random import Random
 import pytest
 
 from rewardtune import methods
+from rewardtune.config import MethodChoice
 from rewardtune.errors import ConfigError
+from rewardtune.launch import make_method
 from rewardtune.plan import Plan
 
 DRAWS = 400
@@ -213,3 +216,46 @@ def test_a_plan_draws_itself():
     assert Plan(T=6, train=frozenset({1, 3, 5}), end=4).draw() == "|.#.#.>-|"
     assert methods.draft_lv(2)(4, Random(0)).draw() == "|~~~#| x2"
     assert methods.draft(None)(3, Random(0)).draw() == "|###|"
+
+
+# Of one's own -----------------------------------------------------------------------------------------------------
+
+OWN = """
+from rewardtune.methods import Method
+
+def some(T, rng, t_min):
+    return range(1, T + 1, 3)
+
+ready = Method(name="ready", times=some, input_gradient=0.0, m=None)
+
+def made(m=4):
+    return Method(name="made", times=some, input_gradient=1.0, m=m)
+
+def wrong():
+    return some
+"""
+
+
+def test_a_method_by_import_path(tmp_path, monkeypatch):
+    """Found in the current folder, as a reward of one's own is."""
+    (tmp_path / "own_methods.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    ready = make_method(MethodChoice(name="own_methods:ready"))
+    assert times(ready(10, Random(0))) == {1, 4, 7, 10}
+    assert make_method(MethodChoice(name="own_methods:made", options={"m": 2})).m == 2
+    robust = make_method(MethodChoice(name="own_methods:made", rsa_ft={}))
+    assert (robust.m, robust.robust_image) == (4, 0.01)
+    for choice, said in (
+        (
+            {"name": "own_methods:raedy"},
+            r"method 'own_methods:raedy': own_methods has no 'raedy' \(did you mean 'ready'",
+        ),
+        ({"name": "no_such_module:x"}, "importing no_such_module failed"),
+        ({"name": "own_methods:made", "options": {"n": 1}}, "has no option 'n'"),
+        ({"name": "own_methods:ready", "options": {"m": 1}}, "has no option 'm'; legal: none"),
+        ({"name": "own_methods:wrong"}, "is a function; legal is a rewardtune.methods.Method"),
+        ({"name": "own_methods:some"}, "do not fit"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make_method(MethodChoice(**choice))

@@ -194,7 +194,7 @@ class MethodChoice(_Section):
     """How the reward's gradient goes through the sampling chain."""
 
     name: Text = "drtune"
-    """one of `rewardtune ls methods`; docs/methods.md"""
+    """one of `rewardtune ls methods` (docs/methods.md), or an import path `module:name` (docs/write-method.md)"""
     options: dict[str, Any] = {}
     """the method's arguments, e.g. {K: 5, m: 20}; see `rewardtune ls methods`"""
     rsa_ft: Robust | None = None
@@ -279,7 +279,7 @@ class Memory(_Section):
     cache_text: bool = True
     """prompts are encoded once; memory.offload: [text_encoders] also takes the encoders off the device"""
     vae_dtype: Literal["float32", "bfloat16"] | None = None
-    """of the VAE, which gives black images in float16; null: as model.dtype"""
+    """of the VAE, which gives black images in float16; null: float32 beside a float16 model, else as model.dtype"""
     offload: list[Literal["text_encoders", "vae", "reward"]] = []
     """what waits on the CPU while the denoiser works"""
     shard: bool | Literal["node"] = False

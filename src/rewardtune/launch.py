@@ -9,6 +9,7 @@ from . import checkpoint, methods
 from .config import Memory, MethodChoice, Model, Part, RunConfig, dump_config
 from .errors import ConfigError
 from .guards import check_held_out
+from .importing import by_path, is_path
 from .methods import Method
 from .spelling import nearest
 
@@ -130,26 +131,44 @@ def train_as(config: RunConfig, tuner: "RewardTuner") -> "Result":
 
 
 def make_method(choice: MethodChoice) -> Method:
-    """ConfigError for an unknown method or option, naming the nearest."""
-    if choice.name not in methods.ALL:
+    """The method of that name, or of an import path: a Method, or a function of the options that gives one.
+
+    Raises ConfigError for an unknown method or option, naming the nearest, and for whatever else is not a Method.
+    """
+    factory = by_path(choice.name, "method") if is_path(choice.name) else methods.ALL.get(choice.name)
+    if factory is None:
         wraps = choice.name in ("rsa_ft", "conditional_only")
         around = f": it goes around a method, as method.{choice.name}"
         hint = around if wraps else nearest(choice.name, methods.ALL)
-        raise ConfigError(f"unknown method {choice.name!r}{hint}; legal: {', '.join(methods.ALL)}")
-    factory = methods.ALL[choice.name]
-    legal = list(inspect.signature(factory).parameters)
-    for option in choice.options:
-        if option not in legal:
-            hint = nearest(option, legal)
-            raise ConfigError(f"method {choice.name} has no option {option!r}{hint}; legal: {', '.join(legal)}")
-    try:
-        method = factory(**choice.options)
-    except TypeError as error:
-        raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
+        raise ConfigError(
+            f"unknown method {choice.name!r}{hint}; legal: {', '.join(methods.ALL)}, "
+            'or an import path "my_methods:my_method"'
+        )
+    method = _made(factory, choice)
     if choice.rsa_ft is not None:
         method = methods.rsa_ft(method, image=choice.rsa_ft.image, weights=choice.rsa_ft.weights)
     if choice.conditional_only is not None:
         method = methods.conditional_only(method, factor=choice.conditional_only.factor)
+    return method
+
+
+def _made(factory: Any, choice: MethodChoice) -> Method:
+    given = isinstance(factory, Method)
+    legal = list(inspect.signature(factory).parameters) if callable(factory) and not given else []
+    for option in choice.options:
+        if option not in legal:
+            hint = nearest(option, legal)
+            words = ", ".join(legal) or "none"
+            raise ConfigError(f"method {choice.name} has no option {option!r}{hint}; legal: {words}")
+    try:
+        method = factory if given else factory(**choice.options)
+    except TypeError as error:
+        raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"method {choice.name} is a {type(method).__name__}; legal is a rewardtune.methods.Method, or a function "
+            "that gives one (docs/write-method.md)"
+        )
     return method
 
 

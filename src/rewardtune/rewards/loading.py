@@ -1,13 +1,11 @@
 """From a word in a run file to a reward: a built-in name, or an import path "my_pkg.rewards:MyReward"."""
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from rewardtune.errors import ConfigError, RewardTuneError
+from rewardtune.importing import by_path, is_path
 from rewardtune.rewards.base import Reward, as_reward
 from rewardtune.rewards.catalogue import REWARDS
 from rewardtune.spelling import nearest
@@ -35,28 +33,13 @@ def load(spec: str, settings: Mapping[str, Any] | None = None) -> Reward:
 
 def named(spec: str) -> Any:
     """What `spec` names, imported and not made. ConfigError where there is no such thing."""
-    return _import(BUILTIN.get(spec.lower(), spec))
-
-
-def _import(path: str) -> Any:
-    module_name, colon, attribute = path.partition(":")
-    if not (colon and module_name and attribute):
+    path = BUILTIN.get(spec.lower(), spec)
+    if not is_path(path):
         raise ConfigError(
             f"unknown reward '{path}'{nearest(path.lower(), BUILTIN)}; legal: {', '.join(sorted(BUILTIN))}, "
             'or an import path "my_pkg.rewards:MyReward"'
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not see the folder it is called from
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise ConfigError(
-            f"reward '{path}': importing {module_name} failed ({type(error).__name__}: {error}); "
-            "install the module or call the command from its folder"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ConfigError(f"reward '{path}': {module_name} has no '{attribute}'{nearest(attribute, dir(module))}")
-    return getattr(module, attribute)
+    return by_path(path, "reward")
 
 
 def _build(spec: str, cls: type, settings: dict[str, Any]) -> object:
