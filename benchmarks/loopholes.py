@@ -135,7 +135,10 @@ def noticed(scenes: list[Scene]) -> list[str]:
     )
     measured = {name: panel(made, base=drawn, step=1).values for name, made in pictures.items()}
     metrics = [name for name in measured["as drawn"] if name not in ("black", "nan")]
-    rows = [f"| {name} | " + " | ".join(f"{of[key]:.3g}" for key in metrics) + " |" for name, of in measured.items()]
+    rows = [
+        f"| {name} | " + " | ".join(f"{round(of[key], 6) + 0.0:.3g}" for key in metrics) + " |"
+        for name, of in measured.items()
+    ]
     return [f"| | {' | '.join(metrics)} |", "|-" * (len(metrics) + 1) + "|", *rows]
 
 
