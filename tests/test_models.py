@@ -214,6 +214,7 @@ def test_the_playground_loads():
         "playground", device="cpu", gradient_checkpointing=True, scheduler="EulerDiscreteScheduler"
     )
     assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert pipe.unet.is_gradient_checkpointing
     assert adapters.attach(pipe.unet, rank=2)
     assert json.loads(json.dumps(pipe.unet.config["in_channels"])) == 4
 
