@@ -216,8 +216,13 @@ def test_what_cannot_be_written_says_what_helps(tmp_path, number, cure):
     assert cure in str(cannot_write(tmp_path / "out", OSError(number, os.strerror(number))))
 
 
-def test_bad_run_files(train, tmp_path):
+def test_bad_run_files(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "x", "optin": {}, "seed": -1}))
     assert main(["train", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "optin" in said
+    assert "did you mean 'optim'" in said
+    assert "seed" in said
     assert main(["train", str(tmp_path / "nothing.yaml")]) == 2
+    assert "nothing.yaml" in one_line(capsys.readouterr().err)

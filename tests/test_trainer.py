@@ -446,9 +446,9 @@ def test_a_rollback_without_a_best_checkpoint_is_refused(tmp_path):
 
 
 def test_an_optimiser_that_cannot_be_leaves_no_folder(tmp_path):
-    for wrong in ({"optimizer": "adam"}, {"schedule": "cosin"}, {"ema": 2.0}, {"warmup": 5}):
-        with pytest.raises(ConfigError):
-            tuner(tmp_path / "run").train(2, **wrong)
+    for key, value in {"optimizer": "adam", "schedule": "cosin", "ema": 2.0, "warmup": 5}.items():
+        with pytest.raises(ConfigError, match=f"optim.{key}='?{value}"):
+            tuner(tmp_path / "run").train(2, **{key: value})
         assert not (tmp_path / "run").exists()
 
 
