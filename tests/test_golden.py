@@ -5,8 +5,6 @@ import golden_rewards
 import pytest
 import torch
 
-from rewardtune import rewards
-
 SCORE, GRADIENT = 1e-5, 2e-5  # twice and ten times the largest measured on two processors (docs/results/parity.md)
 REWARDS = sorted(golden_rewards.BUILDERS)
 

@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_the_conditional_branch(family: str, method: str
 
 @pytest.mark.parametrize(("family", "rows"), [("sd", {2}), ("sd-pag", {6})])
 def test_only_rows_that_carry_gradient_are_replayed(family: str, rows: set[int]) -> None:
-    """2 prompts: 4 rows with guidance, 6 with PAG. PAG's attention mixes the branches, so its calls are replayed whole."""
+    """2 prompts: 4 rows with guidance, 6 with PAG, whose attention mixes the branches: those are replayed whole."""
     layout = LAYOUTS[family]
     pipe, call = layout.build(steps=T)
     assert replayed(pipe, conditional(judge.PLANS["drtune"](T), None), call)[1] == rows

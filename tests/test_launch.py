@@ -8,7 +8,6 @@ from tiny_runs import metrics, save_tiny, status, write_run
 from rewardtune import checkpoint, gradient, launch
 from rewardtune.config import load_config
 
-
 SHORT = {"sampling": {"steps": 2, "guidance": 3.0, "width": 16, "height": 16}, "eval": {"count": 1}}
 SHORT |= {"method": {"name": "draft", "options": {"K": 2}}}
 

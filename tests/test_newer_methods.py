@@ -498,7 +498,7 @@ def test_the_kl_term_counts_a_micro_batch_by_its_size():
 
 
 def test_the_weights_come_back_when_the_pass_at_the_worst_ones_fails():
-    pipe, call = tiny.stable_diffusion(steps=4)
+    pipe, _ = tiny.stable_diffusion(steps=4)
     before = [p.detach().clone() for p in tiny.trainable(pipe).values()]
     seen: list[bool] = []
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import set_scheduler, stable_diffusion
-from tiny_runs import redness
+from tiny_runs import metrics, redness
 
 from rewardtune import evaluate, methods
 from rewardtune.adapters import ADAPTER
@@ -40,10 +40,6 @@ def tuner(folder, pipe=None, **changes):
         "show_progress": False,
     } | changes
     return RewardTuner(pipe or plain(), output_dir=folder, **settings)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(pipe):
