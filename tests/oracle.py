@@ -312,6 +312,12 @@ def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     return float((flat(one) - flat(two)).norm() / norm)
 
 
+def cosine(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    """Of the angle between two gradients, all parameters together, in float64."""
+    flat = [torch.cat([g.double().flatten().cpu() for g in gradient.values()]) for gradient in (one, two)]
+    return float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+
+
 def directional_derivative(
     loss: Callable[[], float], parameters: dict[str, torch.nn.Parameter], direction: dict[str, Tensor], *, h: float
 ) -> float:

@@ -6,17 +6,14 @@ import shutil
 import pytest
 import torch
 import zoo
+from judge import plain_images
 from safetensors.torch import load_file, save_file
-from tiny import denoiser_of, fresh, set_scheduler, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from tiny_runs import BASE, write_run
+from tiny import denoiser_of, set_scheduler, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_runs import BASE, full_disk, write_run
 
 from rewardtune import adapters, cli
 from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.runfolder import LORA_FILE
-
-
-def images(pipe, call):
-    return torch.as_tensor(pipe(**fresh(call), output_type="pt").images)
 
 
 def without_lora(build):
@@ -41,10 +38,10 @@ def test_plain_diffusers_gives_identical_pictures(build, tmp_path):
     pipe, call = tuned(build)
     adapters.save_lora(pipe, tmp_path)
     plain, _ = without_lora(build)
-    base = images(plain, call)
+    base = plain_images(plain, call)
     plain.load_lora_weights(tmp_path)
-    assert torch.equal(images(plain, call), images(pipe, call))
-    assert (base - images(pipe, call)).abs().max() > 0.01  # the LoRA does something
+    assert torch.equal(plain_images(plain, call), plain_images(pipe, call))
+    assert (base - plain_images(pipe, call)).abs().max() > 0.01  # the LoRA does something
 
 
 @pytest.mark.parametrize(("alpha", "tolerance"), [pytest.param(8, 0.0, marks=pytest.mark.slow), (1, 0.0), (3, 1e-5)])
@@ -54,12 +51,12 @@ def test_alpha_is_folded(alpha, tolerance, tmp_path):
     adapters.save_lora(pipe, tmp_path)
     plain, _ = without_lora(stable_diffusion)
     plain.load_lora_weights(tmp_path)
-    assert (images(plain, call) - images(pipe, call)).abs().max() <= tolerance
+    assert (plain_images(plain, call) - plain_images(pipe, call)).abs().max() <= tolerance
     pipe.unet.peft_config["rewardtune"].lora_alpha = 4
     for module in pipe.unet.modules():
         if hasattr(module, "scaling"):
             module.scaling["rewardtune"] = 1.0
-    assert (images(plain, call) - images(pipe, call)).abs().max() > 0.003
+    assert (plain_images(plain, call) - plain_images(pipe, call)).abs().max() > 0.003
 
 
 def test_convolutions_too(tmp_path):
@@ -68,16 +65,16 @@ def test_convolutions_too(tmp_path):
     adapters.save_lora(pipe, tmp_path)
     plain, _ = without_lora(stable_diffusion)
     plain.load_lora_weights(tmp_path)
-    assert torch.equal(images(plain, call), images(pipe, call))
+    assert torch.equal(plain_images(plain, call), plain_images(pipe, call))
 
 
 def test_new_lora_changes_nothing_and_depends_on_its_seed_alone():
     pipe, call = without_lora(stable_diffusion)
-    before = images(pipe, call)
+    before = plain_images(pipe, call)
     state = torch.get_rng_state()
     adapters.add_lora(pipe.unet, 4, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(images(pipe, call), before)
+    assert torch.equal(plain_images(pipe, call), before)
     first = adapters.lora_state(pipe.unet)
     torch.rand(3)
     again, _ = without_lora(stable_diffusion)
@@ -114,11 +111,11 @@ def few_steps(call):
 
 def test_verify_accepts_what_was_saved_and_leaves_the_adapter_active(tmp_path):
     pipe, call = tuned(alpha=8)
-    before = images(pipe, call)
+    before = plain_images(pipe, call)
     adapters.save_lora(pipe, tmp_path)
     assert adapters.verify_lora(pipe, tmp_path, call=few_steps(call)) == 0
     assert list(pipe.unet.peft_config) == ["rewardtune"]
-    assert torch.equal(images(pipe, call), before)
+    assert torch.equal(plain_images(pipe, call), before)
     assert all(p.requires_grad == ("lora_" in name) for name, p in pipe.unet.named_parameters())
 
 
@@ -149,12 +146,7 @@ def test_full_disk_keeps_the_old_file_and_leaves_nothing_half_written(tmp_path, 
     path = adapters.save_lora(pipe, tmp_path)
     old = path.read_bytes()
 
-    def full(weights, filename, metadata=None):
-        with open(filename, "wb") as file:
-            file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(RewardTuneError, match=r"No space left on device.*intact"):
         adapters.save_lora(pipe, tmp_path)
     assert path.read_bytes() == old
@@ -170,7 +162,7 @@ def test_euler_and_the_rest_of_the_pipeline_do_not_matter(tmp_path):
     plain.load_lora_weights(tmp_path)
     for each in (pipe, plain):
         set_scheduler(each, "EulerDiscreteScheduler")
-    assert torch.equal(images(plain, call), images(pipe, call))
+    assert torch.equal(plain_images(plain, call), plain_images(pipe, call))
 
 
 def dora(build=stable_diffusion, *, rank=4, alpha=None, targets=None, dtype=None):
@@ -211,11 +203,11 @@ def test_dora_file_gives_plain_diffusers_the_same_pictures(alpha, tolerance, tmp
     pipe, call = dora(alpha=alpha)
     adapters.save_lora(pipe, tmp_path)
     plain, _ = without_lora(stable_diffusion)
-    base = images(plain, call)
+    base = plain_images(plain, call)
     plain.load_lora_weights(tmp_path)
     assert any("lora_magnitude_vector" in key for key in load_file(tmp_path / LORA_FILE))
-    assert (images(plain, call) - images(pipe, call)).abs().max() <= tolerance
-    assert (base - images(pipe, call)).abs().max() > 0.01
+    assert (plain_images(plain, call) - plain_images(pipe, call)).abs().max() <= tolerance
+    assert (base - plain_images(pipe, call)).abs().max() > 0.01
     assert adapters.verify(pipe, tmp_path, call=few_steps(call)) <= tolerance
 
 
@@ -226,7 +218,7 @@ def test_dora_of_other_families_and_convolutions(build, tmp_path):
     adapters.save_lora(pipe, tmp_path)
     plain, _ = without_lora(build)
     plain.load_lora_weights(tmp_path)
-    assert torch.equal(images(plain, call), images(pipe, call))
+    assert torch.equal(plain_images(plain, call), plain_images(pipe, call))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -271,10 +263,10 @@ def test_full_fine_tuning_is_saved_as_a_denoiser_that_diffusers_loads(tmp_path):
     pipe, call = fully_tuned()
     assert adapters.save(pipe, tmp_path) == tmp_path / "denoiser"
     plain, _ = without_lora(stable_diffusion)
-    base = images(plain, call)
+    base = plain_images(plain, call)
     plain.unet = type(plain.unet).from_pretrained(tmp_path / "denoiser")
-    assert torch.equal(images(plain, call), images(pipe, call))
-    assert (base - images(pipe, call)).abs().max() > 0.01
+    assert torch.equal(plain_images(plain, call), plain_images(pipe, call))
+    assert (base - plain_images(pipe, call)).abs().max() > 0.01
     assert adapters.verify(pipe, tmp_path, call=call) == 0
     assert sorted(entry.name for entry in (tmp_path / "denoiser").iterdir()) == [
         "config.json",
@@ -316,7 +308,7 @@ def test_full_fine_tuning_wants_float32():
 
 def test_kinds_and_the_way_back():
     pipe, call = without_lora(stable_diffusion)
-    before = images(pipe, call)
+    before = plain_images(pipe, call)
     with pytest.raises(
         ConfigError, match=r"adapter.kind='dorra' \(did you mean 'dora'\?\); legal are lora, dora, full"
     ):
@@ -326,7 +318,7 @@ def test_kinds_and_the_way_back():
         adapters.detach(pipe.unet)
         assert not adapters.trainable(pipe.unet)
         assert not getattr(pipe.unet, "peft_config", None)
-        assert torch.equal(images(pipe, call), before)
+        assert torch.equal(plain_images(pipe, call), before)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "PixArtAlphaPipeline", "KolorsPAGPipeline"])
@@ -336,15 +328,15 @@ def test_the_line_that_tells_how_to_use_a_run_works(name, weight, tmp_path):
     pipe, call = tuned(zoo.PIPELINES[name])
     adapters.save(pipe, tmp_path)
     plain, _ = without_lora(zoo.PIPELINES[name])
-    base = images(plain, call)
+    base = plain_images(plain, call)
     line = adapters.how_to_use(pipe, tmp_path, weight=weight)
     assert ("rewardtune" in line) == (name != "StableDiffusionPipeline")
     exec(line, {"pipe": plain})
     for key, parameter in denoiser_of(pipe).named_parameters():
         if ".lora_B." in key:
             parameter.data *= weight
-    assert torch.allclose(images(plain, call), images(pipe, call), atol=1e-5)
-    assert (base - images(pipe, call)).abs().max() > 0.001
+    assert torch.allclose(plain_images(plain, call), plain_images(pipe, call), atol=1e-5)
+    assert (base - plain_images(pipe, call)).abs().max() > 0.001
 
 
 @pytest.mark.slow  # trains

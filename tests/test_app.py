@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 from test_export import make_run
@@ -112,10 +112,19 @@ def test_a_base_picture_is_kept_while_the_slider_moves(pair, monkeypatch):
     for weight in (0.2, 0.4):
         pair.pictures("red heart", 5, weight=weight)
     assert [candidate.place is None for candidate in sampled] == [True, False, False]
+
+
+def test_the_newest_base_pictures_are_kept(pair, monkeypatch):
+    sampled = []
+    monkeypatch.setattr(pair, "_base", {})
+    monkeypatch.setattr(pair, "_sample", lambda candidate, prompt, seed, call: sampled.append((candidate, seed)))
     for seed in range(app.KEPT + 3):
-        pair._base[seed] = None  # type: ignore[index]
-    pair.pictures("red heart", 6)
-    assert len(pair._base) >= app.KEPT
+        pair.pictures("red heart", seed)
+    assert [key[1] for key in pair._base] == list(range(3, app.KEPT + 3))
+    sampled.clear()
+    for seed in (3, app.KEPT + 2, 0):  # the oldest that is there, the newest, the first, which is gone
+        pair.pictures("red heart", seed)
+    assert [seed for candidate, seed in sampled if candidate.place is None] == [0]
 
 
 @pytest.mark.parametrize(
@@ -244,12 +253,12 @@ def test_the_page_of_a_run_with_pictures_has_a_field_for_each(tmp_path, monkeypa
 
 @needs_gradio
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.skipif(browser.find() is None, reason="chromium is not installed")
 def test_a_browser_draws_the_page_without_other_hosts(served, tmp_path):
     """The net log of a headless Chromium that can resolve no name but the app's own."""
     log, shot = tmp_path / "net.json", tmp_path / "page.png"
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,1100",
+        [browser.find(), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,1100",
          "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
          "--virtual-time-budget=15000", f"--log-net-log={log}", f"--screenshot={shot}", served],
         capture_output=True, text=True, timeout=240,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import yaml
-from tiny_runs import BASE, save_tiny, write_run
+from tiny_runs import BASE, full_disk, save_tiny, write_run
 
 from rewardtune.cli import main
 from rewardtune.runfolder import cannot_write
@@ -161,16 +161,11 @@ def test_output_folder_that_is_a_file(train, tmp_path):
 
 @pytest.mark.slow  # ten seconds; test_faults.py has a quick one
 def test_full_disk_while_saving(train, tmp_path, monkeypatch):
-    def full(weights, filename, metadata=None):
-        with open(filename, "wb") as file:
-            file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     code, error = train()
     out = tmp_path / "out"
     old = (out / "pytorch_lora_weights.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr("safetensors.torch.save_file", full_disk)
         # the folder is overwritten, so the old LoRA is gone before training; nothing half-written takes its place
         code, error = train("--overwrite")
     assert code == 1
@@ -216,8 +211,13 @@ def test_what_cannot_be_written_says_what_helps(tmp_path, number, cure):
     assert cure in str(cannot_write(tmp_path / "out", OSError(number, os.strerror(number))))
 
 
-def test_bad_run_files(train, tmp_path):
+def test_bad_run_files(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "x", "optin": {}, "seed": -1}))
     assert main(["train", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "optin" in said
+    assert "did you mean 'optim'" in said
+    assert "seed" in said
     assert main(["train", str(tmp_path / "nothing.yaml")]) == 2
+    assert "nothing.yaml" in one_line(capsys.readouterr().err)

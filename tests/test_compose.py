@@ -180,7 +180,7 @@ def test_a_part_without_a_gradient_leaves_the_others_alone_and_the_factor_is_lim
 
 
 def test_each_part_is_evaluated_once_and_its_graph_freed_before_the_next(images):
-    alive = []
+    alive, calls = [], []
 
     class Graph(torch.autograd.Function):
         @staticmethod
@@ -193,11 +193,16 @@ def test_each_part_is_evaluated_once_and_its_graph_freed_before_the_next(images)
             alive.pop()
             return slope.view(-1, 1, 1, 1).expand(3, 3, 16, 20) / 960
 
-    def part(images, prompts):
-        assert not alive, "the graph of an earlier part is still there"
-        return Graph.apply(images)
+    def part(name):
+        def score(images, prompts):
+            assert not alive, "the graph of an earlier part is still there"
+            calls.append(name)
+            return Graph.apply(images)
 
-    gradient(balance(rewards.from_callable(part, "a") + rewards.from_callable(part, "b")), images)
+        return rewards.from_callable(score, name)
+
+    gradient(balance(part("a") + part("b")), images)
+    assert calls == ["a", "b"]
 
 
 def test_balance_works_in_half_precision_and_inside_other_compositions(images):

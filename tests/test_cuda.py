@@ -53,11 +53,6 @@ def on_device(family: str, dtype: torch.dtype = torch.float32, **build: Any) -> 
     return pipe, call
 
 
-def cosine(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    flat = [torch.cat([g.double().flatten().cpu() for g in gradient.values()]) for gradient in (one, two)]
-    return float(torch.nn.functional.cosine_similarity(*flat, dim=0))
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", tiny.BUILDERS)
 def test_engine_is_algorithm_1(family: str, method: str) -> None:
@@ -77,7 +72,7 @@ def test_device_and_host_agree(method: str) -> None:
     pipe, call = on_device("sd")
     _, there, _ = judge.engine_gradient(pipe, plan, call)
     _, here, _ = judge.engine_gradient(pipe.to("cpu"), plan, call)
-    assert cosine(here, there) > 0.9999
+    assert oracle.cosine(here, there) > 0.9999
 
 
 def test_generators_of_the_device() -> None:
@@ -110,7 +105,7 @@ def test_float16_base_with_float32_lora(family: str, method: str) -> None:
     assert all(g.dtype == torch.float32 for g in half.values())
     assert result.replay_error < 2e-3
     _, full, _ = judge.engine_gradient(rounded.to(torch.float32), plan, call)
-    assert cosine(half, full) > 0.999
+    assert oracle.cosine(half, full) > 0.999
 
 
 @pytest.mark.parametrize("method", ["refl", "drtune", "draft-1"])
@@ -123,8 +118,8 @@ def test_bfloat16_base_with_float32_lora(family: str, method: str) -> None:
     _, literal = judge.literal(rounded, plan, call)
     assert result.replay_error < 1e-2
     _, full, _ = judge.engine_gradient(rounded.to(torch.float32), plan, call)
-    assert cosine(half, literal) > 0.999
-    assert cosine(half, full) > cosine(literal, full) - 0.01
+    assert oracle.cosine(half, literal) > 0.999
+    assert oracle.cosine(half, full) > oracle.cosine(literal, full) - 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -135,7 +130,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast(DEVICE, dtype=dtype, cache_enabled=False):
         _, literal = judge.literal(pipe, plan, call)
     assert result.replay_error < 1e-2
-    assert cosine(gradient, literal) > 0.999
+    assert oracle.cosine(gradient, literal) > 0.999
 
 
 def test_model_offloading_works_during_and_after_a_rollout() -> None:
@@ -145,7 +140,7 @@ def test_model_offloading_works_during_and_after_a_rollout() -> None:
     pipe.enable_model_cpu_offload()
     before = judge.plain_images(pipe, call)
     _, offloaded, result = judge.engine_gradient(pipe, plan, call)
-    assert cosine(offloaded, on_host) > 0.9999
+    assert oracle.cosine(offloaded, on_host) > 0.9999
     assert result.replay_error < 1e-5
     torch.testing.assert_close(judge.plain_images(pipe, call), before, rtol=0, atol=1e-5)
     assert hasattr(pipe.unet, "_hf_hook"), "the hook that moves the denoiser is still there"

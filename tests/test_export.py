@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from judge import plain_images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import denoiser_of, fresh, quiet, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from tiny_runs import BASE, made_run, save_tiny
+from tiny import denoiser_of, quiet, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny_runs import BASE, full_disk, made_run, save_tiny
 
 from rewardtune import adapters, export, launch
 from rewardtune.config import Model, RunConfig, dump_config
@@ -77,10 +77,6 @@ def base(run: Path) -> Any:
     return quiet(DiffusionPipeline.from_pretrained(run.parent / "base"))
 
 
-def images(pipe: Any, call: Any) -> torch.Tensor:
-    return torch.as_tensor(pipe(**fresh(call), output_type="pt").images)
-
-
 @pytest.mark.parametrize(
     ("form", "build"),
     [
@@ -95,10 +91,10 @@ def test_plain_diffusers_gives_the_tuned_pictures(build, form, tmp_path):
     run, tuned, call = make_run(tmp_path, build, targets="all")
     (made,) = export.export_run(run, [form])
     plain = base(run)
-    before = images(plain, call)
+    before = plain_images(plain, call)
     plain.load_lora_weights(str(made.path.parent))  # finds the file by itself
-    torch.testing.assert_close(images(plain, call), images(tuned, call), rtol=0, atol=1e-5)
-    assert (before - images(tuned, call)).abs().max() > 0.01
+    torch.testing.assert_close(plain_images(plain, call), plain_images(tuned, call), rtol=0, atol=1e-5)
+    assert (before - plain_images(tuned, call)).abs().max() > 0.01
     assert made.difference <= 1e-5 < made.effect
     assert made.tensors == len(adapters.lora_state(denoiser_of(tuned)))
     assert "verified: max difference" in str(made)
@@ -138,7 +134,7 @@ def test_merged_weights_are_the_base_plus_the_weighted_lora(shared, tmp_path):
         torch.testing.assert_close(new[key], expected[key], rtol=1e-5, atol=1e-6)
     tuned.unet.set_adapters(adapters.ADAPTER, 0.7)
     try:
-        torch.testing.assert_close(images(merged, call), images(tuned, call), rtol=0, atol=1e-4)
+        torch.testing.assert_close(plain_images(merged, call), plain_images(tuned, call), rtol=0, atol=1e-4)
     finally:
         tuned.unet.set_adapters(adapters.ADAPTER, 1.0)
     assert {path: path.read_bytes() for path in untouched} == untouched
@@ -166,7 +162,7 @@ def test_transformers_have_no_kohya_names(tmp_path, monkeypatch):
     lora, merged = export.export_run(run, ["diffusers", "merged"])
     plain = load(Model(id=str(run.parent / "base")))
     plain.load_lora_weights(str(lora.path.parent))
-    torch.testing.assert_close(images(plain, call), images(tuned, call), rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain_images(plain, call), plain_images(tuned, call), rtol=0, atol=1e-5)
     assert merged.difference < 1e-4
 
 
@@ -177,10 +173,9 @@ def test_dora_goes_to_diffusers_and_not_to_kohya(tmp_path):
     lora, merged = export.export_run(run, ["diffusers", "merged"])
     plain = base(run)
     plain.load_lora_weights(str(lora.path.parent))
-    torch.testing.assert_close(images(plain, call), images(tuned, call), rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        images(quiet(DiffusionPipeline.from_pretrained(merged.path)), call), images(tuned, call), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(plain_images(plain, call), plain_images(tuned, call), rtol=0, atol=1e-5)
+    loaded = quiet(DiffusionPipeline.from_pretrained(merged.path))
+    torch.testing.assert_close(plain_images(loaded, call), plain_images(tuned, call), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("damage", ["drop a layer", "rename a layer", "scale a layer", "rename all", "lose alpha"])
@@ -309,11 +304,7 @@ def test_full_disk_keeps_the_earlier_export(shared, tmp_path, monkeypatch):
     (made,) = export.export_run(shared[0], output=tmp_path)
     old = made.path.read_bytes()
 
-    def full(tensors, filename, metadata=None):
-        Path(filename).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(RewardTuneError, match=r"cannot write .*diffusers: No space left on device"):
         export.export_run(shared[0], output=tmp_path, weight=0.5)
     assert made.path.read_bytes() == old

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import stable_diffusion
-from tiny_runs import redness, save_tiny, write_run
+from tiny_runs import metrics, redness, save_tiny, status, write_run
 
 from rewardtune import adapters, checkpoint, cli, methods, rewards
 from rewardtune import gradient as gradient_module
@@ -60,14 +60,6 @@ def faulty(strike):
         return redness(images, prompts) if changed is None else changed
 
     return reward
-
-
-def status(folder):
-    return json.loads((folder / "run.json").read_text())
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def evaluated(folder):

@@ -5,7 +5,6 @@ The learning rate is raised where the LoRA must be seen: a few updates at 5e-6 c
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import metrics
 from tiny_xl import SIDE, overrides, save_tiny_hps, save_tiny_xl
 
 from rewardtune import evaluate, launch
@@ -54,10 +54,6 @@ def run(places, tmp_path_factory):
     finally:
         preprocess.shift = shift
     return folder, drawn
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def pictures(pipe, call):

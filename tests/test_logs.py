@@ -6,7 +6,8 @@ from pathlib import Path
 
 import golden_losses
 import pytest
-from test_trainer import metrics, tuner
+from test_trainer import tuner
+from tiny_runs import metrics
 
 DOCS = (Path(__file__).parent.parent / "docs" / "logs.md").read_text()
 

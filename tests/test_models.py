@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from judge import plain_images
 from ldm import save_single_file
 from safetensors.torch import save_file
 from tiny import fresh
@@ -28,10 +29,6 @@ def folder(tmp_path_factory):
     return path
 
 
-def images(pipe, call):
-    return torch.as_tensor(tiny.quiet(pipe)(**fresh(call), output_type="pt").images)
-
-
 def test_a_scheduler_named_in_a_run_file_does_not_clip_latents():
     """DDIM clips to -1 .. 1 by default, which is for pixels; a configuration of Euler says nothing of it."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -48,7 +45,7 @@ def test_folder_gives_the_pictures_of_the_pipeline_that_was_saved(folder):
         assert saved.keys() == read.keys()
         assert all(torch.equal(saved[key], read[key]) for key in saved)
     # Weights mapped from a file lie at other addresses, so the CPU may round their products differently.
-    assert torch.allclose(images(loaded, call), images(pipe, call), rtol=0, atol=1e-5)
+    assert torch.allclose(plain_images(loaded, call), plain_images(pipe, call), rtol=0, atol=1e-5)
 
 
 def test_single_file_of_the_layout_of_stable_diffusion(folder, tmp_path):
@@ -56,7 +53,7 @@ def test_single_file_of_the_layout_of_stable_diffusion(folder, tmp_path):
     pipe, call = tiny.stable_diffusion(steps=2, lora=False)
     file = save_single_file(pipe, tmp_path / "model.safetensors")
     loaded = models.load_pipeline(str(file), config=str(folder), device="cpu")
-    assert torch.allclose(images(loaded, call), images(pipe, call), rtol=0, atol=1e-5)
+    assert torch.allclose(plain_images(loaded, call), plain_images(pipe, call), rtol=0, atol=1e-5)
 
 
 def test_files_that_are_no_pipeline(folder, tmp_path):
@@ -214,6 +211,7 @@ def test_the_playground_loads():
         "playground", device="cpu", gradient_checkpointing=True, scheduler="EulerDiscreteScheduler"
     )
     assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert pipe.unet.is_gradient_checkpointing
     assert adapters.attach(pipe.unet, rank=2)
     assert json.loads(json.dumps(pipe.unet.config["in_channels"])) == 4
 

@@ -17,14 +17,6 @@ from rewardtune.playground import aesthetic, detector, preference, reader, rewar
 REWARDS = {"clipscore": {}, "pickscore": {}, "hpsv2": {}, "aesthetic": {}, "objectness": {"target": "red heart"}}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def choices():
     """150 captions with two pictures each."""
@@ -216,7 +208,6 @@ def test_detection_loss_falls_to_nothing_for_the_truth():
     """Logits and boxes that say exactly what is drawn cost nothing; a moved box or a wrong name does."""
     drawn = scenes.draw_scenes(4, random.Random(5))
     logits, boxes = torch.full((4, 64, 48), -20.0), torch.rand(4, 64, 4).sort(-1).values
-    boxes = boxes[..., [0, 1, 2, 3]]
     for i, scene in enumerate(drawn):
         for j, o in enumerate(scene.objects):
             boxes[i, 7 + j] = torch.tensor(detector.box_of(o))
@@ -347,22 +338,22 @@ def test_preference_models_agree_with_their_rule(shipped):
     own = [row for row in rows if row.target is not None]
     assert [row.model for row in own] == ["pickscore", "hpsv2"]
     for row in own:
-        assert row.high >= row.target, row
+        assert row.value >= 0.88, row  # measured here 0.905 and 0.914; docs/results/playground_rewards.json has as much
         (other,) = (r for r in rows if r.model == row.model and "," not in r.what and r != row)
         assert other.high < row.value, (row, other)
 
 
 def test_aesthetic_head_follows_the_ratings(shipped):
     overall, within, _ = reward_quality.rating_rows(shipped["aesthetic"], n=300, seed=3)
-    assert overall.high >= overall.target, overall
-    assert within.low > 0.3, within
+    assert overall.value >= 0.93, overall  # measured here 0.951; docs/results/playground_rewards.json has 0.946
+    assert within.value >= 0.75, within  # 0.814; 0.784
 
 
 def test_detector_finds_what_is_asked_for(shipped):
     rows = reward_quality.detector_rows(shipped["objectness"], n=60, seed=3)
     for row in rows:
         if row.target is not None:
-            assert row.high >= row.target, row
+            assert row.value >= 0.97, row  # measured here 1.0; docs/results/playground_rewards.json has 0.99
     assert min(row.value for row in rows if "absent" in row.what) > 0.9
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import one_of_several
 import pytest
 import torch
-from tiny_runs import save_tiny, write_run
+from tiny_runs import metrics, save_tiny, status, write_run
 
 from rewardtune import checkpoint, cli, sharding
 from rewardtune.errors import ConfigError
@@ -71,14 +71,6 @@ def more(one, two):
     alone(one, "draft", "pictures", "half")
     shutil.copytree(one / "half", two / "resumed")
     return together(two, *SLOW)
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def status(folder: Path) -> dict:
-    return json.loads((folder / "run.json").read_text())
 
 
 def ends(folder: Path, count: int = 2) -> list[dict]:

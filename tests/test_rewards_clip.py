@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import sys
 import types
 import warnings
@@ -11,7 +10,7 @@ import warnings
 import pytest
 import tiny_clip
 import torch
-from tiny_clip import PROMPTS, SIZE, edit, edit_tower, photo_like, to_pil
+from tiny_clip import PROMPTS, SIZE, Bomb, edit, edit_tower, photo_like, to_pil
 
 from rewardtune import rewards
 from rewardtune.errors import ConfigError
@@ -441,14 +440,6 @@ def test_a_truncated_download(copy):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ConfigError, match=r"put config\.json and model\.safetensors .* complete and of the right kind"):
         rewards.CLIPScore(model=str(copy))
-
-
-class Bomb:
-    def __init__(self, target):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(copy):

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from test_trainer import metrics, tuner
+from test_trainer import tuner
+from tiny_runs import metrics
 
 from rewardtune import launch, trackers
 from rewardtune.config import load_config

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import set_scheduler, stable_diffusion
-from tiny_runs import redness
+from tiny_runs import metrics, redness
 
 from rewardtune import evaluate, methods
 from rewardtune.adapters import ADAPTER
@@ -40,10 +40,6 @@ def tuner(folder, pipe=None, **changes):
         "show_progress": False,
     } | changes
     return RewardTuner(pipe or plain(), output_dir=folder, **settings)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(pipe):
@@ -446,9 +442,9 @@ def test_a_rollback_without_a_best_checkpoint_is_refused(tmp_path):
 
 
 def test_an_optimiser_that_cannot_be_leaves_no_folder(tmp_path):
-    for wrong in ({"optimizer": "adam"}, {"schedule": "cosin"}, {"ema": 2.0}, {"warmup": 5}):
-        with pytest.raises(ConfigError):
-            tuner(tmp_path / "run").train(2, **wrong)
+    for key, value in {"optimizer": "adam", "schedule": "cosin", "ema": 2.0, "warmup": 5}.items():
+        with pytest.raises(ConfigError, match=f"optim.{key}='?{value}"):
+            tuner(tmp_path / "run").train(2, **{key: value})
         assert not (tmp_path / "run").exists()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_clip import Bomb
 from torch import nn
 
 from rewardtune import rewards
@@ -86,16 +87,6 @@ def test_a_web_page_in_place_of_a_checkpoint(tmp_path, suffix):
     with pytest.raises(ConfigError, match="is not a checkpoint, or a truncated one") as caught:
         open_checkpoint(tmp_path / f"a.{suffix}", who="hpsv2")
     assert "weights_only" not in str(caught.value)
-
-
-class Bomb:
-    """Pickled, it asks whoever opens it to make a folder."""
-
-    def __init__(self, target):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

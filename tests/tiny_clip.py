@@ -1,6 +1,7 @@
 """A complete CLIPModel folder with small random weights: config, weights, tokenizer, image processor."""
 
 import json
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,13 @@ def photo_like(*, height: int, width: int) -> Tensor:
     rgb = 0.5 + 0.18 * noise[:1] + 0.04 * noise[1:]
     rgb[:, height // 3 : height // 2, width // 4 : width // 2] *= 0.4
     return rgb.clamp(0, 1).mul(255).round()[None] / 255
+
+
+class Bomb:
+    """Pickled, it asks whoever opens it to make a folder."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,22 @@ def write_run(folder: Path, path: Path, **changes: Any) -> Path:
 
 def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What each update logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """The facts of the run."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def full_disk(tensors: Any, filename: str | Path, metadata: Any = None) -> None:
+    """safetensors' `save_file` where the space ends half-way."""
+    Path(filename).write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def made_run(folder: Path, path: Path, *, seed: int = 0, kind: str = "lora", **changes: Any) -> Path:
