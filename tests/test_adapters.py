@@ -348,3 +348,31 @@ def test_the_command_prints_that_line(tmp_path, capsys):
     assert cli.main(["train", str(run)]) == 0, capsys.readouterr()
     line = f"use it: from rewardtune.adapters import load_lora; load_lora(pipe, '{tmp_path / 'out'}'), or: rewardtune"
     assert line in capsys.readouterr().out
+
+
+def test_the_weight_of_a_dora_goes_from_the_base_to_the_trained_model():
+    """Its magnitudes too: with the products alone, weight 0 would keep the trained lengths."""
+    pipe, call = without_lora(stable_diffusion)
+    base, norms = plain_images(pipe, call), {}
+    for name, module in pipe.unet.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            norms[name] = module.weight.detach().flatten(1).pow(2).sum(1).sqrt()
+    for parameter in adapters.attach(pipe.unet, kind="dora", rank=2, targets="attention+conv"):
+        parameter.data = 1.2 * parameter.data + 0.05
+    tuned, state = (
+        plain_images(pipe, call),
+        {key: value.clone() for key, value in adapters.lora_state(pipe.unet).items()},
+    )
+    magnitudes = [key for key in state if ".lora_magnitude_vector" in key]
+    weighed = adapters.weigh_state(pipe.unet, state, 0.5)
+    adapters.weigh_lora(pipe, adapters.ADAPTER, 0.5)
+    half, live = plain_images(pipe, call), adapters.lora_state(pipe.unet)
+    for key in magnitudes:
+        expected = (norms[key.partition(".lora_m")[0]] + state[key].flatten()) / 2
+        torch.testing.assert_close(live[key].flatten(), expected)
+        torch.testing.assert_close(weighed[key].flatten(), expected)
+    for weight, expected in ((0.0, base), (1.0, tuned), (0.5, half)):
+        adapters.weigh_lora(pipe, adapters.ADAPTER, weight)
+        assert torch.equal(plain_images(pipe, call), expected), weight
+    assert 0.01 < (half - base).abs().max() < (tuned - base).abs().max()
+    assert "weigh_lora" in adapters.how_to_use(pipe, "run", weight=0.5)  # set_adapters leaves the magnitudes

@@ -465,3 +465,19 @@ def test_push_says_what_went_wrong_and_keeps_the_folder(shared, tmp_path):
     with pytest.raises(ConfigError, match="exists and is public"):
         export.push_run(run, "ann/tune", private=True, api=public)
     assert not public.files
+
+
+# Weights of a DoRA ----------------------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_a_dora_is_written_into_its_file(tmp_path):
+    run, tuned, _ = make_run(tmp_path, dora=True)
+    tuned.unet.unload_lora()
+    state = {key: value * 1.5 if "magnitude" in key else value for key, value in load_file(run / LORA_FILE).items()}
+    save_file(state, run / LORA_FILE)
+    (made,) = export.export_run(run, weight=0.5)
+    for key, value in load_file(made.path).items():
+        if "magnitude" in key:
+            layer = key.removeprefix("unet.").partition(".lora_")[0]
+            norm = tuned.unet.get_submodule(layer).weight.norm(dim=1)
+            torch.testing.assert_close(value, (norm + state[key]) / 2)

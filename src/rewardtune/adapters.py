@@ -7,7 +7,7 @@ Left out: kohya keys, text-encoder adapters.
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,22 @@ def _refuse_adapters(denoiser: Any) -> None:
 @torch.no_grad()
 def _exact_magnitudes(denoiser: nn.Module) -> None:
     """DoRA's norms of the base weights, in float32: rounded to a half base's dtype they would change the pictures."""
+    for layer, norm in _magnitudes(denoiser, ADAPTER):
+        layer.weight.data.copy_(norm)
+
+
+def _magnitudes(denoiser: nn.Module, adapter_name: str) -> Iterator[tuple[Any, Tensor]]:
+    """peft's DoRA layers, each with the norms of its base weight in float32."""
     from peft.utils.integrations import dequantize_module_weight
 
     for module in denoiser.modules():
         magnitudes: Any = getattr(module, "lora_magnitude_vector", {})
-        if ADAPTER in magnitudes:
+        if adapter_name in magnitudes:
             weight = dequantize_module_weight(module.get_base_layer()).float()  # type: ignore[operator]
-            norm = magnitudes[ADAPTER].get_weight_norm(weight, torch.zeros_like(weight), 1.0)
-            magnitudes[ADAPTER].weight.data.copy_(norm)
+            yield (
+                magnitudes[adapter_name],
+                magnitudes[adapter_name].get_weight_norm(weight, torch.zeros_like(weight), 1.0),
+            )
 
 
 def _train_all(denoiser: Any) -> list[nn.Parameter]:
@@ -259,13 +267,35 @@ def unload_lora(pipe: Any) -> None:
 
 
 def weigh_lora(pipe: Any, adapter_name: str, weight: float) -> None:
-    """The adapter with `weight` times its strength."""
+    """The adapter with `weight` times its strength: 0 is the base model, 1 the adapter as trained.
+
+    Of DoRA the magnitudes m go the same way, to ||W|| + weight (m - ||W||). diffusers' `set_adapters` leaves them.
+    """
     from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 
+    denoiser = getattr(pipe, find_denoiser(pipe))
     if loads_lora(pipe):
         pipe.set_adapters([adapter_name], adapter_weights=[weight])
     else:
-        set_weights_and_activate_adapters(getattr(pipe, find_denoiser(pipe)), [adapter_name], [weight])
+        set_weights_and_activate_adapters(denoiser, [adapter_name], [weight])
+    for layer, norm in _magnitudes(denoiser, adapter_name):
+        if not hasattr(layer, "as_trained"):  # so that a second weight starts from the trained ones too
+            layer.as_trained = layer.weight.detach().clone()
+        layer.weight.data.copy_(norm.lerp(layer.as_trained.to(norm), weight))
+
+
+def weigh_state(denoiser: Any, state: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """The tensors of an adapter, by peft's names, with `weight` times its strength (as `weigh_lora`)."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weighed = {key: value * weight if ".lora_B." in key else value for key, value in state.items()}
+    layers = dict(denoiser.named_modules())
+    for key, value in state.items() if weight != 1 else ():
+        name, found, _ = key.partition(".lora_magnitude_vector")
+        if found and name in layers:
+            base = dequantize_module_weight(layers[name]).detach().float().cpu()
+            weighed[key] = base.flatten(1).norm(dim=1).reshape(value.shape).lerp(value.float(), weight).to(value.dtype)
+    return weighed
 
 
 def how_to_use(pipe: Any, folder: str | Path, *, weight: float = 1.0) -> str:
@@ -273,9 +303,9 @@ def how_to_use(pipe: Any, folder: str | Path, *, weight: float = 1.0) -> str:
     where = str(folder)
     if not _has_adapter(pipe):
         return f"the weights are in {Path(folder) / DENOISER_FOLDER}"
-    if loads_lora(pipe):
-        if weight == 1:
-            return f"pipe.load_lora_weights({where!r})"
+    if loads_lora(pipe) and weight == 1:
+        return f"pipe.load_lora_weights({where!r})"
+    if loads_lora(pipe) and not getattr(pipe, find_denoiser(pipe)).peft_config[ADAPTER].use_dora:
         return f'pipe.load_lora_weights({where!r}, adapter_name="tuned"); pipe.set_adapters(["tuned"], [{weight:g}])'
     if weight == 1:
         return f"from rewardtune.adapters import load_lora; load_lora(pipe, {where!r})"

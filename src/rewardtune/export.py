@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, evaluate, launch, modelcard
-from .adapters import loads_lora
+from .adapters import loads_lora, weigh_state
 from .candidates import settings_of
 from .config import Model, RunConfig
 from .engine import count_steps, find_denoiser
@@ -236,7 +236,10 @@ class _Trained:
         self.whole = run.file.is_dir()
         if self.whole and weight != 1:
             raise ConfigError(f"{run.folder} is a full fine-tuning, which has no LoRA to weaken: leave --weight out")
-        self.state = read_denoiser(run.file) if self.whole else read_lora(run.file, self.component, weight=weight)
+        if self.whole:
+            self.state = read_denoiser(run.file)
+        else:
+            self.state = weigh_state(getattr(pipe, self.component), read_lora(run.file, self.component), weight)
         self.dora = any("lora_magnitude_vector" in key for key in self.state)
         self.pipe: Any = pipe
         self.pictures: _Reference | None = None
@@ -314,8 +317,8 @@ class _Trained:
         return difference, effect, "max" if exact else "mean"
 
 
-def read_lora(file: Path, component: str, *, weight: float = 1.0) -> dict[str, Tensor]:
-    """The adapter's tensors by peft's names, with alpha / rank and `weight` multiplied into lora_B.
+def read_lora(file: Path, component: str) -> dict[str, Tensor]:
+    """The adapter's tensors by peft's names, with alpha / rank multiplied into lora_B.
 
     component: the denoiser's name in the pipeline, which every key of the file must start with (ConfigError).
     """
@@ -334,7 +337,7 @@ def read_lora(file: Path, component: str, *, weight: float = 1.0) -> dict[str, T
         raise ConfigError(f"{file} holds {what}; is it made for another model?")
     if settings.get(f"{prefix}alpha_pattern") or settings.get(f"{prefix}use_rslora"):
         raise ConfigError(f"{file} has a scale of its own for some layers, or rsLoRA; save it by rewardtune first")
-    scale = weight * settings.get(f"{prefix}lora_alpha", 1) / settings.get(f"{prefix}r", 1)
+    scale = settings.get(f"{prefix}lora_alpha", 1) / settings.get(f"{prefix}r", 1)
     return {
         key.removeprefix(prefix): value * scale if ".lora_B." in key else value for key, value in sorted(state.items())
     }
