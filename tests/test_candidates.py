@@ -153,3 +153,16 @@ def test_one_base_model_for_all(run, model, tmp_path):
         candidates([str(run), str(tmp_path / "b")])
     with pytest.raises(ConfigError, match=r"given twice"):
         candidates([str(run), str(run)])
+
+
+def test_another_base_model_is_taken_as_it_is(tmp_path):
+    """What picked the weights of the run's own base (quantize, revision ...) would be refused of a folder."""
+    from rewardtune.candidates import settings_of
+
+    model = "model: {id: me/base, revision: abc, variant: fp16, quantize: nf4, dtype: bfloat16}"
+    (tmp_path / "config.yaml").write_text(f"{model}\nreward: brightness\nprompts: [red heart]\noutput_dir: x\n")
+    for id, revision in ((str(tmp_path), None), ("me/base", "abc")):
+        found = settings_of(tmp_path, model=id).model
+        assert (found.id, found.revision, found.quantize, found.dtype) == (id, revision, None, "bfloat16")
+        assert (found.variant is None) == (revision is None)
+    assert settings_of(tmp_path).model.quantize == "nf4"

@@ -98,7 +98,10 @@ def run_of(folder: Path) -> Path | None:
 
 
 def settings_of(folder: Path, *, model: str | None = None) -> Settings:
-    """The settings of the run in `folder`; a given base `model` wins. ConfigError where nothing tells the base."""
+    """The settings of the run in `folder`; a given base `model` wins, loaded unquantised, as it is.
+
+    ConfigError where nothing tells the base.
+    """
     run = run_of(folder) or folder
     config = load_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
     if config is None and model is None:
@@ -109,7 +112,7 @@ def settings_of(folder: Path, *, model: str | None = None) -> Settings:
     base, scheduler, call = Model(id=str(model)), None, dict[str, Any]()
     if config is not None:
         sampling = config.sampling
-        base = config.model if model is None else config.model.model_copy(update={"id": model})
+        base = config.model if model is None else _another(config.model, model)
         scheduler = sampling.scheduler
         call = {
             "num_inference_steps": sampling.steps,
@@ -122,6 +125,12 @@ def settings_of(folder: Path, *, model: str | None = None) -> Settings:
     return Settings(
         model=base, scheduler=scheduler, call={"num_inference_steps": 50} | call, facts=facts, config=config
     )
+
+
+def _another(base: Model, id: str) -> Model:
+    """`base` with the weights of `id` in full: what tells which weights of the old id they were does not go with it."""
+    which: dict[str, Any] = {} if id == base.id else dict.fromkeys(("revision", "variant", "config"))
+    return base.model_copy(update={"id": id, "quantize": None, **which})
 
 
 def _facts(folder: Path) -> dict[str, Any]:
