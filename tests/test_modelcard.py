@@ -244,3 +244,18 @@ def test_the_snippet_of_the_playground_card_gives_the_tuned_picture(playground_r
     assert (pushed.folder / "images" / "000.png").is_file()
     facts = json.loads((playground_run / "run.json").read_text())
     assert f"| `reward` | {facts['before']['reward'][0]:.4g} ±" in body
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_the_snippet_has_the_scheduler_of_the_training(name, tmp_path):
+    """Also on a base whose own scheduler says nothing of clipping: DDIM would clip latents by its default."""
+    from diffusers import PNDMScheduler
+
+    from rewardtune.models import make_scheduler
+
+    base = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True)
+    pipe = SimpleNamespace(scheduler=base)
+    lines = modelcard.snippet(made_run(tmp_path, scheduler=name), repo=None).splitlines()
+    exec("\n".join(line for line in lines if "diffusers." in line or line == "import diffusers"), {"pipe": pipe})
+    assert type(pipe.scheduler).__name__ == name
+    assert dict(pipe.scheduler.config) == dict(make_scheduler(name, base).config)

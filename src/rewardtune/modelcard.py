@@ -310,9 +310,16 @@ def _class_lines(kind: str | None, controlnet: str | None, dtype: str) -> list[s
 
 
 def _scheduler_lines(name: str | None) -> str:
+    """The scheduler as `models.make_scheduler` makes it."""
     if name is None:
         return ""
-    return f"import diffusers\npipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config)"
+    import diffusers
+
+    from .models import scheduler_defaults
+
+    ours = scheduler_defaults(getattr(diffusers, name, object))
+    config = f"{{**{ours!r}, **pipe.scheduler.config}}" if ours else "pipe.scheduler.config"
+    return f"import diffusers\npipe.scheduler = diffusers.{name}.from_config({config})"
 
 
 def scores_table(run: "Run") -> str:

@@ -379,7 +379,10 @@ def make_scheduler(name: str, old: Any) -> Any:
         raise ConfigError(
             f"unknown scheduler {name!r}{nearest(name, legal)}; legal: the scheduler classes of diffusers"
         )
-    unclipped = {}
-    if "clip_sample" in inspect.signature(cls.__init__).parameters and "clip_sample" not in old.config:
-        unclipped["clip_sample"] = False  # DDIM's and DDPM's default is for pixels
-    return cls.from_config(old.config, **unclipped)
+    return cls.from_config({**scheduler_defaults(cls), **old.config})
+
+
+def scheduler_defaults(cls: Any) -> dict[str, Any]:
+    """What a scheduler of this class gets where the configuration before it says nothing."""
+    clips = "clip_sample" in inspect.signature(cls.__init__).parameters
+    return {"clip_sample": False} if clips else {}  # DDIM's and DDPM's default is for pixels
