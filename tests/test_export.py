@@ -481,3 +481,31 @@ def test_the_weight_of_a_dora_is_written_into_its_file(tmp_path):
             layer = key.removeprefix("unet.").partition(".lora_")[0]
             norm = tuned.unet.get_submodule(layer).weight.norm(dim=1)
             torch.testing.assert_close(value, (norm + state[key]) / 2)
+
+
+# Runs without a run file, or whose prompt file is gone ----------------------------------------------------------------
+
+
+def test_a_run_from_python_has_its_prompts_and_scheduler(tmp_path):
+    """run.json holds both; no run file does."""
+    (tmp_path / LORA_FILE).touch()
+    told = {"eval_prompts": ["a red heart", "a moon"], "scheduler": "DDIMScheduler"}
+    (tmp_path / "run.json").write_text(json.dumps(FACTS | told))
+    opened = export.open_run(tmp_path, model="playground")
+    assert (opened.prompts, opened.scheduler, opened.notes) == (("a red heart", "a moon"), "DDIMScheduler", ())
+    (tmp_path / "run.json").write_text(json.dumps(FACTS | {"scheduler": "OneOfTheBasesOwn"}))
+    opened = export.open_run(tmp_path, model="playground")
+    assert (opened.prompts, opened.scheduler) == ((), None)
+
+
+def test_prompts_outlive_their_file_but_pictures_do_not(tmp_path):
+    (tmp_path / LORA_FILE).touch()
+    (tmp_path / "run.json").write_text(json.dumps(FACTS | {"eval_prompts": ["a red heart"]}))
+    for source in ("gone.jsonl", {"source": "gone.jsonl", "columns": ["image"]}):
+        values = {"model": "playground", "output_dir": str(tmp_path), **BASE, "prompts": source}
+        (tmp_path / "config.yaml").write_text(dump_config(RunConfig.model_validate(values)))
+        if isinstance(source, str):
+            assert export.open_run(tmp_path).prompts == ("a red heart",)
+        else:
+            with pytest.raises(ConfigError, match=r"prompt file gone\.jsonl does not exist"):
+                export.open_run(tmp_path)

@@ -109,8 +109,10 @@ def settings_of(folder: Path, *, model: str | None = None) -> Settings:
             f"{folder} has no config.yaml to tell the base model; add --model (a folder, a hub id, playground)"
         )
     facts = _facts(run)
-    base, scheduler, call = Model(id=str(model)), None, dict[str, Any]()
-    if config is not None:
+    call = dict[str, Any]()
+    if config is None:
+        base, scheduler = Model(id=str(model)), _scheduler_of(facts)
+    else:
         sampling = config.sampling
         base = config.model if model is None else _another(config.model, model)
         scheduler = sampling.scheduler
@@ -125,6 +127,18 @@ def settings_of(folder: Path, *, model: str | None = None) -> Settings:
     return Settings(
         model=base, scheduler=scheduler, call={"num_inference_steps": 50} | call, facts=facts, config=config
     )
+
+
+def _scheduler_of(facts: Mapping[str, Any]) -> str | None:
+    """The scheduler's class of a run from Python, whose pipeline may have had another than the base's own.
+
+    None where run.json names none of diffusers', which is the base's own then. Its configuration is not kept.
+    """
+    if "scheduler" not in facts:
+        return None
+    import diffusers
+
+    return facts["scheduler"] if facts["scheduler"] in dir(diffusers) else None
 
 
 def _another(base: Model, id: str) -> Model:

@@ -152,14 +152,14 @@ def open_run(
 ) -> Run:
     """What an export needs of a run folder: its `file` is the LoRA, or the denoiser's folder.
 
-    prompts: the eval prompts, where they are known; None: they are read again.
+    prompts: the eval prompts, where they are known; None: those of run.json, or read again.
 
     ConfigError when the LoRA file or the name of the base model is missing.
     """
     folder = Path(run)
     file = _lora_file(folder, checkpoint)
     settings = settings_of(folder, model=model)
-    texts, notes = _prompts(settings.config) if prompts is None else (tuple(prompts), ())
+    texts, notes = _prompts(settings.config, settings.facts) if prompts is None else (tuple(prompts), ())
     return Run(
         folder=folder,
         file=file,
@@ -201,15 +201,24 @@ def _lora_file(folder: Path, checkpoint: str | int) -> Path:
     return found[number]
 
 
-def _prompts(config: RunConfig | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The run's eval prompts, and a note where they cannot be read any more."""
+def _prompts(config: RunConfig | None, facts: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The run's eval prompts, and a note where nothing tells them any more.
+
+    They are those of run.json, whatever became of their file; with pictures beside them they are read again
+    (ConfigError where they cannot be: the pipeline needs its pictures).
+    """
+    columns = [] if config is None else config.looked_at.columns
+    if not columns and (told := facts.get("eval_prompts")):
+        return tuple(map(str, told)), ()
     if config is None:
         return (), ()
     try:
         source = config.looked_at
-        found = load_prompts(source.source, template=source.template, columns=source.columns)
+        found = load_prompts(source.source, template=source.template, columns=columns)
         return tuple(found[: config.eval.count]), ()
     except ConfigError as error:
+        if columns:
+            raise
         return (), (f"compared on a stand-in prompt, because the run's cannot be read: {error}",)
 
 

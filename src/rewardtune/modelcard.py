@@ -188,7 +188,9 @@ def write_card(
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     write_text(folder / "README.md", str(card))
     missing = [] if licence else ["the licence of the base model is unknown, so the card has none: add `license:`"]
-    missing += [] if gallery else ["the run has no final pictures, so the card shows none"]
+    if not gallery:
+        why = "the run has no final pictures" if run.prompts else "nothing tells the run's prompts"
+        missing.append(f"{why}, so the card shows no pictures")
     return tuple(missing)
 
 
