@@ -259,3 +259,87 @@ def test_the_snippet_has_the_scheduler_of_the_training(name, tmp_path):
     exec("\n".join(line for line in lines if "diffusers." in line or line == "import diffusers"), {"pipe": pipe})
     assert type(pipe.scheduler).__name__ == name
     assert dict(pipe.scheduler.config) == dict(make_scheduler(name, base).config)
+
+
+# Runs that ended early, and bases of every kind -----------------------------------------------------------------------
+
+
+def test_scores_of_another_step_than_the_weights_are_said(tmp_path):
+    """Ctrl-C at step 130: the last look was at 100. After a NaN the weights of the best look are kept."""
+    lines = [{"step": step, "count": 16, "scores": {"reward": [0.01 * step, 0.01]}} for step in (0, 50, 100)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def said(**facts):
+        _, body = card_of(made_run(tmp_path, facts={"before": None, "after": None} | facts), tmp_path / "card")
+        return body.partition("## Scores")[2].partition("## Limits")[0]
+
+    early = said(status="interrupted", steps=130, lora_verified=True)
+    assert "| 1 ± 0.01 |" in early
+    assert "ended early at step 130 (`interrupted`): the scores after are those of step 100" in early
+    assert "An error ended" not in early
+    stopped = said(status="stopped", steps=130, kept_step=50, lora_verified=False)
+    assert "| 0.5 ± 0.01 |" in stopped
+    assert "ended early" not in stopped
+    assert "were not loaded back and compared when they were saved" in stopped
+    assert "early" not in said(status="done", steps=130, after={"reward": [2, 0.1]})
+
+
+def test_steps_and_size_of_the_header_are_those_of_the_file(tmp_path):
+    unet = SimpleNamespace(config={})
+    pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(config={}))
+    run = made_run(tmp_path, facts={"steps": 130, "kept_step": 50})
+    header = modelcard.header(run, pipe, ranks={"x": 4})
+    assert header["ss_steps"] == "50"
+    assert not {"modelspec.resolution", "ss_resolution"} & header.keys()  # nothing tells the size
+    sized = modelcard.header(made_run(tmp_path, call=run.call | {"width": 8, "height": 16}), pipe, ranks={"x": 4})
+    assert (sized["modelspec.resolution"], sized["ss_resolution"]) == ("8x16", "(8, 16)")
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (
+            {"id": "me/base", "revision": "abc", "variant": "fp16"},
+            "DiffusionPipeline.from_pretrained('me/base', revision='abc', variant='fp16', torch_dtype=torch.float32)",
+        ),
+        (
+            {"id": "/data/xl.safetensors", "config": "me/xl"},
+            "StableDiffusionXLPipeline.from_single_file('xl.safetensors', config='me/xl', torch_dtype=torch.float32)",
+        ),
+        (
+            {"id": "/data/v1.safetensors", "pipeline": "StableDiffusionControlNetPipeline", "controlnet": "me/edges"},
+            "StableDiffusionControlNetPipeline.from_single_file('v1.safetensors', controlnet=controlnet, torch_",
+        ),
+    ],
+)
+def test_the_snippet_loads_the_base_that_was_trained(model, line, tmp_path):
+    facts = {"pipeline": "StableDiffusionXLPipeline"}
+    code = modelcard.snippet(made_run(tmp_path, model=Model(**model), facts=facts), repo="ann/tune")
+    assert f"pipe = {line}" in code
+    assert line.partition(".")[0] in code.partition("from diffusers import ")[2].partition("\n")[0]
+    assert ("controlnet = AutoModel.from_pretrained('me/edges'" in code) == ("controlnet" in model)
+
+
+def test_lists_and_mappings_of_the_call_are_in_the_snippet(tmp_path):
+    call = {
+        "num_inference_steps": 4,
+        "timesteps": [999, 499],
+        "cross_attention_kwargs": {"scale": 0.5},
+        "x": [object()],
+    }
+    code = modelcard.snippet(made_run(tmp_path, call=call), repo=None)
+    assert "    timesteps=[999, 499],\n    cross_attention_kwargs={'scale': 0.5},\n" in code
+    assert "x=" not in code
+
+
+def test_prompts_are_no_paths(tmp_path):
+    texts = [r"a cat \(animal\), sitting", "/imagine a cat", "~ a dream"]
+    private = "/home/ann/secret prompts/list.txt"
+    call = {"negative_prompt": texts[1]}
+    settings = {"prompts": texts, "sampling": BASE["sampling"] | {"call": call}, "eval": {"prompts": private}}
+    found = yaml.safe_load(modelcard.settings(made_run(tmp_path, settings=settings)))
+    assert found["prompts"]["source"] == texts
+    assert found["sampling"]["call"] == call
+    assert found["eval"]["prompts"]["source"] == "list.txt"
+    assert modelcard.public_name(texts[0]) == texts[0]
+    assert modelcard.public_name(r"\\server\me\my x") == "my x"

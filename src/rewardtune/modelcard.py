@@ -24,6 +24,15 @@ from .runfolder import LORA_FILE, json_lines, write_text
 if TYPE_CHECKING:
     from .export import Exported, Run
 
+TEXTS = (
+    "prompt",
+    "prompt_2",
+    "prompt_3",
+    "prompt_4",
+    "template",
+    "negative",
+    "positive",
+)  # keys of no paths, by their ends
 PICTURES = 4  # single pictures in the card's gallery
 CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode
 TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
@@ -41,7 +50,7 @@ def header(run: "Run", pipe: Any, *, ranks: Mapping[str, int], weight: float = 1
     """
     facts, train = run.facts, run.facts.get("train", {})
     architecture, kohya_base = architecture_of(pipe)
-    width, height = _size(run, pipe)
+    size = _size(run, pipe)
     base = public_name(run.model.id)
     licence = base_licence(run.model.id).get("license")
     most = max(ranks.values())
@@ -56,7 +65,7 @@ def header(run: "Run", pipe: Any, *, ranks: Mapping[str, int], weight: float = 1
             f"LoRA tuned by {facts.get('method', 'rewardtune')} to raise {facts.get('reward', 'a reward')} on {base}"
         ),
         "modelspec.date": facts.get("time"),
-        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.resolution": f"{size[0]}x{size[1]}" if all(size) else None,
         "modelspec.prediction_type": prediction,
         "modelspec.license": licence,
         "modelspec.usage_hint": plain(f"{usage(run)}; no trigger word; {_strength(weight)}"),
@@ -69,11 +78,11 @@ def header(run: "Run", pipe: Any, *, ranks: Mapping[str, int], weight: float = 1
         "ss_network_dim": most,
         "ss_network_alpha": most,
         "ss_network_args": json.dumps({"conv_dim": most, "conv_alpha": most}) if convolutions else None,
-        "ss_resolution": f"({width}, {height})",
+        "ss_resolution": str(size) if all(size) else None,
         "ss_learning_rate": train.get("lr"),
         "ss_unet_lr": train.get("lr"),
         "ss_max_train_steps": train.get("steps"),
-        "ss_steps": run.checkpoint if run.checkpoint.isdigit() else facts.get("steps"),
+        "ss_steps": run.checkpoint if run.checkpoint.isdigit() else _kept_step(facts),
         "ss_total_batch_size": train.get("batch"),
         "ss_max_grad_norm": train.get("clip"),
         "ss_seed": facts.get("seed"),
@@ -109,7 +118,7 @@ def architecture_of(pipe: Any) -> tuple[str, str | None]:
 
 
 def _size(run: "Run", pipe: Any) -> tuple[int, int]:
-    """(width, height) of the pictures that the run trained on."""
+    """(width, height) of the pictures that the run trained on; 0 where nothing tells."""
     default = getattr(pipe, "default_sample_size", None) or getattr(
         getattr(getattr(pipe, "unet", None), "config", None), "sample_size", 0
     )
@@ -267,20 +276,18 @@ def snippet(run: "Run", *, repo: str | None) -> str:
     comment = "" if playground or hub_id(base) else "  # a folder or file on the author's machine: put your own"
     prompt = run.prompts[0] if run.prompts else "a red heart"
     pictures, texts = _beside(run, prompt)
-    call = {key: value for key, value in run.call.items() if isinstance(value, int | float | str)} | texts
+    call = {key: value for key, value in run.call.items() if _written_out(value)} | texts
     given = [repr(plain(prompt)), *(f"{key}={value!r}" for key, value in call.items())]
     given += [f"{name}=given_{name}" for name in pictures]
     given += ["generator=torch.Generator().manual_seed(0)"]
-    kind, controlnet = run.model.pipeline, run.model.controlnet
-    classes = sorted({"DiffusionPipeline", *([kind] if kind else []), *(["AutoModel"] if controlnet else [])})
+    loaded, classes = _loading(run, where, comment)
     lines = [
         "import torch",
-        f"from diffusers import {', '.join(classes)}",
+        f"from diffusers import {', '.join(sorted(classes))}",
         "from diffusers.utils import load_image" if pictures else "",
         "from rewardtune import playground  # for the folder of its base model" if playground else "",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.{run.model.dtype}){comment}",
-        *_class_lines(kind, controlnet, run.model.dtype),
+        *loaded,
         _scheduler_lines(run.scheduler),
         f"pipe.load_lora_weights({repo or '.'!r}, weight_name={LORA_FILE!r})",
         *(f"given_{name} = load_image({file!r})  # a picture of your own" for name, file in pictures.items()),
@@ -288,6 +295,15 @@ def snippet(run: "Run", *, repo: str | None) -> str:
         'image.save("tuned.png")',
     ]
     return "\n".join(line for number, line in enumerate(lines) if line or number == 4)
+
+
+def _written_out(value: Any) -> bool:
+    """Whether its repr makes it again: numbers, texts, and lists and mappings of them."""
+    if isinstance(value, list | tuple):
+        return all(map(_written_out, value))
+    if isinstance(value, dict):
+        return all(map(_written_out, [*value, *value.values()]))
+    return isinstance(value, int | float | str)
 
 
 def _beside(run: "Run", prompt: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -299,16 +315,26 @@ def _beside(run: "Run", prompt: str) -> tuple[dict[str, str], dict[str, str]]:
     return found, {name: plain(str(value)) for name, value in held.items() if not is_picture(name)}
 
 
-def _class_lines(kind: str | None, controlnet: str | None, dtype: str) -> list[str]:
-    if kind is None:
-        return []
-    if controlnet is None:
-        return [f"pipe = {kind}.from_pipe(pipe, torch_dtype=torch.{dtype})"]
-    where = repr(hub_id(controlnet) or public_name(controlnet))
-    return [
-        f"controlnet = AutoModel.from_pretrained({where}, torch_dtype=torch.{dtype})",
-        f"pipe = {kind}.from_pipe(pipe, controlnet=controlnet, torch_dtype=torch.{dtype})",
-    ]
+def _loading(run: "Run", where: str, comment: str) -> tuple[list[str], set[str]]:
+    """The lines that load the base model as the run did, and diffusers' classes in them. where: its id, as Python."""
+    model, lines = run.model, list[str]()
+    dtype, kind = f"torch_dtype=torch.{model.dtype}", model.pipeline
+    if model.controlnet is not None:
+        place = repr(hub_id(model.controlnet) or public_name(model.controlnet))
+        lines.append(f"controlnet = AutoModel.from_pretrained({place}, {dtype})")
+    held = "controlnet=controlnet, " if lines else ""
+    classes = {"AutoModel"} if lines else set[str]()
+    if model.id.endswith(".safetensors"):  # a class of its own opens it: DiffusionPipeline cannot
+        own = kind or str(run.facts.get("pipeline", "StableDiffusionPipeline"))
+        config = f"config={hub_id(model.config) or public_name(model.config)!r}, " if model.config else ""
+        lines.append(f"pipe = {own}.from_single_file({where}, {config}{held}{dtype}){comment}")
+        return lines, classes | {own}
+    which = "".join(
+        f"{name}={value!r}, " for name in ("revision", "variant") if (value := getattr(model, name)) is not None
+    )
+    lines.insert(0, f"pipe = DiffusionPipeline.from_pretrained({where}, {which}{dtype}){comment}")
+    lines += [f"pipe = {kind}.from_pipe(pipe, {held}{dtype})"] if kind else []
+    return lines, classes | {"DiffusionPipeline"} | ({kind} if kind else set())
 
 
 def _scheduler_lines(name: str | None) -> str:
@@ -366,8 +392,15 @@ def _scores(run: "Run") -> tuple[dict[str, Any], dict[str, Any], int]:
     lines = json_lines(run.folder / "eval.jsonl")
     count = int(lines[-1].get("count", 0)) if lines else 0
     before = run.facts.get("before") or (lines[0].get("scores", {}) if len(lines) > 1 else {})
-    after = run.facts.get("after") or (lines[-1].get("scores", {}) if len(lines) > 1 else {})
+    after = run.facts.get("after") or (_last_look(run).get("scores", {}) if len(lines) > 1 else {})
     return before, after, count
+
+
+def _last_look(run: "Run") -> dict[str, Any]:
+    """The line of eval.jsonl that is nearest to the weights: that of the step that was kept, else the last."""
+    lines = json_lines(run.folder / "eval.jsonl")
+    kept = [line for line in lines if line.get("step") == run.facts.get("kept_step", ...)]
+    return (kept or lines or [{}])[-1]
 
 
 def _value(pair: Sequence[float]) -> str:
@@ -376,13 +409,36 @@ def _value(pair: Sequence[float]) -> str:
 
 
 def _differs(run: "Run", weight: float) -> str:
-    """Where the file is not the very LoRA that was scored."""
+    """Where the file is not the very LoRA that was scored, or may not be."""
+    early = _early(run)
     parts = [f"the LoRA of step {run.checkpoint}"] if run.checkpoint != "best" else []
     parts += [f"multiplied by {weight:g}"] if weight != 1 else []
     if not parts:
-        return ""
+        return early
     again = " Load it with weight 1: it is the lower weight already." if weight < 1 else ""
-    return f"The scores are those of the run's own LoRA at weight 1; this file is {', '.join(parts)}.{again}"
+    said = f"The scores are those of the run's own LoRA at weight 1; this file is {', '.join(parts)}.{again}"
+    return f"{said} {early}".strip()
+
+
+def _early(run: "Run") -> str:
+    """Of a run without scores of its end (Ctrl-C, a NaN): which weights were scored, and where the run ended."""
+    facts, looked, kept = run.facts, _last_look(run).get("step"), _kept_step(run.facts)
+    said = ""
+    if not facts.get("after") and looked not in (None, kept):
+        ended = f" at step {facts['steps']}" if "steps" in facts else ""
+        said = (
+            f"The run ended early{ended} ({code(facts.get('status', 'unknown'))}): the scores after are those of step "
+            f"{looked}, and the weights may be later ones."
+        )
+    if facts.get("lora_verified") is False:
+        said += " An error ended the run: its weights were not loaded back and compared when they were saved."
+    return said.strip()
+
+
+def _kept_step(facts: Mapping[str, Any]) -> int | None:
+    """The step of the weights in the run's folder."""
+    step: int | None = facts.get("kept_step", facts.get("steps"))
+    return step
 
 
 def limits(run: "Run") -> str:
@@ -424,18 +480,24 @@ def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != defaults.get(name, ...)}
 
 
-def _public(value: Any) -> Any:
+def _public(value: Any, key: str = "") -> Any:
+    """`value` with local paths cut, but for what stands under a `key` of prompts: `/imagine a cat` is no path."""
     if isinstance(value, Mapping):
-        return {plain(key): _public(item) for key, item in value.items()}
+        return {plain(name): _public(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         long = len(value) > 8 and all(isinstance(item, str) for item in value)
-        return f"{len(value)} of them" if long else [_public(item) for item in value]
-    return plain(public_name(value)) if isinstance(value, str) else value
+        return (
+            f"{len(value)} of them" if long else [_public(item, "prompt" if key == "source" else key) for item in value]
+        )
+    if not isinstance(value, str):
+        return value
+    return plain(value if key.endswith(TEXTS) else public_name(value))
 
 
 def public_name(text: str) -> str:
     """A local path cut to its last part; anything else as it is."""
-    local = text.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[\\/]", text) or "\\" in text
+    local = text.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[\\/]|\\\\", text)
+    local = local or ("\\" in text and not re.search(r"\s", text))
     if not local and "/" in text:
         local = len(text) < 1000 and "\n" not in text and Path(text).exists()
     return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if local else text
