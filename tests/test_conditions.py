@@ -89,7 +89,14 @@ def test_prompts_travel_to_other_processes(folder: Path) -> None:
 
 def test_a_resume_tells_other_pictures(folder: Path) -> None:
     prompts = load_prompts(folder / "prompts.jsonl", columns=["image"])
-    assert identity(prompts)[0] == ["red heart", {"image": "0.png"}]
+    before = identity(prompts)
+    assert before[0][0] == "red heart"
+    (folder / "given" / "0.png").rename(folder / "given" / "same.png")
+    (folder / "prompts.jsonl").write_text((folder / "prompts.jsonl").read_text().replace("/0.png", "/same.png"))
+    assert identity(load_prompts(folder / "prompts.jsonl", columns=["image"])) == before
+    draw(folder / "given" / "same.png", 77)  # another picture under its name
+    assert identity(prompts[1:]) == before[1:]
+    assert identity(load_prompts(folder / "prompts.jsonl", columns=["image"]))[0] != before[0]
     assert identity(["red heart"]) == ["red heart"], "the digest of runs without columns stays what it was"
 
 
@@ -591,3 +598,42 @@ def test_the_model_card_tells_how_to_sample_it(tuned: Path, kind: str, monkeypat
     words = ["sample", str(tuned / kind), "-p", "red heart", "--output", str(tmp_path / "s")]
     assert main([*words, "--input", "image=0.png", "--input", "negative_prompt=grey"]) == 0
     assert np.abs(np.asarray(names["image"]).astype(int) - saved(tmp_path / "s" / "000.png")).max() <= 1
+
+
+# -- pictures from cameras, and rows without a prompt ----------------------------------------------------------------
+
+
+def test_the_rotation_of_a_camera_is_applied(tmp_path: Path) -> None:
+    """As diffusers' load_image does; the sizes that are compared are those of the turned pictures."""
+    from diffusers.utils import load_image
+
+    from rewardtune.regularize import _pixels
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    picture.save(tmp_path / "lying.png", exif=turned)
+    draw(tmp_path / "standing.png", 1, size=(16, 24))
+    rows = [{"prompt": "x", "image": name} for name in ("lying.png", "standing.png")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = evaluate.for_prompts(load_prompts(tmp_path / "p.jsonl", columns=["image"]), {})["image"]
+    assert [each.size for each in given] == [(16, 24), (16, 24)]
+    upright = load_image(str(tmp_path / "lying.png"))
+    assert np.array_equal(np.asarray(given[0]), np.asarray(upright))
+    upright.save(tmp_path / "upright.png")  # the denoising loss sees the same picture
+    assert torch.equal(_pixels(tmp_path / "lying.png", 24, 16), _pixels(tmp_path / "upright.png", 24, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("p.csv", "image,prompt\n0.png,a\n0.png, \n", "line 3"),
+        ("p.jsonl", '{"prompt": "", "image": "0.png"}\n', "line 1"),
+        ("p.json", '[{"prompt": "", "image": "0.png"}]', "entry 0"),
+    ],
+)
+def test_a_picture_without_a_prompt_is_not_dropped_silently(name: str, text: str, place: str, tmp_path: Path) -> None:
+    draw(tmp_path / "0.png", 0)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{place}: the prompt is empty beside .*0\.png.*leave the row out"):
+        load_prompts(tmp_path / name, columns=["image"])

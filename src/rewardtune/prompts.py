@@ -5,13 +5,14 @@ larger one see the same order without shared state. Imports nothing heavy; the l
 """
 
 import csv
+import hashlib
 import inspect
 import io
 import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,13 +196,15 @@ def _conditioned(rows: Sequence[Row], folder: Path, source: str, *, hint: str = 
 
 
 def _size_of(path: Path, place: str, hint: str) -> tuple[int, int]:
-    from PIL import Image, UnidentifiedImageError
+    """(width, height) as `own_arguments` gives it, by the header alone."""
+    from PIL import ExifTags, Image, UnidentifiedImageError
 
     if not path.is_file():
         raise ConfigError(f"{place}: the picture {path} does not exist{hint}")
     try:
         with Image.open(path) as opened:
-            return opened.size
+            lying = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # turned by a quarter
+            return opened.size[::-1] if lying else opened.size
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"{place}: {path} is no picture that can be opened: {error}") from error
 
@@ -209,27 +212,32 @@ def _size_of(path: Path, place: str, hint: str) -> tuple[int, int]:
 def own_arguments(prompts: Sequence[str]) -> dict[str, list[Any]]:
     """What `Conditioned` prompts bring into the pipeline's call: for each name a list of texts, or of opened pictures.
 
-    All prompts have the same names, as those of one file do.
+    All prompts have the same names, as those of one file do. The camera's rotation (EXIF) is applied to pictures, as
+    diffusers' `load_image` does.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     def value(given: str | Path) -> Any:
         if not isinstance(given, Path):
             return given
         with Image.open(given) as opened:
-            return opened.convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
 
     names = prompts[0].arguments if prompts and isinstance(prompts[0], Conditioned) else ()
     return {name: [value(getattr(prompt, "arguments", {})[name]) for prompt in prompts] for name in names}
 
 
 def identity(prompts: Sequence[str]) -> list[Any]:
-    """The prompts as JSON, with what they bring along: pictures by their file names."""
+    """The prompts as JSON, with what they bring along: pictures by the sha256 of their files, wherever these lie."""
+
+    @cache
+    def content(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def told(prompt: str) -> Any:
         if not isinstance(prompt, Conditioned):
             return prompt
-        return [str(prompt), {k: v.name if isinstance(v, Path) else v for k, v in sorted(prompt.arguments.items())}]
+        return [str(prompt), {k: content(v) if isinstance(v, Path) else v for k, v in sorted(prompt.arguments.items())}]
 
     return [told(prompt) for prompt in prompts]
 
@@ -339,7 +347,14 @@ def _entry(row: Any, place: str, columns: Sequence[str]) -> Row:
         raise ConfigError(f"{place}: a string has no {', '.join(columns)}; write an object, {{'prompt': ..., ...}}")
     if not isinstance(row, str):
         raise ConfigError(f"{place}: {_short(row)} is no prompt; legal is a string, or an object with one under prompt")
-    return Row(row, category, more)
+    return _row(row, category, more, place)
+
+
+def _row(prompt: str, category: str, more: Mapping[str, str], place: str) -> Row:
+    """ConfigError for an empty prompt with something beside it: without a word its picture would not be trained on."""
+    if more and not prompt.strip():
+        raise ConfigError(f"{place}: the prompt is empty beside {_short(dict(more))}; write one, or leave the row out")
+    return Row(prompt, category, more)
 
 
 def _wanted(row: Mapping[str, Any], columns: Sequence[str], place: str) -> dict[str, str]:
@@ -370,8 +385,9 @@ def _csv(path: Path, columns: Sequence[str]) -> list[Row]:
                     'put prompts with commas in quotes: "a cat, sitting"'
                 )
             else:
-                more = _wanted(dict(zip(heads, row, strict=True)), columns, f"{place}, line {reader.line_num}")
-                prompts.append(Row(row[column], "" if named is None else row[named], more))
+                where = f"{place}, line {reader.line_num}"
+                more = _wanted(dict(zip(heads, row, strict=True)), columns, where)
+                prompts.append(_row(row[column], "" if named is None else row[named], more, where))
     except csv.Error as error:
         raise ConfigError(f"{place}, line {reader.line_num}: not valid CSV: {error}") from error
     return prompts
@@ -397,10 +413,11 @@ def _parquet(path: Path, columns: Sequence[str]) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{place} is no parquet file that can be read: {str(error).splitlines()[0]}") from error
     prompts = _strings(values, f"{place}, column {column}")
-    return [
-        Row(prompt, "" if kind is None else str(kind), _wanted(row, columns, f"{place}, row {number}"))
-        for number, (prompt, kind, row) in enumerate(zip(prompts, categories, others, strict=True))
-    ]
+    rows = list[Row]()
+    for number, (prompt, kind, row) in enumerate(zip(prompts, categories, others, strict=True)):
+        where = f"{place}, row {number}"
+        rows.append(_row(prompt, "" if kind is None else str(kind), _wanted(row, columns, where), where))
+    return rows
 
 
 def _column(names: Sequence[str], place: str) -> str:

@@ -357,12 +357,13 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
 
 
 def _pixels(path: Path, height: int, width: int) -> Tensor:
-    """The picture ``(1, 3, H, W)`` in [-1, 1]: scaled to cover, the middle cut out."""
+    """The picture ``(1, 3, H, W)`` in [-1, 1]: turned as its camera says, scaled to cover, the middle cut out."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.fit(opened.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
     except OSError as error:
         raise ConfigError(f"denoise.images: {path} cannot be read: {error}") from error
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
