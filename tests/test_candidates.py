@@ -166,3 +166,20 @@ def test_another_base_model_is_taken_as_it_is(tmp_path):
         assert (found.id, found.revision, found.quantize, found.dtype) == (id, revision, None, "bfloat16")
         assert (found.variant is None) == (revision is None)
     assert settings_of(tmp_path).model.quantize == "nf4"
+
+
+def test_opening_a_lora_says_nothing_of_text_encoders(run, pipe, caplog):
+    """The app opens one for every picture; words on keys that fit nothing stay."""
+    import logging
+
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    caplog.set_level("WARNING", logger=logger.name)
+    logger.addHandler(caplog.handler)
+    try:
+        with opened(pipe, candidates([str(run)])[0]):
+            logger.warning("keys are lost")
+        logger.warning("No LoRA keys associated to a text encoder")
+    finally:
+        logger.removeHandler(caplog.handler)
+    said = dict.fromkeys(record.getMessage()[:12] for record in caplog.records)  # twice, where it propagates too
+    assert list(said) == ["keys are los", "No LoRA keys"]

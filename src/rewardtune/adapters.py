@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .engine import find_denoiser, quiet
 from .engine.chain import fresh
 from .errors import ConfigError, RewardTuneError
+from .quietly import no_text_encoder_remarks
 from .runfolder import DENOISER_FOLDER, LORA_FILE, atomic
 from .spelling import nearest
 
@@ -251,7 +252,8 @@ def loads_lora(pipe: Any) -> bool:
 def load_lora(pipe: Any, folder: str | Path, *, weight_name: str = LORA_FILE, adapter_name: str | None = None) -> None:
     """`pipe.load_lora_weights`, also for the pipeline classes of diffusers that lack it (see `loads_lora`)."""
     if loads_lora(pipe):
-        pipe.load_lora_weights(str(folder), weight_name=weight_name, adapter_name=adapter_name)
+        with no_text_encoder_remarks():
+            pipe.load_lora_weights(str(folder), weight_name=weight_name, adapter_name=adapter_name)
         return
     name = find_denoiser(pipe)
     denoiser = adaptable(getattr(pipe, name))

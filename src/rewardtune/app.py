@@ -181,7 +181,7 @@ def page(pair: Pair) -> Any:
             seed = gradio.Number(label="Seed", value=0, precision=0, minimum=0)
             own_steps = call["num_inference_steps"]
             steps = gradio.Slider(1, max(MOST_STEPS, own_steps), value=own_steps, step=1, label="Sampling steps")
-            guidance = gradio.Number(label="Guidance (empty: the pipeline's own)", value=call.get("guidance_scale"))
+            guidance = gradio.Number(label="Guidance (empty: the run's own)", value=call.get("guidance_scale"))
         button = gradio.Button("Sample both", variant="primary")
         with gradio.Row():
             base = gradio.Image(label="Base", format="png", interactive=False)

@@ -1,5 +1,6 @@
 """The libraries' loading bars and remarks, switched off where they say nothing; a download keeps its bar."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,21 @@ def no_loading_bars() -> Iterator[None]:
     finally:
         for log in shown:
             log.enable_progress_bar()
+
+
+@contextmanager
+def no_text_encoder_remarks() -> Iterator[None]:
+    """Without diffusers' remark on each text encoder that a LoRA leaves alone; what it says of lost keys stays."""
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to")
+
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keeps)
 
 
 @contextmanager
