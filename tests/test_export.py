@@ -415,9 +415,12 @@ class FakeApi:
     def model_info(self, repo: str, **_: Any) -> Any:
         return SimpleNamespace(private=not self.public, card_data=None)
 
-    def upload_folder(self, *, repo_id: str, repo_type: str, folder_path: str, commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, repo_type: str, folder_path: str, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         if self.fail:
             raise self.fail
+        self.removed = delete_patterns
         root = Path(folder_path)
         self.files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -509,3 +512,68 @@ def test_prompts_outlive_their_file_but_pictures_do_not(tmp_path):
         else:
             with pytest.raises(ConfigError, match=r"prompt file gone\.jsonl does not exist"):
                 export.open_run(tmp_path)
+
+
+def test_a_rank_of_its_own_for_some_layers_is_refused(tmp_path):
+    """alpha / rank differs by layer then."""
+    state = {"unet.x.lora_A.weight": torch.ones(8, 2), "unet.x.lora_B.weight": torch.ones(3, 8)}
+    settings = json.dumps({"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {"x": 8}})
+    save_file(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(ConfigError, match="a scale of its own for some layers"):
+        export.read_lora(tmp_path / "a.safetensors", "unet")
+
+
+def test_bases_of_an_export_are_not_compiled(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(launch, "load_pipeline", lambda model, *, scheduler: loaded.append(model.compile))
+    model = Model(id="playground", compile=True)
+    run = export.Run(
+        folder=tmp_path, file=tmp_path, model=model, scheduler=None, prompts=(), call={}, facts={}, config=None
+    )
+    export._Trained.base(SimpleNamespace(run=run))
+    assert loaded == [False]
+
+
+def test_a_merged_dora_is_compared_by_its_weights():
+    """m (W + B A) / ||W + B A||; a forgotten length is found, and what bfloat16 rounds away is told."""
+    generator = torch.Generator().manual_seed(0)
+    W, down, up = (torch.randn(*shape, generator=generator) for shape in ((64, 32), (4, 32), (64, 4)))
+    wrap = torch.nn.ModuleDict
+    base_, merged = (torch.nn.Linear(32, 64, bias=False) for _ in range(2))
+    for size, dtype, low, high in ((1.0, torch.float32, 0, 1e-4), (1e-3, torch.bfloat16, 0.5, 20)):
+        old = base_.to(dtype).weight.data = W.to(dtype)
+        tuned = old.float() + size * up @ down
+        m = (1 + size) * old.float().norm(dim=1)
+        merged.to(dtype).weight.data = (m[:, None] * tuned / tuned.norm(dim=1, keepdim=True)).to(dtype)
+        state = {"to_q.lora_A.weight": down, "to_q.lora_B.weight": size * up, "to_q.lora_magnitude_vector": m}
+        assert low <= export.check_merged(wrap({"to_q": base_}), wrap({"to_q": merged}), state) < high
+        state["to_q.lora_magnitude_vector"] = 2 * m
+        with pytest.raises(RewardTuneError, match="1 merged weights are not the base plus the LoRA"):
+            export.check_merged(wrap({"to_q": base_}), wrap({"to_q": merged}), state)
+
+
+def test_a_dry_run_says_that_the_licence_is_looked_up_later(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "export_run", lambda *_, **__: [])
+    run = copy_of(shared[0], tmp_path)
+    pushed = export.push_run(run, "ann/tune", dry_run=True, model="me/base")
+    assert any("looked up when this is pushed" in note for note in pushed.notes)
+    assert "looked up when this is pushed" in (pushed.folder / "README.md").read_text()
+    asked = export.push_run(run, "ann/tune", api=FakeApi(), model="me/base")  # its card has no licence
+    assert any("the licence of the base model is unknown" in note for note in asked.notes)
+
+
+def test_a_push_removes_what_an_earlier_one_left_and_nothing_else(shared, tmp_path, monkeypatch):
+    run, api = copy_of(shared[0], tmp_path), FakeApi()
+    (tmp_path / "made.safetensors").touch()
+    made = {
+        "diffusers": SimpleNamespace(format="diffusers", path=tmp_path / "made.safetensors", notes=()),
+        "kohya": SimpleNamespace(format="kohya", path=tmp_path / "run.safetensors", notes=()),
+    }
+    (tmp_path / "run.safetensors").touch()
+    monkeypatch.setattr(export, "export_run", lambda run, formats, **_: [made[name] for name in formats])
+    monkeypatch.setattr("rewardtune.modelcard.write_card", lambda *_, **__: ())
+    pictures = [f"images/00{index}.png" for index in range(4)]
+    export.push_run(run, "ann/tune", api=api, formats=["kohya"])
+    assert api.removed == ["before_after.png", *pictures]
+    export.push_run(run, "ann/tune", api=api)
+    assert api.removed == ["kohya/run.safetensors", "before_after.png", *pictures]

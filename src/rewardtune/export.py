@@ -254,7 +254,7 @@ class _Trained:
         self.pictures: _Reference | None = None
 
     def base(self) -> Any:
-        return launch.load_pipeline(self.run.model, scheduler=self.run.scheduler)
+        return launch.load_pipeline(self.run.model.model_copy(update={"compile": False}), scheduler=self.run.scheduler)
 
     def refuse(self, form: str) -> None:
         """ConfigError for a pair of format and model that cannot work, naming the format that does."""
@@ -344,7 +344,7 @@ def read_lora(file: Path, component: str) -> dict[str, Tensor]:
     if foreign or not state:
         what = f"keys that belong to no LoRA of the {component}, first: {foreign[0]}" if foreign else "no tensor"
         raise ConfigError(f"{file} holds {what}; is it made for another model?")
-    if settings.get(f"{prefix}alpha_pattern") or settings.get(f"{prefix}use_rslora"):
+    if any(settings.get(f"{prefix}{key}") for key in ("alpha_pattern", "rank_pattern", "use_rslora")):
         raise ConfigError(f"{file} has a scale of its own for some layers, or rsLoRA; save it by rewardtune first")
     scale = settings.get(f"{prefix}lora_alpha", 1) / settings.get(f"{prefix}r", 1)
     return {
@@ -638,26 +638,32 @@ def load_back(pipe: Any, component: str, file: Path, state: Mapping[str, Tensor]
 
 @torch.no_grad()
 def check_merged(base: nn.Module, merged: nn.Module, state: Mapping[str, Tensor]) -> float:
-    """W + B A in every adapted layer, the base elsewhere: RewardTuneError where not. Gives the share of the LoRA (by
-    norm, 0 to 1) that the dtype rounded away; NaN for DoRA, whose layers are compared by their pictures alone."""
+    """W + B A in every adapted layer (of a DoRA m (W + B A) / ||W + B A|| by outputs), the base elsewhere:
+    RewardTuneError where not. Gives the share of the change (by norm, 0 to 1) that the dtype rounded away."""
     before, after = base.state_dict(), merged.state_dict()
     adapted = {f"{layer}.weight" for layer in _ranks(state)}
     wrong = [key for key in before.keys() | after.keys() if key not in before or key not in after]
     wrong += [key for key in before.keys() & after.keys() if key not in adapted and not _same(before[key], after[key])]
-    dora = any("lora_magnitude_vector" in key for key in state)
+    magnitudes = {
+        key.partition(".lora_magnitude_vector")[0]: value for key, value in state.items() if "magnitude" in key
+    }
     lost = total = 0.0
-    for key in () if dora or wrong else sorted(adapted):
+    for key in () if wrong else sorted(adapted):
         layer = key.removesuffix(".weight")
         old, new = before[key].cpu().double(), after[key].cpu().double()
         down, up = state[f"{layer}.lora_A.weight"].double(), state[f"{layer}.lora_B.weight"].double()
         change = (up.flatten(1) @ down.flatten(1)).reshape(old.shape)
+        if layer in magnitudes:
+            tuned = (old + change).flatten(1)
+            length = magnitudes[layer].double().reshape(-1, 1)
+            change = (length * tuned / tuned.norm(dim=1, keepdim=True)).reshape(old.shape) - old
         error = new - (old + change)
         if error.abs().max() > 4 * torch.finfo(after[key].dtype).eps * (old.abs() + change.abs()).max():
             wrong.append(key)
         lost, total = lost + float(error.square().sum()), total + float(change.square().sum())
     if wrong:
         raise RewardTuneError(f"{len(wrong)} merged weights are not the base plus the LoRA, first: {min(wrong)}")
-    return float("nan") if dora else (lost / total) ** 0.5 if total else 0.0
+    return (lost / total) ** 0.5 if total else 0.0
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -774,9 +780,10 @@ def push_run(
             place = folder / export.path.name if export.format == "diffusers" else folder / "kohya" / export.path.name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(export.path, place)
-    notes = modelcard.write_card(opened, folder, repo=repo, exported=made, licence=licence, weight=weight)
+    options: dict[str, Any] = {"licence": licence, "licence_later": api is None, "weight": weight}
+    notes = modelcard.write_card(opened, folder, repo=repo, exported=made, **options)
     notes = tuple(dict.fromkeys([*(note for export in made for note in export.notes), *notes]))
-    url = None if dry_run else _upload(api, folder, repo, private=private)
+    url = None if dry_run else _upload(api, folder, repo, private=private, stale=_stale(opened, folder))
     return Pushed(folder=folder, url=url, exported=made, notes=notes)
 
 
@@ -804,7 +811,15 @@ def _api() -> Any:
     return HfApi(token=token, library_name="rewardtune", library_version=__version__)
 
 
-def _upload(api: Any, folder: Path, repo: str, *, private: bool) -> str:
+def _stale(run: Run, folder: Path) -> list[str]:
+    """What an earlier push of this run may have left in the repository and this one has not, by its exact names."""
+    pictures = [f"images/{index:03d}.png" for index in range(modelcard.PICTURES)]
+    ours = [f"kohya/{file_stem(run.name)}.safetensors", "before_after.png", *pictures]
+    return [name for name in ours if not (folder / name).exists()]
+
+
+def _upload(api: Any, folder: Path, repo: str, *, private: bool, stale: Sequence[str]) -> str:
+    """stale: files that are removed from the repository in the same commit."""
     try:
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
@@ -812,7 +827,11 @@ def _upload(api: Any, folder: Path, repo: str, *, private: bool) -> str:
                 f"{repo} exists and is public: make it private in its settings, or push without --private"
             )
         api.upload_folder(
-            repo_id=repo, repo_type="model", folder_path=str(folder), commit_message="LoRA and card from rewardtune"
+            repo_id=repo,
+            repo_type="model",
+            folder_path=str(folder),
+            commit_message="LoRA and card from rewardtune",
+            delete_patterns=list(stale),
         )
     except RewardTuneError:
         raise

@@ -33,6 +33,7 @@ TEXTS = (
     "negative",
     "positive",
 )  # keys of no paths, by their ends
+LATER = "The licence of the base model is looked up when this is pushed: a dry run asks nobody."
 PICTURES = 4  # single pictures in the card's gallery
 CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode
 TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
@@ -182,21 +183,31 @@ def write_card(
     repo: str | None = None,
     exported: Sequence["Exported"] = (),
     licence: Mapping[str, str] | None = None,
+    licence_later: bool = False,
     weight: float = 1.0,
 ) -> tuple[str, ...]:
     """Write `folder`/README.md and the pictures it shows beside it; give notes on what could not be said.
 
     repo: "user/name" of the snippet; None: the snippet loads the LoRA of the folder it is run in.
+    licence_later: the hub has not been asked for the base's licence yet (a dry run).
     """
     from huggingface_hub import ModelCard
 
     licence = base_licence(run.model.id) if licence is None else licence
+    later = licence_later and not licence and hub_id(run.model.id) is not None
+    told = LATER if later else _licence_line(licence)
     gallery = _copy_pictures(run, folder)
     data = card_data(run, gallery=gallery, licence=licence)
-    body = card_text(run, repo=repo, exported=exported, licence=licence, weight=weight, grid=_copy_grid(run, folder))
+    body = card_text(run, repo=repo, exported=exported, licence=told, weight=weight, grid=_copy_grid(run, folder))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     write_text(folder / "README.md", str(card))
-    missing = [] if licence else ["the licence of the base model is unknown, so the card has none: add `license:`"]
+    missing = (
+        []
+        if licence
+        else [LATER]
+        if later
+        else ["the licence of the base model is unknown, so the card has none: add `license:`"]
+    )
     if not gallery:
         why = "the run has no final pictures" if run.prompts else "nothing tells the run's prompts"
         missing.append(f"{why}, so the card shows no pictures")
@@ -227,11 +238,11 @@ def card_text(
     *,
     repo: str | None,
     exported: Sequence["Exported"],
-    licence: Mapping[str, str],
+    licence: str,
     weight: float,
     grid: str | None,
 ) -> str:
-    """The Markdown under the head."""
+    """The Markdown under the head. licence: what is said of it."""
     facts = run.facts
     base = "the playground of rewardtune" if run.model.id == "playground" else code(public_name(run.model.id))
     kohya = [export.path.name for export in exported if export.format == "kohya"]
@@ -240,7 +251,7 @@ def card_text(
         f"A LoRA for {base}, tuned by back-propagating a reward through the sampling chain: method "
         f"{code(facts.get('method', 'unknown'))}, reward {code(facts.get('reward', 'unknown'))}. "
         "Made with rewardtune. No training images were used, and there is no trigger word.",
-        _licence_line(licence),
+        licence,
         f"![before and after]({grid})\n\nThe same prompts and seeds, before (left) and after (right)." if grid else "",
         "## Use it",
         fenced(snippet(run, repo=repo), "python"),
@@ -496,8 +507,8 @@ def _public(value: Any, key: str = "") -> Any:
 
 def public_name(text: str) -> str:
     """A local path cut to its last part; anything else as it is."""
-    local = text.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[\\/]|\\\\", text)
-    local = local or ("\\" in text and not re.search(r"\s", text))
+    local = text.startswith(("/", "~", "./", "../")) or bool(re.match(r"[A-Za-z]:[\\/]|\\\\", text))
+    local = local or ("\\" in text and not any(map(str.isspace, text)))
     if not local and "/" in text:
         local = len(text) < 1000 and "\n" not in text and Path(text).exists()
     return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if local else text
