@@ -577,3 +577,23 @@ def test_a_push_removes_what_an_earlier_one_left_and_nothing_else(shared, tmp_pa
     assert api.removed == ["before_after.png", *pictures]
     export.push_run(run, "ann/tune", api=api)
     assert api.removed == ["kohya/run.safetensors", "before_after.png", *pictures]
+
+
+def test_run_json_keeps_lists_of_the_call(tmp_path):
+    """What a run from Python is sampled with afterwards; tensors and pictures it cannot keep."""
+    from rewardtune import RewardTuner, methods
+
+    call = {"timesteps": [999, 499], "cross_attention_kwargs": {"scale": 0.5}, "sigmas": (torch.ones(1),)}
+    tuner = RewardTuner(
+        stable_diffusion(lora=False)[0],
+        reward=lambda images, prompts: images.mean((1, 2, 3)),
+        method=methods.drtune(K=1, m=1),
+        prompts=["red heart"],
+        output_dir=tmp_path,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        call=call,
+    )
+    tuner.T = 2
+    kept = json.loads(json.dumps(tuner._describe()))["call"]
+    assert kept == {"num_inference_steps": 2, "guidance_scale": 3.0} | {key: call[key] for key in list(call)[:2]}

@@ -19,7 +19,7 @@ from . import __version__
 from .config import RunConfig
 from .guards import chosen_by
 from .prompts import Conditioned, is_picture
-from .runfolder import LORA_FILE, json_lines, write_text
+from .runfolder import LORA_FILE, json_lines, storable, write_text
 
 if TYPE_CHECKING:
     from .export import Exported, Run
@@ -287,7 +287,7 @@ def snippet(run: "Run", *, repo: str | None) -> str:
     comment = "" if playground or hub_id(base) else "  # a folder or file on the author's machine: put your own"
     prompt = run.prompts[0] if run.prompts else "a red heart"
     pictures, texts = _beside(run, prompt)
-    call = {key: value for key, value in run.call.items() if _written_out(value)} | texts
+    call = {key: value for key, value in run.call.items() if storable(value)} | texts
     given = [repr(plain(prompt)), *(f"{key}={value!r}" for key, value in call.items())]
     given += [f"{name}=given_{name}" for name in pictures]
     given += ["generator=torch.Generator().manual_seed(0)"]
@@ -306,15 +306,6 @@ def snippet(run: "Run", *, repo: str | None) -> str:
         'image.save("tuned.png")',
     ]
     return "\n".join(line for number, line in enumerate(lines) if line or number == 4)
-
-
-def _written_out(value: Any) -> bool:
-    """Whether its repr makes it again: numbers, texts, and lists and mappings of them."""
-    if isinstance(value, list | tuple):
-        return all(map(_written_out, value))
-    if isinstance(value, dict):
-        return all(map(_written_out, [*value, *value.values()]))
-    return isinstance(value, int | float | str)
 
 
 def _beside(run: "Run", prompt: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -74,6 +74,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def storable(value: Any) -> bool:
+    """Whether JSON gives it back: numbers, texts, and lists and mappings of them."""
+    if isinstance(value, list | tuple):
+        return all(map(storable, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(storable, value.values()))
+    return isinstance(value, int | float | str)
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl or eval.jsonl; none where it is missing. A half-written line is left out."""
     found = []

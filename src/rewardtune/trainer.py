@@ -38,7 +38,7 @@ from .regularize import Denoising, DenoisingLoss
 from .report.live import LiveReport
 from .rewards import check_reward
 from .rewards.base import Reward, as_reward
-from .runfolder import DENOISER_FOLDER, DENOISING_FILE, LORA_FILE, RunFolder, write_text
+from .runfolder import DENOISER_FOLDER, DENOISING_FILE, LORA_FILE, RunFolder, storable, write_text
 from .state import TrainingState
 from .textcache import TextCache, cached_text
 from .trackers import Trackers
@@ -372,7 +372,7 @@ class RewardTuner:
             "best": self.checkpoints.best,
             "method": str(self.method),
             "T": self.T,
-            "call": {key: value for key, value in self.call.items() if isinstance(value, int | float | str)},
+            "call": {key: value for key, value in self.call.items() if storable(value)},
             "lora": self.adapter | {"parameters": sum(p.numel() for p in self.parameters)},
             "prompts": len(self.prompts),
             "processes": self.processes.world,
