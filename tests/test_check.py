@@ -513,6 +513,7 @@ def measured(**changes):
         "text": 0.5,
         "of_prompt": 0.1,
         "room": 1000,
+        "pictures": 8,
         "evaluation": 3.0,
         "checkpoint": 1,
         "total": 2,
@@ -529,7 +530,9 @@ def test_the_sum_of_the_expected_time(tmp_path, model):
     assert dryrun.expected_seconds(measured(), config, prompts=500) == pytest.approx(15 + 18 + 2.0)
     assert dryrun.expected_seconds(measured(room=6), config, prompts=7) == pytest.approx(15 + 18 + 2.0)
     short = config_of(tmp_path, model, "optim.steps=10", "optim.max_seconds=6")
-    assert dryrun.expected_seconds(measured(), short, prompts=7) == pytest.approx(6 + 6 + 0.7)
+    assert dryrun.expected_seconds(measured(), short, prompts=7) == pytest.approx(6 + 6)
+    watched = config_of(tmp_path, model, "optim.steps=10", "eval.every=2", "optim.max_seconds=1000")
+    assert dryrun.expected_seconds(measured(), watched, prompts=7) == pytest.approx(15 + 18 + 0.7)
 
 
 def test_the_meter_sees_a_peak_in_its_phase():

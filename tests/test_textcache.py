@@ -283,3 +283,14 @@ def test_released_encoders_are_on_the_cpu_and_come_back(name):
         assert pipe._execution_device.type == "cuda"
     assert all(next(module.parameters()).device.type == "cuda" for module in encoders)
     assert not any(hasattr(module, "_hf_hook") for module in encoders)
+
+
+def test_nothing_is_encoded_ahead_that_no_batch_is_answered_from():
+    """The pipeline encodes its batches together: the entries of single prompts would be of no use."""
+    mixing, plain = Letters("mixing"), Letters("padded")
+    for pipe, answers in ((mixing, False), (plain, True)):
+        with cached_text(pipe) as text:
+            assert not text.answers(1)  # nobody has called yet
+            pipe.encode_prompt(["ab", "cd"])
+            assert text.answers(1)
+            assert text.answers(2) is answers

@@ -205,7 +205,7 @@ class Measured:
 
     phases: in the order of an update; their seconds add up to `update`, apart from the evaluation's. update: seconds of
     the one update. text: seconds in it for encoding, which the cache pays once a prompt; of_prompt: that, for one
-    prompt; 0 without the cache, which has room for `room` prompts. evaluation: seconds of one, all its pictures.
+    prompt; 0 without the cache, which has room for `room` prompts. evaluation: seconds of one, all its `pictures`.
     checkpoint: bytes of one. total: bytes of memory there are.
     """
 
@@ -215,6 +215,7 @@ class Measured:
     of_prompt: float
     room: int
     evaluation: float
+    pictures: int
     checkpoint: int
     total: int
     cuda: bool
@@ -239,10 +240,14 @@ def measure(tuner: "RewardTuner", config: RunConfig, meter: Meter) -> Measured:
         text = stack.enter_context(cached_text(pipe)) if tuner.cache_text else None
         if "vae" in tuner.offload:
             stack.enter_context(offloaded_vae(pipe))
+        of_prompt = 0.0
         if text is not None and "text_encoders" in tuner.offload:
             with meter.holding(TEXT):
                 count_steps(pipe, **evaluate.for_prompts(batch[:1], tuner.call))  # shows the cache how to encode
-                text.fill([*batch, *tuner.eval_prompts[: tuner.micro_batch]])
+                started, before = time.perf_counter(), text.encoded
+                text.fill([*batch, *tuner.eval_prompts[: tuner.micro_batch]], release=False)
+                of_prompt = (time.perf_counter() - started) / max(1, text.encoded - before)
+                text.release()
         denoise = config.regularize.denoise
         if denoise.weight:
             loss = Denoising(**denoise.model_dump() | {"count": min(denoise.count, tuner.micro_batch)})
@@ -285,9 +290,10 @@ def measure(tuner: "RewardTuner", config: RunConfig, meter: Meter) -> Measured:
         phases=_in_order(meter.phases),
         update=update,
         text=encoding - filled if kept and encoded > before else 0.0,
-        of_prompt=encoding / encoded if kept and encoded else 0.0,
+        of_prompt=of_prompt or (encoding / encoded if kept and encoded else 0.0),
         room=text.room if text is not None else 0,
         evaluation=evaluation,
+        pictures=len(tuner.eval_prompts),
         checkpoint=_checkpoint_bytes(state, lora=tuner.adapter["kind"] != "full"),
         total=total,
         cuda=meter.device.type == "cuda",
@@ -337,14 +343,15 @@ def evaluations(config: RunConfig) -> int:
 
 def expected_seconds(measured: Measured, config: RunConfig, prompts: int) -> float:
     """Of the run: its updates, its evaluations, and each of its `prompts` different prompts encoded once, or each time
-    that it is drawn where the cache has no room for all."""
+    that it is drawn where the cache has no room for all. optim.max_seconds ends all but the first look and the last."""
     optim = config.optim
     drawn = optim.steps * optim.batch
-    once = measured.of_prompt * (min(prompts, drawn) if prompts <= measured.room else drawn)
+    text = measured.of_prompt * (min(prompts, drawn) if prompts <= measured.room else drawn)
     updates = optim.steps * (measured.update - measured.text)
+    inside = updates + text + (evaluations(config) - 2) * measured.evaluation
     if optim.max_seconds is not None:
-        updates = min(updates, optim.max_seconds)
-    return updates + once + measured.evaluation * evaluations(config)
+        inside = min(inside, optim.max_seconds)
+    return inside + 2 * measured.evaluation
 
 
 def report(measured: Measured, config: RunConfig, prompts: int) -> str:
@@ -356,8 +363,12 @@ def report(measured: Measured, config: RunConfig, prompts: int) -> str:
         f", {measured.update - measured.text:.2f} s without the text, which is encoded once" if measured.text else ""
     )
     lines.append(f"an update takes {measured.update:.2f} s ({optim.batch} pictures){first}")
-    lines.append(f"an evaluation takes {measured.evaluation:.2f} s ({config.eval.count} pictures)")
-    late = f", at most {optim.max_seconds:g} s of updates" if optim.max_seconds is not None else ""
+    lines.append(f"an evaluation takes {measured.evaluation:.2f} s ({measured.pictures} pictures)")
+    late = (
+        f", ended after {optim.max_seconds:g} s but for the first and the last look"
+        if optim.max_seconds is not None
+        else ""
+    )
     lines.append(
         f"the run takes about {clock(expected_seconds(measured, config, prompts))} in one process: {optim.steps} "
         f"updates and {evaluations(config)} evaluations{late}"

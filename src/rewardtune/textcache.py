@@ -114,8 +114,7 @@ class TextCache:
         move the encoders to the CPU; prompts that are not in the cache bring them back, once for a batch.
         """
         if self._last is None:
-            self.notes.append("nothing was encoded yet, so no prompt is encoded beforehand")
-            return 0
+            return 0  # nothing was encoded yet: nobody knows how
         held, size = set[Any](), 0  # of these prompts: the others may leave
         with self._visit():
             for prompt in prompts:
@@ -133,6 +132,10 @@ class TextCache:
         if release:
             self.release()
         return len(held)
+
+    def answers(self, batch: int) -> bool:
+        """Whether calls of so many prompts are answered from what `fill` has encoded."""
+        return self._last is not None and (batch == 1 or None not in self._rules.values())
 
     @property
     def room(self) -> int:

@@ -267,6 +267,7 @@ class RewardTuner:
         with _memory_named(), ExitStack() as stack:
             set_aside = stack.enter_context(quiet(self.pipe))
             self.text = stack.enter_context(cached_text(self.pipe)) if self.cache_text else None
+            self.watch.text = self.text if "text_encoders" in self.offload else None
             if "vae" in self.offload:
                 stack.enter_context(offloaded_vae(self.pipe))
             optim = moves | {"clip": clip, "batch": self.batch}
@@ -331,8 +332,8 @@ class RewardTuner:
             picture = evaluate.sample(self.pipe, self.prompts[:1], seeds=[0], call=self.call)
             height, width = picture.shape[-2:]
             check_reward(self.reward, size=(height, width), prompts=self.prompts[:2], device=self.device)
-            if self.text is not None and "text_encoders" in self.offload:
-                self.text.fill(self.eval_prompts)
+            if self.watch.text is not None:
+                self.watch.text.fill(self.eval_prompts)
             found = self._find(optim)
             self.folder.open()
             self.folder.set_status("running", **self._describe(), notes=facts.notes)
@@ -441,14 +442,14 @@ class RewardTuner:
         signals: "_Signals",
     ) -> str:
         """The updates up to step `last`; gives why they ended: done, out of time, interrupted."""
-        started, begun = time.perf_counter(), self.step
+        started, begun, ahead = time.perf_counter(), self.step, 0.0
         gradient = self.gradient()
         status = "done"
         shown = Progress(last, done=begun, max_seconds=max_seconds, enabled=self.show_progress, log=self.folder.log)
         with shown as progress:
             while self.step < last:
-                if self.text is not None and "text_encoders" in self.offload:
-                    self._encode_ahead(self.text, gradient, last)
+                if self.watch.text is not None:
+                    ahead += self._encode_ahead(self.watch.text, gradient, last, signals)
                 record = self._update(gradient, state, clip)
                 self.step += 1
                 self.folder.append("metrics.jsonl", record)
@@ -464,7 +465,8 @@ class RewardTuner:
                 if eval_every and self.step % eval_every == 0 and self.step < last:  # also of the last before a stop:
                     save |= self._judge(state, progress)  # a resumed run does not come back to it
                 elapsed, done = time.perf_counter() - started, self.step - begun
-                late = max_seconds is not None and elapsed + elapsed / done > max_seconds and self.step < last
+                pace = (elapsed - ahead) / done  # text is encoded for many updates at once
+                late = max_seconds is not None and elapsed + pace > max_seconds and self.step < last
                 everyone = self.processes.gather((signals.caught, late))
                 signals.caught = next((caught for caught, _ in everyone if caught), None)
                 if self.stop is not None:
@@ -681,14 +683,17 @@ class RewardTuner:
         self.folder.status["kept_step"] = back
         return f"the weights of {_step(back)}, the best look, are in {folder}"
 
-    def _encode_ahead(self, text: TextCache, gradient: Gradient, last: int) -> None:
-        """The text encoders come back once for as many updates as the cache can hold, not for each prompt."""
-        if text.holds(gradient.prompts_of(self.step, self.processes)):
-            return
-        steps, told = range(self.step, last), len(text.notes)
-        text.fill(prompt for step in steps for prompt in gradient.prompts_of(step, self.processes))
+    def _encode_ahead(self, text: TextCache, gradient: Gradient, last: int, signals: "_Signals") -> float:
+        """The text encoders come back once for as many updates as the cache can hold, not for each prompt: seconds."""
+        if not text.answers(self.micro_batch) or text.holds(gradient.prompts_of(self.step, self.processes)):
+            return 0.0
+        started, told = time.perf_counter(), len(text.notes)
+        with doing(f"step {self.step}, encoding the text of this and later updates"):
+            steps = (step for step in range(self.step, last) if signals.caught is None or step == self.step)
+            text.fill(prompt for step in steps for prompt in gradient.prompts_of(step, self.processes))
         for note in text.notes[told:]:
             self._say(note)
+        return time.perf_counter() - started
 
     def _say(self, text: str) -> None:
         self.folder.log(text)

@@ -18,6 +18,7 @@ from .progress import with_interval
 from .runfolder import RunFolder
 from .spelling import nearest
 from .stats import mean_interval
+from .textcache import TextCache
 from .trackers import Trackers
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Watch:
     rules: list[Rule]
     best: str | None
     trackers: Trackers
+    text: TextCache | None = None  # whose encoders wait on the CPU: they come once for a look
     history: list[Evaluation] = field(default_factory=list)
     base: Tensor | None = None  # (N, 3, H, W), the pictures of step 0
 
@@ -159,6 +161,8 @@ class Watch:
                 prompts = [self.prompts[index] for index in asked]
                 seeds = [derive_seed(self.seed, "eval", index) for index in asked]
                 with doing(f"step {step}, sampling the eval pictures"):
+                    if self.text is not None and self.text.answers(self.batch):
+                        self.text.fill(prompts)
                     images = evaluate.sample(self.pipe, prompts, seeds=seeds, call=self.call, batch=self.batch)
                 sampled, images = True, images[: len(own)]
             if own:
