@@ -67,6 +67,15 @@ def test_scientific_numbers_and_overrides(tmp_path):
     assert config.eval.prompts.source == ["x"]
 
 
+def test_json_is_an_override(tmp_path):
+    """Any text: JSON writes what lies beyond the first 65536 characters as two halves."""
+    prompts = ["a cat \U0001f431", 'quotes " and \\ud83d', "line\nfeed\u2028\x85", "é"]
+    config = load_config(write(tmp_path, GOOD), [f"eval.prompts={json.dumps(prompts)}"])
+    assert config.eval.prompts.source == prompts
+    with pytest.raises(ConfigError, match="half of a surrogate pair"):
+        load_config(write(tmp_path, GOOD), ['eval.prompts=["a \\ud83d cat"]'])
+
+
 def test_all_problems_at_once_with_lines(tmp_path):
     text = """\
 model: playground

@@ -8,6 +8,10 @@ import raise_rewards
 import regularisers
 import reward_hacking
 
+from rewardtune.bench.main import NAMES, _page
+from rewardtune.bench.setting import chosen_tasks, setting_of
+from rewardtune.bench.work import Work
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +38,13 @@ def test_the_committed_pages_say_what_their_rows_hold():
     assert regularisers.report(rows["regularisers"]) == (ROOT / "docs/results/regularisers.md").read_text()
     rows["raise_rewards"][0]["count"] = 16
     assert "means over 16 held-out prompts" in raise_rewards.report(rows["raise_rewards"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_experiments_say_what_their_rows_hold(name):
+    work = Work(setting=setting_of("playground"), folder=ROOT / "docs/results/bench/playground")
+    page = _page(name, work, chosen_tasks(work.setting, None), run=False, plots=False)
+    assert page == (work.folder / f"{name}.md").read_text()
 
 
 def test_a_run_whose_reward_only_falls_reaches_the_level_where_it_begins():

@@ -94,7 +94,7 @@ class Panel:
         trained, held_out = self._names()
         found = {} if self.trained is None else {"reward": Metric(what="the trained reward, total", better="more")}
         for reward, names, what in ((self.trained, trained, "trained"), (self.rewards, held_out, "held out")):
-            for name, less in _natives(reward).items():
+            for name, less in natives(reward).items():
                 metric = Metric(what=f"{name}, {what}", better="less" if less else "more")
                 found.setdefault(names[name], metric)
         repeats = min(map(len, self._groups()[1]))
@@ -186,9 +186,9 @@ class Panel:
 
     def _names(self) -> tuple[dict[str, str], dict[str, str]]:
         """native name -> metric, of the trained reward (with its total) and of the held-out ones."""
-        trained = {name: f"trained_{name}" if name in METRICS else name for name in _natives(self.trained)}
+        trained = {name: f"trained_{name}" if name in METRICS else name for name in natives(self.trained)}
         taken = {*METRICS, "reward", *trained.values()}  # a trained part called reward goes by the total of that name
-        held_out = {name: f"heldout_{name}" if name in taken else name for name in _natives(self.rewards)}
+        held_out = {name: f"heldout_{name}" if name in taken else name for name in natives(self.rewards)}
         return trained, held_out
 
     def _groups(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -197,7 +197,7 @@ class Panel:
     def _score(self, reward: Reward, images: Tensor, whole: Tensor) -> dict[str, Tensor]:
         """evaluate.score on the pictures without NaN; NaN for the others."""
         rows = whole.nonzero().flatten().tolist()
-        found = {name: torch.empty(0) for name in ("reward", *_natives(reward))}
+        found = {name: torch.empty(0) for name in ("reward", *natives(reward))}
         if rows:
             prompts = [self.prompts[row] for row in rows]
             found = evaluate.score(reward, images[rows], prompts, batch=self.batch, device=self.device)
@@ -237,7 +237,7 @@ def _finite_features(network: Features, images: Tensor, batch: int) -> Tensor:
     return torch.where(whole[:, None], found, torch.nan)
 
 
-def _natives(reward: Reward | None) -> dict[str, bool]:
+def natives(reward: Reward | None) -> dict[str, bool]:
     """The native values that a reward logs, by name -> whether less of it is better."""
     if reward is None:
         return {}

@@ -127,9 +127,11 @@ def _value(node: Any, where: tuple, lines: Lines) -> Any:
             items.append(_value(item, (*where, index), lines))
         return items
     if isinstance(node, yaml.ScalarNode) and kind == "str":
-        if any("\ud800" <= character <= "\udfff" for character in node.value):
-            raise _RefusedError(line, f"{_short(node.value)} holds half of a surrogate pair, which is no character")
-        return node.value
+        try:  # JSON writes characters beyond the first 65536 as two halves
+            return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            words = f"{_short(node.value)} holds half of a surrogate pair, which is no character"
+            raise _RefusedError(line, words) from None
     if isinstance(node, yaml.ScalarNode) and kind in _CORE:
         return _scalar(kind, node.value, line)
     raise _RefusedError(

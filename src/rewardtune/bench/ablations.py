@@ -8,7 +8,7 @@ of DRTune, as the paper keeps its hyperparameters.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from .setting import NEWER, method_of
 from .table1 import by_seed, spread, values
 from .work import Work
 
+COLUMNS = {
+    "updates": "updates",
+    "processor seconds": "cpu_seconds",
+    "trained steps": "trained",
+    "gradient norm": "grad_norm",
+}
 MOST_OF = 0.75  # of the iterations: below it "about half" holds, above it it fails
 
 
@@ -72,14 +78,14 @@ class Ablation:
         work.choose(self.searched(), self.reward)
         for T in dict.fromkeys(v.T for v in self.variants):  # one length after another, seeds outermost
             of_T = [self.cells(work, variant) for variant in self.variants if variant.T == T]
-            work.do([cell for cells in zip(*of_T, strict=True) for cell in cells])
+            work.do([cell for cells in zip_longest(*of_T) for cell in cells if cell is not None])
 
     def report(self, work: Work) -> str:
         s, rows, native = work.setting, work.rows, work.setting.tasks[self.reward].native
         body = []
         for variant in self.variants:
             runs = self.rows(work, rows, variant)
-            of = [spread([float(row[name]) for row in runs.values()]) for name in ("updates", "trained", "grad_norm")]
+            of = [spread([float(row[name]) for row in runs.values()]) for name in COLUMNS.values()]
             body.append([variant.label, spread(values(runs, native)), *of, _rate(work, variant, self.reward)])
         done = sum(len(self.rows(work, rows, v)) for v in self.variants)
         lines = [
@@ -87,9 +93,10 @@ class Ablation:
             "",
             f"`{work.command(self.name)}`: {done} of {len(self.variants) * len(s.seeds)} runs.",
             f"{self.reward}, {s.budget:g} denoiser evaluations a run, {s.counted} held-out prompts; mean ± standard",
-            "deviation over seeds. Gradient norms are those before clipping, mean over the updates.",
+            "deviation over seeds. Gradient norms are those before clipping, mean over the updates. Processor seconds",
+            "hold what evaluations do not count: decoding and the reward, twice where a chain has two stops.",
             "",
-            markdown_table(["", self.reward, "updates", "trained steps", "gradient norm", "learning rate"], body),
+            markdown_table(["", self.reward, *COLUMNS, "learning rate"], body),
             "",
             *claims_table(self.told(self, work, rows)),
             *(["", f"![{self.title}]({self.name}.png)"] if done else []),

@@ -5,7 +5,9 @@ budget. Left out of the row: the weights (the run folder is temporary) and the v
 """
 
 import json
+import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import launch
 from ..config import MethodChoice, Part, RunConfig, load_config
-from ..errors import RewardTuneError
+from ..errors import RewardTuneError, TrainingStopped, out_of_memory
 from ..methods import Method
+from ..panel import natives
 from .cost import Cost, spent, updates_within
 from .rows import Cell
 from .setting import Setting, method_of, setting_of
@@ -81,11 +84,21 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
             used = spent(method, cell.T, updates=updates, **given)
         opened = cell if cell.method != BASE else replace(cell, method="DRTune", lr=1.0)  # not trained
         config, tuner = open_cell(opened, folder=f"{temporary}/run", device=device, updates=max(updates, 1))
-        trace = {}
+        trace: dict[str, Any] = {}
         if updates:
-            launch.train_as(config, tuner)
-            trace = _trace(Path(temporary) / "run", used)
+            broke = _train(config, tuner)
+            trace = _trace(Path(temporary) / "run", used, whole=not broke)
             trace["cost"] = {"replay": cost.replay, "nested": cost.nested}
+            if broke:
+                return {
+                    "cell": json.loads(cell.key),
+                    "updates": tuner.step,
+                    "evaluations": round(used[tuner.step]),
+                    **trace,
+                    **_none(tuner, setting, cell),
+                    "broke": broke,
+                    "on": where(tuner),
+                }
     images = sample(tuner, setting, cell)
     if pictures is not None:
         save_strip(images[:SHOWN], pictures)
@@ -98,6 +111,26 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
         "moved": moved(tuner) if updates and cell.judged == "final" and setting.features == "playground" else None,
         "on": where(tuner),
     }
+
+
+def _train(config: RunConfig, tuner: "RewardTuner") -> str:
+    """Why the run broke down (NaN, black pictures, a gradient that vanished): a result; "" if it did not."""
+    try:
+        launch.train_as(config, tuner)
+    except TrainingStopped as stopped:
+        if out_of_memory(stopped):
+            raise
+        return str(stopped)
+    return ""
+
+
+def _none(tuner: "RewardTuner", setting: Setting, cell: Cell) -> dict[str, Any]:
+    """What `judge` gives, NaN all over: there are no pictures to judge."""
+    extra = launch.make_reward([Part(**{**part, "weight": 1.0}) for part in setting.extra])
+    names = ["reward", *natives(extra), *natives(tuner.reward)]
+    names += ["pairwise_distance"] if setting.features is not None else []
+    scores = {name: [math.nan, math.nan] for name in names}
+    return {"scores": scores, **({"first": {str(setting.counted): scores}} if cell.judged == "final" else {})}
 
 
 def final_prompts(setting: Setting, cell: Cell) -> list[str]:
@@ -170,11 +203,15 @@ def save_strip(images: "Tensor", path: Path) -> None:
         to_pil(torch.cat(list(images), dim=2)).save(temporary, optimize=True)
 
 
-def _trace(folder: Path, used: list[float]) -> dict[str, Any]:
-    """Looks with what had been used up by then, and means over the updates."""
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _trace(folder: Path, used: list[float], *, whole: bool = True) -> dict[str, Any]:
+    """Looks with what had been used up by then, and means over the updates; whole: all of them must be there."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     looks = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
-    if len(records) != len(used) - 1:
+    if whole and len(records) != len(used) - 1:
         raise RewardTuneError(f"the run ended after {len(records)} of {len(used) - 1} updates: no row is made of it")
     seconds, cpu = (list(accumulate((r[name] for r in records), initial=0.0)) for name in ("seconds", "cpu_seconds"))
     norms: dict[str, list[float]] = {}
@@ -184,10 +221,10 @@ def _trace(folder: Path, used: list[float]) -> dict[str, Any]:
     return {
         "seconds": round(seconds[-1], 1),
         "cpu_seconds": round(cpu[-1], 1),
-        "grad_norm": sum(r["grad_norm"] for r in records) / len(records),
-        "clipped": sum(r["clipped"] for r in records) / len(records),
+        "grad_norm": _mean([r["grad_norm"] for r in records]),
+        "clipped": _mean([r["clipped"] for r in records]),
         "step_grad_norms": {s: sum(v) / len(v) for s, v in sorted(norms.items(), key=lambda item: int(item[0]))},
-        "trained": sum(len(r["trained"]) for r in records) / len(records),
+        "trained": _mean([len(r["trained"]) for r in records]),
         "trace": [
             {
                 "updates": look["step"],

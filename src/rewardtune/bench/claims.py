@@ -4,6 +4,7 @@ Runs are paired by seed (the same prompts and noise in training and in the final
 Student's over the differences of seeds, at 95 %. Written before the results were seen.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -71,7 +72,7 @@ def best(
         rival: [(values[seed] - ours[seed]) * (1 if less else -1) for seed in sorted(ours.keys() & values.keys())]
         for rival, values in rivals.items()
     }
-    strongest = min(gains, key=lambda rival: fmean(gains[rival]))
+    strongest = min(gains, key=lambda rival: (math.isnan(mean := fmean(gains[rival])), mean))
     common = sorted(ours.keys() & rivals[strongest].keys())
     told = better(
         says,

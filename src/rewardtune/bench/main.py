@@ -73,6 +73,10 @@ def bench(
     )
     page = work.folder / f"{name}.md"
     write_text(page, _page(name, work, asked, run=not only_report, plots=plots))
+    if work.failed:
+        raise ConfigError(
+            "\n".join([f"{len(work.failed)} runs failed; the others are kept and in {page}:", *work.failed])
+        )
     return page
 
 

@@ -83,8 +83,13 @@ class Rows:
 
 def made_by(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Lines for the foot of a page: the versions and machines that made its rows, each once; none without rows."""
+    rows = list(rows)
     told = [", ".join(f"{k} {v}" for k, v in row["on"].items()) if "on" in row else "not recorded" for row in rows]
-    return ["", f"Rows made with: {'; '.join(dict.fromkeys(told))}."] if told else []
+    costs = dict.fromkeys(json.dumps(row["cost"]) for row in rows if "cost" in row)
+    mixed = [f"**Rows of different costs of a replay, so of different numbers of updates: {'; '.join(costs)}.**"]
+    return (
+        ["", f"Rows made with: {'; '.join(dict.fromkeys(told))}.", *(mixed if len(costs) > 1 else [])] if told else []
+    )
 
 
 def _judged_alike(found: dict[str, Any], cell: Cell) -> bool:

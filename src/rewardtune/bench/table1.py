@@ -5,6 +5,7 @@ neither trained nor judged on. Every method then gets the same number of denoise
 printed beside it, and the same table at equal processor time, read from the looks on the way.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -62,9 +63,11 @@ def by_seed(rows: dict[int, dict[str, Any]], name: str) -> dict[int, float]:
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds; "not run" without any."""
+    """Mean and standard deviation over seeds; "not run" without any; runs that broke down have no number."""
     if not numbers:
         return "not run"
+    if broke := sum(not math.isfinite(x) for x in numbers):
+        return f"broke down in {broke} of {len(numbers)} runs"
     mean = sum(numbers) / len(numbers)
     if len(numbers) == 1:
         return f"{digits(mean)} (1 seed)"

@@ -14,12 +14,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
 from ..progress import clock
 from ..runfolder import write_text
 from .cost import Cost
 from .rows import Cell, Rows
-from .setting import Setting, method_of
+from .setting import Setting, method_of, setting_of
 
 
 @dataclass(kw_only=True)
@@ -28,7 +27,7 @@ class Work:
 
     folder: of the setting's results; its rows.jsonl, cost.json and pictures are shared by all experiments.
     devices: one process each, e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. given: what the command was given besides
-    the setting, as typed.
+    the setting, as typed. failed: the runs that an error ended, with the error.
     """
 
     setting: Setting
@@ -37,13 +36,16 @@ class Work:
     say: Callable[[str], None] = print
     given: str = ""
     rows: Rows = field(init=False)
+    failed: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.rows = Rows(self.folder / "rows.jsonl")
 
     def picture(self, cell: Cell) -> Path:
+        own = setting_of(cell.setting).budget
+        budget = "" if cell.budget == own else f"_budget{cell.budget:g}"
         name = (
-            f"{cell.reward}_{cell.method}_lr{cell.lr:g}_{cell.seed}".lower()
+            f"{cell.reward}_{cell.method}_lr{cell.lr:g}_{cell.seed}{budget}".lower()
             .replace(" ", "-")
             .replace(",", "")
             .replace("+", "and")
@@ -67,7 +69,7 @@ class Work:
         return Cost(**json.loads(path.read_text(encoding="utf-8")))
 
     def do(self, cells: Sequence[Cell]) -> None:
-        """Run what is missing; every row is on disk as soon as it is there. An error ends the work after the others."""
+        """Run what is missing; every row is on disk as soon as it is there. One that an error ends is in `failed`."""
         missing = self.rows.missing(cells)
         if not missing:
             return
@@ -110,12 +112,13 @@ class Work:
                     left = (time.monotonic() - start) / done * (len(asked) - done)
                     more = f"; about {clock(left)} to go" if left else ""
                     self.say(f"{done}/{len(asked)} {cell}: {self._told(cell, row)}{more}")
-        if failed:
-            raise ConfigError("\n".join([f"{len(failed)} runs failed; the others are kept:", *failed]))
+        self.failed += failed
 
     def _told(self, cell: Cell, row: dict[str, Any]) -> str:
         if "scores" not in row:
             return "done"
+        if "broke" in row:
+            return f"broke down after {row['updates']} updates: {row['broke']}"
         native = self.setting.tasks[cell.reward].native
         seconds = row.get("cpu_seconds", 0.0)
         return (
@@ -124,8 +127,10 @@ class Work:
 
     def choose(self, methods: Sequence[str], reward: str) -> None:
         """Run the searches for learning rates, until there is nothing more to look at."""
-        while missing := self.rows.missing([cell for method in methods for cell in self.search(method, reward)]):
-            self.do(missing)
+        tried = set[Cell]()
+        while missing := set(self.rows.missing([c for m in methods for c in self.search(m, reward)])) - tried:
+            tried |= missing
+            self.do(sorted(missing, key=lambda cell: (methods.index(cell.method), cell.lr)))
 
     def search(self, method: str, reward: str) -> list[Cell]:
         """The runs that choose the learning rate of a method, as far as can be told now; none for a single rate.
