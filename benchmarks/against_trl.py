@@ -141,7 +141,7 @@ def table(rows: dict[tuple[str, int], list[dict[str, Any]]], Ks: list[int]) -> l
         ]
         spread = f" ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(
-            f"| {K} | {theirs:.2f} | {mine:.2f} | **{mine / theirs:.2f}**{spread} | {keeping / theirs:.2f} | "
+            f"| {K} | {theirs:.2f} | {mine:.2f} | **{statistics.median(ratios):.2f}**{spread} | {keeping / theirs:.2f} | "
             f"{stopped / theirs:.2f} | {middle('trl', K, 'memory'):.0f} | {middle('rewardtune', K, 'memory'):.0f} | "
             f"{middle('rewardtune, graphs kept', K, 'memory'):.0f} |"
         )

@@ -217,6 +217,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/step.md"))
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # process time adds up all threads, waiting ones too
 
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     out = [

@@ -518,6 +518,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.pictures % STARTS or asked.pictures < 3 * STARTS:
         parser.error(f"--pictures {asked.pictures}: a multiple of {STARTS}, at least {3 * STARTS}")
+    torch.set_num_threads(1)  # process time adds up all threads, waiting ones too
 
     small, counts = networks(), {"batches": (1, 2, 4), "counts": (2, 5, 10)}
     replays = [row for one in small for row in one_replay(one, repeats=asked.repeats, **counts)]
