@@ -18,7 +18,7 @@ from ..tables import markdown_table
 from .claims import Claim, Verdict, best, better, claims_table
 from .rows import Cell, Rows, made_by
 from .setting import NEWER, method_of
-from .table1 import by_seed, spread, values
+from .table1 import by_seed, shared_seeds, spread, values
 from .work import Work
 
 COLUMNS = {
@@ -297,10 +297,9 @@ def picture(a: Ablation, work: Work) -> Path | None:
     if not any(a.rows(work, rows, v) for v in a.variants):
         return None
     if a.axis is None:
-        for v in a.variants:
-            found[v.label] = [
-                [(look["evaluations"], look["scores"][native]) for look in row["trace"]]
-                for row in a.rows(work, rows, v).values()
+        for label, runs in shared_seeds({v.label: a.rows(work, rows, v) for v in a.variants}).items():
+            found[label] = [
+                [(look["evaluations"], look["scores"][native]) for look in row["trace"]] for row in runs.values()
             ]
         return plots.lines(found, path, x="denoiser evaluations", y=f"{told}, {s.looked} pictures", title=a.title)
     for T in dict.fromkeys(v.T for v in a.variants):

@@ -42,17 +42,22 @@ def lines(
     most = max(map(len, found.values()), default=0)
     for k, (label, seeds) in enumerate((name, runs) for name, runs in found.items() if runs):
         colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
+        dash = "-" if k < len(COLOURS) else "--"
         for points in seeds:
-            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=1)
+            axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, alpha=0.3, linewidth=1)
         fewer = "" if len(seeds) == most else f" ({len(seeds)} of {most} seeds)"
         mean = _mean(seeds)
-        axes.plot(*zip(*mean, strict=True), color=colour, marker=mark, markersize=5, linewidth=2, label=label + fewer)
+        style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": mark, "markersize": 5, "linewidth": 2}
+        axes.plot(*zip(*mean, strict=True), **style, label=label + fewer)
     axes.set(xlabel=x, ylabel=y, title=title)
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, title="mean; faint: single seeds", fontsize=9)
+    if labels := axes.get_legend_handles_labels()[1]:
+        beside: dict[str, Any] = (
+            {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(labels) > 4 else {}
+        )  # else it hides lines
+        axes.legend(frameon=False, title="mean; faint: single seeds", fontsize=9, **beside)
     with atomic(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight")
     pyplot.close(figure)
