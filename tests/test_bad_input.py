@@ -9,7 +9,8 @@ import yaml
 from tiny_runs import BASE, full_disk, save_tiny, write_run
 
 from rewardtune.cli import main
-from rewardtune.runfolder import cannot_write
+from rewardtune.errors import ConfigError
+from rewardtune.runfolder import RunFolder, cannot_write
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +197,32 @@ def test_reward_that_turns_nan_while_training(train, tmp_path):
 
 
 def test_no_output_folder_can_be_made(train, tmp_path):
+    """Found before the model is looked for."""
     (tmp_path / "file").write_text("")
-    code, error = train(output_dir="file/out")
-    said = one_line(error)
-    assert (code, "cannot write" in said, "file is a file, not a folder" in said) == (1, True, True), error
-    assert "space" not in said
+    code, error = train(output_dir="file/out", model="no/such-model")
+    assert (code, "file is a file, not a folder" in one_line(error)) == (2, True), error
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(ConfigError, match=rf"out cannot be made: {tmp_path} is not writable; choose another"):
+        RunFolder(tmp_path / "out")
+
+
+def test_the_second_of_two_runs_leaves_the_folder_to_the_first(tmp_path, monkeypatch):
+    """Both found the folder free; the second opens it late, or in the very moment."""
+    first, second, third = (RunFolder(tmp_path / "out", overwrite=n == 2) for n in range(3))
+    first.open()
+    first.append("metrics.jsonl", {"step": 0})
+    (first.path / "checkpoint-1").mkdir()
+    with pytest.raises(ConfigError, match=r"is not empty; .* go on with its run by --resume latest"):
+        second.open()
+    monkeypatch.setattr(RunFolder, "_refuse_used", lambda self: None)
+    with pytest.raises(ConfigError, match="is not empty"):
+        second.open()
+    assert sorted(path.name for path in first.path.iterdir()) == ["checkpoint-1", "metrics.jsonl", "run.json"]
+    third.open()  # overwrites
+    assert [path.name for path in first.path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(

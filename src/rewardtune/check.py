@@ -172,9 +172,6 @@ def _output(path: Path) -> tuple[bool, str]:
     if (path / "run.json").is_file():
         raise Unchecked(f"{path} holds a run already: train needs --resume latest, or --overwrite to replace it")
     RunFolder(path)
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be made: {parent} is not writable; choose another output_dir")
     return True, f"{path} is free"
 
 

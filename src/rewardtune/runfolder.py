@@ -127,25 +127,32 @@ class RunFolder:
             raise ConfigError("--overwrite and --resume contradict each other: give one of them")
         if resume:
             self.status = self._resumed()
-            return
-        if not writes:
-            return
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output folder {self.path} is a file; choose another output_dir")
+        elif writes:
+            self._refuse_place()
+            self._refuse_used()
+
+    def _refuse_place(self) -> None:
+        """ConfigError where the folder is not there and cannot be made, or may not be written to."""
+        above = next((p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p)), self.path)
+        begin = f"output folder {self.path}" + ("" if above == self.path else f" cannot be made: {above}")
+        if not above.is_dir():
+            raise ConfigError(f"{begin} is a file, not a folder; choose another output_dir")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"{begin} is not writable; choose another output_dir")
+
+    def _refuse_used(self) -> None:
+        """ConfigError where the folder holds something, unless it is a run that is overwritten."""
         there = self.path.iterdir() if self.path.is_dir() else ()
         used = any(not _is_leftover(path) for path in there)
-        if overwrite and used and not (self.path / "run.json").is_file():
+        if self.overwrite and used and not (self.path / "run.json").is_file():
             raise ConfigError(f"output folder {self.path} holds no run to overwrite; choose another output_dir")
-        if not overwrite and used:
-            raise ConfigError(
-                f"output folder {self.path} exists and is not empty; "
-                "choose another output_dir"
-                + (
-                    ", go on with its run by --resume latest, or replace it by --overwrite (overwrite=True)"
-                    if (self.path / "run.json").is_file()
-                    else ""
-                )
-            )
+        if not self.overwrite and used:
+            raise self._is_used()
+
+    def _is_used(self) -> ConfigError:
+        run = (self.path / "run.json").is_file()
+        cures = ", go on with its run by --resume latest, or replace it by --overwrite (overwrite=True)" if run else ""
+        return ConfigError(f"output folder {self.path} exists and is not empty; choose another output_dir{cures}")
 
     def _resumed(self) -> dict[str, Any]:
         """run.json of the run to be continued; empty when only its checkpoints are there."""
@@ -158,27 +165,40 @@ class RunFolder:
             raise ConfigError(f"{path} cannot be read ({error}); move it away, the checkpoints suffice") from error
 
     def open(self) -> None:
-        """Make the folder; with `overwrite`, remove what an earlier run left there (and nothing else)."""
+        """Make the folder; with `overwrite`, remove what an earlier run left there (and nothing else).
+
+        Another run may have begun here since this one was made: the folder is looked at again, and the run whose
+        run.json is first has it. Raises ConfigError as `RunFolder`.
+        """
         if self.started or not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            checkpoints = checkpoint_folders(self.path).values()
-            for folder in (
-                *checkpoints,
-                *(self.path / name for name in (CUT, "samples", TRACKERS, DENOISER_FOLDER, *EVALS)),
-            ):
-                shutil.rmtree(folder, ignore_errors=True)
-            exports = [receipt.parent for receipt in self.path.glob(f"{EXPORT}/*/{RECEIPT}")]
-            unverified = self.path.glob(f"{EXPORT}/*.unverified")
-            for folder in (*exports, *unverified, self.path / EXPORT / "hub"):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._refuse_used()
+            if self.overwrite:
+                self._remove_run()
+            self._claim()
             remove_leftovers(self.path)
-            for name in REPLACED:
-                (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self.started = True
+
+    def _claim(self) -> None:
+        try:
+            with (self.path / "run.json").open("x", encoding="utf-8") as file:
+                file.write('{"status": "running"}\n')
+        except FileExistsError as error:
+            raise self._is_used() from error
+
+    def _remove_run(self) -> None:
+        checkpoints = checkpoint_folders(self.path).values()
+        folders = (self.path / name for name in (CUT, "samples", TRACKERS, DENOISER_FOLDER, *EVALS))
+        exports = [receipt.parent for receipt in self.path.glob(f"{EXPORT}/*/{RECEIPT}")]
+        unverified = self.path.glob(f"{EXPORT}/*.unverified")
+        for folder in (*checkpoints, *folders, *exports, *unverified, self.path / EXPORT / "hub"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in REPLACED:
+            (self.path / name).unlink(missing_ok=True)
 
     def set_status(self, status: str, **facts: Any) -> None:
         """Replace run.json: `status` is running, done, stopped, interrupted or failed; `facts` add up."""
