@@ -571,7 +571,7 @@ def test_the_run_folder_resumes_and_overwrites(tmp_path):
         file.parent.mkdir(parents=True)
         file.write_text("{}")
     RunFolder(tmp_path / "run", overwrite=True).open()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["export", "notes of the user.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["export", "notes of the user.txt", "run.json"]
     assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["mine"]
 
 
@@ -580,7 +580,7 @@ def test_a_start_killed_before_its_first_file_does_not_block_the_next(tmp_path):
     for overwrite in (False, True):
         RunFolder(tmp_path, overwrite=overwrite)
     RunFolder(tmp_path).open()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 SETTINGS = {

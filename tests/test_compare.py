@@ -269,4 +269,4 @@ def test_overwriting_a_run_removes_its_results(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     RunFolder(tmp_path, overwrite=True).open()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json"]

@@ -184,11 +184,16 @@ class RunFolder:
         self.started = True
 
     def _claim(self) -> None:
+        """Make run.json, which one process alone can do."""
+        path = self.path / "run.json"
         try:
-            with (self.path / "run.json").open("x", encoding="utf-8") as file:
+            with path.open("x", encoding="utf-8") as file:
                 file.write('{"status": "running"}\n')
         except FileExistsError as error:
             raise self._is_used() from error
+        except OSError:  # a full disk: what was made blocks no later start
+            path.unlink(missing_ok=True)
+            raise
 
     def _remove_run(self) -> None:
         checkpoints = checkpoint_folders(self.path).values()
