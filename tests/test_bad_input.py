@@ -126,6 +126,20 @@ def test_unknown_names(train, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": {"mean_of": ["symmetry", "simmetry"]}}, "did you mean 'symmetry'?"),
+        ({"guards": {"rewards": ["clipscor"]}}, "did you mean 'clipscore'?"),
+        ({"sampling": BASE["sampling"] | {"scheduler": "DDIMSheduler"}}, "did you mean 'DDIMScheduler'?"),
+        ({"model": {"id": "no/model", "pipeline": "FluxPipelin"}}, "unknown pipeline 'FluxPipelin' (did you mean 'Flux"),
+    ],
+)
+def test_names_are_looked_up_before_weights_load(changes, message, train):
+    code, error = train(**{"model": "no/such-model"} | changes)
+    assert (code, message in one_line(error)) == (2, True), error
+
+
 def test_output_folder_that_exists(train, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -6,7 +6,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, methods
-from .config import Memory, MethodChoice, Model, Part, RunConfig, dump_config
+from .config import Memory, MethodChoice, Model, Part, RunConfig, dump_config, named_parts
 from .errors import ConfigError
 from .guards import check_held_out
 from .importing import by_path, is_path
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 def tuner_from(
     config: RunConfig, *, overwrite: bool = False, resume: str | None = None, show_progress: bool = True
 ) -> "RewardTuner":
-    """A RewardTuner as the run file says; cheap mistakes (prompts, folder, method) are found before weights load."""
+    """A RewardTuner as the run file says; cheap mistakes (prompts, folder, names) are found before weights load."""
     from .processes import join
     from .prompts import digests, load_prompts
+    from .rewards.loading import named
     from .runfolder import RunFolder
     from .trackers import check_installed
 
     RunFolder(config.output_dir, overwrite=overwrite, resume=resume is not None, writes=join().first)
     check_installed(config.log.trackers)
     method = make_method(config.method)
+    for part in named_parts([*config.reward, *config.guards.rewards]):
+        named(str(part.name))
     check_held_out(config.reward, config.guards.rewards)
     prompts = load_prompts(config.prompts.source, template=config.prompts.template, columns=config.prompts.columns)
     held = config.eval.prompts

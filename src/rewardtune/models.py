@@ -64,6 +64,10 @@ def load_pipeline(
     import torch
 
     where = _device(device)
+    if pipeline is not None:
+        _class_of("Pipeline", pipeline)
+    if scheduler is not None:
+        _class_of("Scheduler", scheduler)
     _refuse_misfits(id, revision=revision, variant=variant, config=config, quantize=quantize)
     floating = _dtype(dtype, "model.dtype", ("float32", "bfloat16", "float16"))
     vae = floating if vae_dtype is None else _dtype(vae_dtype, "memory.vae_dtype", ("float32", "bfloat16"))
@@ -100,15 +104,13 @@ def _as_class(pipe: Any, name: str, controlnet: str | None, dtype: Any) -> Any:
     """The same networks in another pipeline class, with a ControlNet if one is given."""
     import diffusers
 
-    legal = [key for key in dir(diffusers) if key.endswith("Pipeline")]
-    if name not in legal:
-        raise ConfigError(f"model.pipeline={name!r}: diffusers has no such class{nearest(name, legal)}")
+    cls = _class_of("Pipeline", name)
     try:
         more = {} if controlnet is None else {"controlnet": diffusers.AutoModel.from_pretrained(controlnet)}
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.controlnet={controlnet} does not load: {str(error).splitlines()[0]}") from error
     try:
-        return getattr(diffusers, name).from_pipe(pipe, torch_dtype=dtype, **more)
+        return cls.from_pipe(pipe, torch_dtype=dtype, **more)
     except (ValueError, TypeError, AttributeError) as error:
         kind, why = type(pipe).__name__, str(error).splitlines()[0]
         raise ConfigError(f"model.pipeline={name} cannot be made of this {kind}: {why}") from error
@@ -369,16 +371,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def make_scheduler(name: str, old: Any) -> Any:
-    """The diffusers scheduler class `name` with the configuration of `old`. ConfigError for an unknown one."""
+def _class_of(kind: str, name: str) -> Any:
+    """The class `name` of diffusers; kind: Pipeline or Scheduler. ConfigError where there is none."""
     import diffusers
 
-    legal = [word for word in dir(diffusers) if word.endswith("Scheduler")]
-    cls = getattr(diffusers, name, None) if name in legal else None
-    if cls is None:
-        raise ConfigError(
-            f"unknown scheduler {name!r}{nearest(name, legal)}; legal: the scheduler classes of diffusers"
-        )
+    legal = [word for word in dir(diffusers) if word.endswith(kind)]
+    if name not in legal:
+        kind = kind.lower()
+        raise ConfigError(f"unknown {kind} {name!r}{nearest(name, legal)}; legal: the {kind} classes of diffusers")
+    return getattr(diffusers, name)
+
+
+def make_scheduler(name: str, old: Any) -> Any:
+    """The diffusers scheduler class `name` with the configuration of `old`. ConfigError for an unknown one."""
+    cls = _class_of("Scheduler", name)
     return cls.from_config({**scheduler_defaults(cls), **old.config})
 
 
