@@ -132,7 +132,10 @@ def test_unknown_names(train, tmp_path):
         ({"reward": {"mean_of": ["symmetry", "simmetry"]}}, "did you mean 'symmetry'?"),
         ({"guards": {"rewards": ["clipscor"]}}, "did you mean 'clipscore'?"),
         ({"sampling": BASE["sampling"] | {"scheduler": "DDIMSheduler"}}, "did you mean 'DDIMScheduler'?"),
-        ({"model": {"id": "no/model", "pipeline": "FluxPipelin"}}, "unknown pipeline 'FluxPipelin' (did you mean 'Flux"),
+        (
+            {"model": {"id": "no/model", "pipeline": "FluxPipelin"}},
+            "unknown pipeline 'FluxPipelin' (did you mean 'Flux",
+        ),
     ],
 )
 def test_names_are_looked_up_before_weights_load(changes, message, train):
