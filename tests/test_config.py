@@ -144,6 +144,17 @@ def test_missing_and_binary_files(tmp_path):
     assert load_config(tmp_path / "run.yaml").prompts.source == ["a", "b"]
 
 
+def test_folders_are_no_run_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "playground").mkdir()
+    assert load_config("playground").model.id == "playground"
+    with pytest.raises(ConfigError, match=r"run file \. is a folder; give a YAML file"):
+        load_config(".")
+    write(tmp_path, GOOD).rename(tmp_path / "playground" / "config.yaml")
+    with pytest.raises(ConfigError, match=r"run file playground is a folder; give playground/config\.yaml$"):
+        load_config("./playground/")
+
+
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "optim lr=3"])
 def test_overrides_that_are_none(override, tmp_path):
     with pytest.raises(ConfigError, match=r"write key=value, for example optim\.lr=1e-4"):

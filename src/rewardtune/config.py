@@ -626,7 +626,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError listing every problem with its line, or the key of its override.
     """
     path = Path(source)
-    if not path.exists() and str(source) in presets():
+    if not path.is_file() and str(source) in presets():  # a folder of that name hides no preset
         path = presets()[str(source)]
     text = _read_text(path)
     values, lines = strictyaml.read(text, f"run file {path}")
@@ -649,6 +649,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _read_text(path: Path) -> str:
+    if path.is_dir():
+        run = path / "config.yaml"
+        inside = f"give {run}" if run.is_file() else "give a YAML file, or a shipped preset by name"
+        raise ConfigError(f"run file {path} is a folder; {inside}")
     if not path.is_file():
         known = ", ".join(presets()) or "none"
         hint = nearest(path.name, presets())
