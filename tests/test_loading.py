@@ -174,8 +174,21 @@ def test_load_errors(module, attribute, settings, words):
         rewards.load(f"{module}:{attribute}", settings)
 
 
-def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
-    (tmp_path / "broken_rewards.py").write_text("1 / 0")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1 / 0", r"failed \(ZeroDivisionError: division by zero\) in .*broken_rewards\.py, line 1$"),
+        ("\ndef f(:\n", r"failed \(SyntaxError: .*\) in .*broken_rewards\.py, line 2$"),
+        ("\nimport json\njson.loads('{')", r"failed \(JSONDecodeError: .*\) in .*broken_rewards\.py, line 3$"),
+        ("import no_such_thing", r"No module named 'no_such_thing'\) in .*broken_rewards\.py, line 1$"),
+        ("raise SystemExit(3)", r"failed \(SystemExit: 3\) in .*broken_rewards\.py, line 1$"),
+        (None, r"No module named 'broken_rewards'\); install the module or call the command from its folder$"),
+    ],
+)
+def test_a_module_that_fails_to_import(text, words, tmp_path, monkeypatch):
+    if text is not None:
+        (tmp_path / "broken_rewards.py").write_text(text)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"importing broken_rewards failed \(ZeroDivisionError"):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ConfigError, match=words):
         rewards.load("broken_rewards:Any")
