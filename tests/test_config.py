@@ -161,6 +161,20 @@ def test_overrides_that_are_none(override, tmp_path):
         load_config(write(tmp_path, GOOD), [override])
 
 
+def test_a_section_without_keys_has_its_defaults(tmp_path):
+    config = load_config(write(tmp_path, GOOD + "optim:\nregularize:\n  denoise:\n    # weight: 0.1\n"))
+    assert config == load_config(write(tmp_path, GOOD))
+
+
+def test_what_a_mapping_merges_in_takes_no_line_of_its_own_keys(tmp_path):
+    text = "optim:\n  steps: 0\n  <<: &more\n    steps: 3\n    lr: fast\neval: {}\n"
+    found = problems(tmp_path, GOOD + text)
+    assert [line.partition("run.yaml, ")[2].split(" = ")[0] for line in found] == [
+        "line 6: optim.steps",
+        "line 9: optim.lr",
+    ]
+
+
 def test_the_resolved_copy_reads_back_equal(tmp_path):
     config = load_config("playground", ["optim.lr=1e-7"])
     assert load_config(write(tmp_path, dump_config(config))) == config
@@ -249,7 +263,8 @@ def test_overrides_enter_lists_and_short_forms(tmp_path):
         ("output_dir.x=3", r"override output_dir\.x: output_dir is 'out', which has no keys"),
         ("prompts.7=3", r"override prompts\.7: prompts is a list of 2; legal numbers: 0 to 1$"),
         ("reward.7.weight=2", r"override reward\.7\.weight: reward is a list of 1; legal numbers: 0$"),
-        ("reward.x=3", r"override reward\.x: reward is a list of 1"),
+        ("reward.weight=2", r"override reward\.weight: reward is a list of 1; write reward\.0\.weight$"),
+        ("prompts=", r"override prompts: prompts = None: must be a string"),
         ("sampling.0=3", r"override sampling\.0: sampling is no list"),
         ("lora.rank=3", r"override lora\.rank: 'lora': it is called adapter now"),
         ("prompts=[a, 3]", r"override prompts: prompts\.source\.1 = 3"),
@@ -334,6 +349,9 @@ WORDS = {  # the whole line after its place
     ),
     "guards: {rewards: clipscore}": "guards.rewards = 'clipscore': must be a list, e.g. [clipscore]",
     "guards: {rules: {metric: x}}": "guards.rules = {'metric': 'x'}: must be a list of mappings",
+    "memory: {shard: nodes}": "memory.shard = 'nodes': must be true or false or 'node'",
+    "memory: {shard: 3}": "memory.shard = 3: must be true or false or 'node'",
+    "reward:": "reward = None: must be a name of `rewardtune ls rewards`, a mapping, or a list of these",
     "optim: {lr: fast}": "optim.lr = 'fast': must be a valid number, e.g. 2e-05",
     "optim: {lr: '1e-4'}": "optim.lr = '1e-4': must be a valid number; remove the quotes",
     "optim: {batch: '8'}": "optim.batch = '8': must be a valid integer; remove the quotes",
@@ -546,7 +564,7 @@ reward:
         "line 8: reward.3.hinge = 'high': must be a valid number",
         "line 9: reward.4.mean_of = ['a']: must have at least 2 items",
         "line 11: unknown key 'reward.5.mean_of.0.wieght' (did you mean 'weight'?)",
-        "line 12: reward.5.mean_of.1 = 3: must be a mapping",
+        "line 12: reward.5.mean_of.1 = 3: must be a name or a mapping",
         "line 13: unknown key 'reward.6.standardise.stdd' (did you mean 'std'?); legal here: mean, std",
         "line 14: reward.7.standardise.std = 0: must be greater than 0",
         "options are for a reward by name; a group has none",

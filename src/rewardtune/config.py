@@ -56,6 +56,14 @@ class _Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        """A section in it whose keys are all commented out is its default."""
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or not isinstance(_default(cls, k), _Section)}
+
 
 Text = Annotated[str, Field(min_length=1)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
@@ -467,14 +475,6 @@ class RunConfig(_Section):
     def negative_prompt(self) -> str | None:
         return self.prompts.negative or self.sampling.negative_prompt or None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_sections(cls, value: Any) -> Any:
-        """A section whose keys are all commented out is its default."""
-        if not isinstance(value, dict):
-            return value
-        return {k: v for k, v in value.items() if v is not None or not isinstance(_default(RunConfig, k), _Section)}
-
     @field_validator("model", "method", mode="before")
     @classmethod
     def _name_alone(cls, value: Any, info: Any) -> Any:
@@ -489,6 +489,8 @@ class RunConfig(_Section):
     @classmethod
     def _one_reward(cls, value: Any) -> Any:
         """`reward: clipscore`, one mapping, or a list of either."""
+        if value is None:
+            raise ValueError("must be a name of `rewardtune ls rewards`, a mapping, or a list of these")
         return value if isinstance(value, list) else [value]
 
     @model_validator(mode="after")
@@ -720,7 +722,10 @@ def _set(values: Any, key: Key, value: Any, override: str) -> None:
         if isinstance(values, list) != isinstance(part, int) or (isinstance(part, int) and part >= len(values)):
             name = ".".join(map(str, key[:position]))
             what = "no list"
-            if isinstance(values, list):
+            if isinstance(values, list) and values and isinstance(part, str):
+                rest = ".".join(map(str, key[position:]))
+                what = f"a list of {len(values)}; write {name}.0.{rest}" + " or another number" * (len(values) > 1)
+            elif isinstance(values, list):
                 last = len(values) - 1
                 legal = "0" if last == 0 else f"0 to {last}" if last > 0 else "none"
                 what = f"a list of {len(values)}; legal numbers: {legal}"
@@ -749,7 +754,7 @@ def _written_out(where: Key, value: Any, key: str | int) -> Any:
 
 # -- what is wrong, in words -----------------------------------------------------------------------------------------
 
-_UNION = re.compile(r"str|int|list\[.*\]|literal\[.*\]|constrained-\w+|nullable\[.*\]")
+_UNION = re.compile(r"str|int|bool|list\[.*\]|literal\[.*\]|constrained-\w+|nullable\[.*\]")
 
 
 def _explain(error: ValidationError, path: Path | None, places: dict[Key, str], section: str = "") -> list[str]:
@@ -803,7 +808,8 @@ def _line(problem: Any, messages: list[tuple[str, str]], path: Path | None, plac
     if problem["type"] == "missing":
         hint = " (`rewardtune init` lists complete run files to start from)" if len(where) == 1 else ""
         return f"{place}{dotted!r} is missing{hint}"
-    inner = [(kind, text) for kind, text in messages if not kind.endswith("_type")]  # of the fitting member of a union
+    other = ("_type", "literal_error")  # the rest is of the fitting member of a union
+    inner = [(kind, text) for kind, text in messages if not kind.endswith(other)]
     words = dict.fromkeys(_must(kind, text, problem) for kind, text in inner or messages)
     return f"{place}{dotted} = {_short(problem['input'])}: {_joined(list(words))}"
 
@@ -843,7 +849,8 @@ def _must(kind: str, text: str, problem: Any) -> str:
         return f"must be a list{of}" + (f", e.g. [{_short(example)[1:-1]}]" if example else "")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         model = _model_at(problem["loc"])
-        return "must be a mapping" + (f"; legal keys: {', '.join(model.model_fields)}" if model else "")
+        name = "a name or " if model in (Model, MethodChoice, Part) else ""
+        return f"must be {name}a mapping" + (f"; legal keys: {', '.join(model.model_fields)}" if model else "")
     return f"must be {message.replace('valid tuple', 'valid list').replace('a valid boolean', 'true or false')}"
 
 

@@ -158,6 +158,7 @@ def _scalar(kind: str, text: str, line: int) -> Any:
 def _mapping(node: Any, where: tuple, lines: Lines) -> dict[str, Any]:
     own: dict[str, Any] = {}
     merged: dict[str, Any] = {}
+    merged_lines: Lines = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode) or key.tag != f"{_TAG}str":
@@ -168,7 +169,7 @@ def _mapping(node: Any, where: tuple, lines: Lines) -> dict[str, Any]:
             for part in reversed(parts):  # of several the first wins
                 if not isinstance(part, yaml.MappingNode):
                     raise _RefusedError(line, "<< takes a mapping, or a list of mappings")
-                merged |= _value(part, where, lines)
+                merged |= _value(part, where, merged_lines)
             continue
         name = _value(key, where, lines)
         if name in own:
@@ -177,6 +178,7 @@ def _mapping(node: Any, where: tuple, lines: Lines) -> dict[str, Any]:
             )
         lines[*where, name] = line
         own[name] = _value(value, (*where, name), lines)
+    lines |= {at: line for at, line in merged_lines.items() if at[len(where)] not in own}
     return merged | own
 
 
