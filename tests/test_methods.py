@@ -233,6 +233,14 @@ def made(m=4):
 
 def wrong():
     return some
+
+def odd(K):
+    raise ValueError("K must be odd")
+
+def free(**options):
+    return made(**options)
+
+late = Method(name="late", times=lambda T, rng, t_min: [1 // (T - 10)], input_gradient=0.0, m=None)
 """
 
 
@@ -244,6 +252,10 @@ def test_a_method_by_import_path(tmp_path, monkeypatch):
     ready = make_method(MethodChoice(name="own_methods:ready"))
     assert times(ready(10, Random(0))) == {1, 4, 7, 10}
     assert make_method(MethodChoice(name="own_methods:made", options={"m": 2})).m == 2
+    assert make_method(MethodChoice(name="own_methods:free", options={"m": 2})).m == 2
+    late = make_method(MethodChoice(name="own_methods:late"))
+    with pytest.raises(ConfigError, match=r"method late: no steps can be drawn for T=10 \(ZeroDivisionError"):
+        late(10, Random(0))
     robust = make_method(MethodChoice(name="own_methods:made", rsa_ft={}))
     assert (robust.m, robust.robust_image) == (4, 0.01)
     for choice, said in (
@@ -256,6 +268,8 @@ def test_a_method_by_import_path(tmp_path, monkeypatch):
         ({"name": "own_methods:ready", "options": {"m": 1}}, "has no option 'm'; legal: none"),
         ({"name": "own_methods:wrong"}, "is a function; legal is a rewardtune.methods.Method"),
         ({"name": "own_methods:some"}, "do not fit"),
+        ({"name": "own_methods:odd", "options": {"K": 2}}, r"'K': 2} do not fit \(ValueError: K must be odd\)"),
+        ({"name": "builtins:dict", "options": {"m": 2}}, "builtins:dict is a dict; legal is a"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_method(MethodChoice(**choice))

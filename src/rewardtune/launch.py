@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, methods
 from .config import Memory, MethodChoice, Model, Part, RunConfig, dump_config, named_parts
-from .errors import ConfigError
+from .errors import ConfigError, RewardTuneError
 from .guards import check_held_out
 from .importing import by_path, is_path
 from .methods import Method
@@ -157,16 +157,24 @@ def make_method(choice: MethodChoice) -> Method:
 
 def _made(factory: Any, choice: MethodChoice) -> Method:
     given = isinstance(factory, Method)
-    legal = list(inspect.signature(factory).parameters) if callable(factory) and not given else []
+    try:
+        parameters = inspect.signature(factory).parameters.values() if callable(factory) and not given else ()
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    except ValueError:  # a class of Python's own
+        parameters, takes_any = (), True
+    legal = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for option in choice.options:
-        if option not in legal:
+        if option not in legal and not takes_any:
             hint = nearest(option, legal)
             words = ", ".join(legal) or "none"
             raise ConfigError(f"method {choice.name} has no option {option!r}{hint}; legal: {words}")
     try:
         method = factory if given else factory(**choice.options)
-    except TypeError as error:
-        raise ConfigError(f"method {choice.name}: options {choice.options} do not fit: {error}") from error
+    except RewardTuneError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"method {choice.name}: options {choice.options} do not fit ({why})") from error
     if not isinstance(method, Method):
         raise ConfigError(
             f"method {choice.name} is a {type(method).__name__}; legal is a rewardtune.methods.Method, or a function "

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from rewardtune.errors import ConfigError
+from rewardtune.errors import ConfigError, RewardTuneError
 from rewardtune.plan import Plan, check_guidance
 from rewardtune.stretches import Leap, Leaps, Rescaled
 
@@ -92,7 +92,7 @@ class Method:
         """Draw a plan for a chain of ``T`` steps (Algorithm 1, lines 2-10).
 
         Raises:
-            ConfigError: if K or m does not fit into T.
+            ConfigError: if K or m does not fit into T, and for whatever the law raises.
         """
         if T < 1:
             raise ConfigError(f"T={T}: a chain has at least 1 step")
@@ -101,9 +101,15 @@ class Method:
         if self.m is not None and self.stops > 1:
             stops = sorted(rng.sample(range(1, self.m + 1), self.stops))
         t_min, *others = stops
-        drawn = self.times(T, rng, stops[-1])
-        times = drawn.times if isinstance(drawn, Answers) else drawn
-        trained = {t for t in times if t >= t_min} or {t_min}  # erratum 3
+        try:
+            drawn = self.times(T, rng, stops[-1])
+            times = drawn.times if isinstance(drawn, Answers) else drawn
+            trained = {t for t in times if t >= t_min} or {t_min}  # erratum 3
+        except RewardTuneError:
+            raise
+        except Exception as error:  # whatever a user's law raises
+            why = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"method {self.name}: no steps can be drawn for T={T} ({why})") from error
         trained |= {stops[-1]} if max(trained) < stops[-1] else set()  # the same for the first of several stops
         fields: dict[str, Any] = {
             "input_gradient": self.input_gradient,
