@@ -16,6 +16,7 @@ from rewardtune import dryrun
 from rewardtune.cli import main
 from rewardtune.config import load_config
 from rewardtune.dryrun import Measured, Meter, Phase
+from rewardtune.errors import ConfigError
 from rewardtune.watch import Watch
 
 
@@ -211,6 +212,8 @@ def test_used_output_folders(check, tmp_path):
     assert code == 2
     assert "exists and is not empty" in errors(out)[0]
     assert [p.name for p in out_dir.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match=r"thesis\.tex is a file, not a folder"):
+        checking._output(out_dir / "thesis.tex" / "run")
 
 
 def test_broken_pictures(check, tmp_path):
@@ -252,6 +255,17 @@ def test_without_network_it_is_a_warning(check, hub):
     assert "hf download someone/a-model" in warnings(out)[1]
     last = "2 warnings: the run can start once these are reachable: reward pickscore, model"
     assert out.splitlines()[-1] == last
+
+
+def test_a_controlnet_without_network_is_a_warning(hub, tmp_path, model):
+    hub(ConnectionError("Name or service not known"))
+    more = {"controlnet": "someone/a-control", "pipeline": "StableDiffusionControlNetPipeline"}
+    config = load_config(write_run(tmp_path, model, **{"model": {"id": str(model)} | more}))
+    with pytest.raises(checking.Unreachable, match="someone/a-control could not be checked"):
+        checking._model(config)
+    findings = checking.Findings(print)
+    assert findings.attempt("model", lambda: checking._model(config)) is None
+    assert (findings.exit_code, [each.level for each in findings.found]) == (0, ["warning"])
 
 
 def test_float16_on_a_cpu_is_a_warning(check):

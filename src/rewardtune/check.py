@@ -319,8 +319,9 @@ def _model(config: RunConfig) -> tuple[bool, str]:
     )
     if model.quantize is not None:
         models._refuse_quantize(model.quantize, models._device(model.device).type)
-    if model.config is not None and not Path(model.config).exists():
-        _resolve(model.config, revision=None, files=["model_index.json"])
+    for name, file in ((model.config, "model_index.json"), (model.controlnet, "config.json")):
+        if name is not None and not Path(name).exists():
+            _resolve(name, revision=None, files=[file])
     if model.id == "playground" or Path(model.id).exists():
         return True, f"{model.id} is on this machine"
     return True, _resolve(model.id, revision=model.revision, files=["model_index.json"], variant=model.variant)
