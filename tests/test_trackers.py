@@ -230,6 +230,14 @@ def test_a_missing_package_is_named_before_the_model_is_looked_for(tmp_path, mon
         trackers.check_installed(["tensorbord"])
 
 
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(ConfigError, match="trackio is not installed"):
+        trackers.check_installed(["trackio"])
+
+
 # -- nobody is asked for a login ------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,8 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"log.trackers: {name!r} is unknown{nearest(name, NAMES)}; legal: {', '.join(NAMES)}")
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name, as wandb leaves, is no package
             raise ConfigError(
                 f"log.trackers: {name} is not installed: pip install 'rewardtune[{name}]', or leave it out"
             )
