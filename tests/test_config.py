@@ -161,6 +161,17 @@ def test_overrides_that_are_none(override, tmp_path):
         load_config(write(tmp_path, GOOD), [override])
 
 
+def test_the_home_folder_is_written_out(tmp_path, monkeypatch):
+    """Where a path may stand, and nowhere else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "model: ~/a\nreward: symmetry\nprompts: ~/p.txt\noutput_dir: ~/runs/a\neval: {prompts: [~/x]}\n"
+    config = load_config(write(tmp_path, text))
+    assert [config.model.id, config.prompts.source, config.output_dir] == [
+        str(tmp_path / name) for name in ("a", "p.txt", "runs/a")
+    ]
+    assert config.eval.prompts.source == ["~/x"]
+
+
 def test_a_section_without_keys_has_its_defaults(tmp_path):
     config = load_config(write(tmp_path, GOOD + "optim:\nregularize:\n  denoise:\n    # weight: 0.1\n"))
     assert config == load_config(write(tmp_path, GOOD))
@@ -301,6 +312,12 @@ TOGETHER = {
     "regularize: {denoise: {images: pictures}}": "regularize.denoise.images: has no effect while",
     "guards: {rules: [{metric: reward, below: 0}]}": "guards.rules: are judged at evaluations, and there are none",
     "checkpoints: {best: clipscore}": "checkpoints.best: 'clipscore' is measured at evaluations",
+    "guards: {rules: [{metric: reward, below: 0}]}\neval: {every: 9}\noptim: {steps: 9}": (
+        "guards.rules: are judged at evaluations, and eval.every 9 gives none before update 9: set eval.every, e.g. 4"
+    ),
+    "checkpoints: {best: clipscore}\neval: {every: 9}\noptim: {steps: 1}": (
+        "checkpoints.best: 'clipscore' is measured at evaluations, and eval.every 9 gives none before update 1: set opt"
+    ),
     "memory: {offload: [reward, reward]}": "memory.offload: reward is given twice",
 }
 

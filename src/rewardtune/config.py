@@ -5,12 +5,22 @@ checks derive from their fields. `strictyaml` reads the file, pydantic checks it
 Left out on purpose: `${...}` and includes; a run file says everything itself, and `key=value` changes it.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -66,23 +76,24 @@ class _Section(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # what may be a path
 Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 
 
 class Model(_Section):
     """The pipeline to tune."""
 
-    id: Text
+    id: Place
     """hub id, diffusers folder, one .safetensors file, or `playground`"""
     revision: Text | None = None
     """branch, tag or commit of a hub id; null: its main branch"""
     variant: Text | None = None
     """of the files on the hub, e.g. fp16; null: the plain ones"""
-    config: Text | None = None
+    config: Place | None = None
     """for one .safetensors file: the diffusers folder or hub id that tells its layout; null: guessed from its keys"""
     pipeline: Text | None = None
     """another pipeline class for the same networks, e.g. StableDiffusionImg2ImgPipeline; null: the model's own"""
-    controlnet: Text | None = None
+    controlnet: Place | None = None
     """hub id or folder of the ControlNet that `pipeline` takes; it stays as it is"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of the frozen weights; adapters are always float32"""
@@ -214,7 +225,7 @@ class MethodChoice(_Section):
 class PromptSource(_Section):
     """Where prompts come from; docs/prompts.md."""
 
-    source: Text | Annotated[list[Text], Field(min_length=1)]
+    source: Place | Annotated[list[Text], Field(min_length=1)]
     """a .txt, .jsonl, .json, .csv or .parquet file, hf:..., builtin:NAME, playground:train, or a list"""
     template: Text | None = None
     """put around every prompt, e.g. `a photo of {}`; null: as it is"""
@@ -336,7 +347,7 @@ class Denoise(_Section):
 
     weight: float = Field(default=0.0, ge=0)
     """factor in the loss; 0: off"""
-    images: Text | None = None
+    images: Place | None = None
     """a folder of pictures with captions beside them (cat.png, cat.txt); prompts:COLUMN: those of the prompt file;
     null: sampled from the base model"""
     count: int = Field(default=256, ge=1)
@@ -411,7 +422,7 @@ class Guards(_Section):
 
     rewards: list[Part] = []
     """held-out rewards, written as in `reward`"""
-    features: Text | None = None
+    features: Place | None = None
     """CLIP for diversity and distance to the base pictures: hub id, folder or `playground`; null: none"""
     rules: list[Rule] = []
     """limits that stop the run"""
@@ -461,7 +472,7 @@ class RunConfig(_Section):
     guards: Guards = Guards()
     checkpoints: Checkpoints = Checkpoints()
     log: Log = Log()
-    output_dir: Text
+    output_dir: Place
     """folder of the run; one that holds something is refused"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """every random number of the run derives from it"""
@@ -580,11 +591,14 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             "regularize.denoise.images",
             "has no effect while regularize.denoise.weight is 0: raise it, or leave it out",
         )
-    if config.eval.every is None:
+    every = config.eval.every
+    if every is None or every >= optim.steps:
+        none = "there are none" if every is None else f"eval.every {every} gives none before update {optim.steps}"
+        few = f"set eval.every, e.g. {min(50, optim.steps // 2)}" if optim.steps > 1 else "set optim.steps above 1"
         if guards.rules:
-            yield "guards.rules", "are judged at evaluations, and there are none: set eval.every, e.g. 50"
+            yield "guards.rules", f"are judged at evaluations, and {none}: {few}, or leave them out"
         if config.checkpoints.best not in (None, "reward"):
-            yield "checkpoints.best", f"{config.checkpoints.best!r} is measured at evaluations: set eval.every, e.g. 50"
+            yield "checkpoints.best", f"{config.checkpoints.best!r} is measured at evaluations, and {none}: {few}"
     if config.checkpoints.best is None and any(rule.then == "rollback" for rule in guards.rules):
         yield (
             "guards.rules",
@@ -754,7 +768,7 @@ def _written_out(where: Key, value: Any, key: str | int) -> Any:
 
 # -- what is wrong, in words -----------------------------------------------------------------------------------------
 
-_UNION = re.compile(r"str|int|bool|list\[.*\]|literal\[.*\]|constrained-\w+|nullable\[.*\]")
+_UNION = re.compile(r"str|int|bool|function-after\[.*\]|list\[.*\]|literal\[.*\]|constrained-\w+|nullable\[.*\]")
 
 
 def _explain(error: ValidationError, path: Path | None, places: dict[Key, str], section: str = "") -> list[str]:

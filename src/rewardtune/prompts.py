@@ -270,7 +270,8 @@ def builtin_lists() -> dict[str, Path]:
 def _read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"prompt file {path} {what}; give a .txt file with one prompt a line, or {SOURCES}")
+        begin = "" if path.is_absolute() else f"; relative paths begin at the current folder, {Path.cwd()}"
+        raise ConfigError(f"prompt file {path} {what}; give a .txt file with one prompt a line, or {SOURCES}{begin}")
     readers: dict[str, Any] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise ConfigError(
