@@ -157,11 +157,14 @@ def make_method(choice: MethodChoice) -> Method:
 
 def _made(factory: Any, choice: MethodChoice) -> Method:
     given = isinstance(factory, Method)
+    parameters: tuple[inspect.Parameter, ...] = ()
+    takes_any = False
     try:
-        parameters = inspect.signature(factory).parameters.values() if callable(factory) and not given else ()
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if callable(factory) and not given:
+            parameters = tuple(inspect.signature(factory).parameters.values())
+            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     except ValueError:  # a class of Python's own
-        parameters, takes_any = (), True
+        takes_any = True
     legal = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for option in choice.options:
         if option not in legal and not takes_any:
