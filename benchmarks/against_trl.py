@@ -139,9 +139,10 @@ def table(rows: dict[tuple[str, int], list[dict[str, Any]]], Ks: list[int]) -> l
         ratios = [
             row["seconds"] / base["seconds"] for row, base in zip(rows["rewardtune", K], rows["trl", K], strict=True)
         ]
+        ratio = statistics.median(ratios)
         spread = f" ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(
-            f"| {K} | {theirs:.2f} | {mine:.2f} | **{statistics.median(ratios):.2f}**{spread} | {keeping / theirs:.2f} | "
+            f"| {K} | {theirs:.2f} | {mine:.2f} | **{ratio:.2f}**{spread} | {keeping / theirs:.2f} | "
             f"{stopped / theirs:.2f} | {middle('trl', K, 'memory'):.0f} | {middle('rewardtune', K, 'memory'):.0f} | "
             f"{middle('rewardtune, graphs kept', K, 'memory'):.0f} |"
         )

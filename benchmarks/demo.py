@@ -104,7 +104,8 @@ def main() -> None:
         "",
         *loopholes(),
         "",
-        "What follows from these figures, and the settings that were tried, stand in [the log](../log.md#the-demo-in-the-frozen-world).",
+        "What follows from these figures, and the settings that were tried, stand in [the "
+        "log](../log.md#the-demo-in-the-frozen-world).",
     ]
     (RESULTS / "demo.md").write_text("\n".join(parts) + "\n")
     print("\n".join(parts))

@@ -111,7 +111,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         f"`python benchmarks/raise_rewards.py`: the playground, {UPDATES} updates of 8 at {LR:g} ({slower}), DRTune",
         f"with K=2, m=8; native values, means over {rows[0]['count']} held-out prompts with fixed noise, all",
         "sampling steps, the same before and after. *Noise of seeds*: the standard deviation of the change over seeds;",
-        "*beyond*: every seed improved and the mean change is more than twice that, as was settled beforehand. Student's",
+        "*beyond*: every seed improved and the mean change is more than twice that, as was settled beforehand. "
+        "Student's",
         "95 % interval of three seeds is wider than that: where it holds 0, other seeds may well show nothing.",
         "",
         "Chosen on the way: the learning rate was raised from 2e-4 after the first runs of seed 0, on these prompts;",
