@@ -451,9 +451,11 @@ def test_a_run_that_breaks_down_is_a_row(cell, monkeypatch, tmp_path):
     """NaN all over and the reason: the rate is the worst of a search, the table says so, and nothing is run again."""
 
     def stops(config, tuner):
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            (tuner.folder.path / name).parent.mkdir(exist_ok=True)
-            (tuner.folder.path / name).write_text("")
+        tuner.folder.path.mkdir(exist_ok=True)
+        (tuner.folder.path / "metrics.jsonl").write_text("")
+        look = {"step": 0, "scores": {"symmetry": [0.5, 0.1], "clipscore": [0.7, 0.1], "reward": [1.2, 0.1]}}
+        (tuner.folder.path / "eval.jsonl").write_text(json.dumps(look) + "\n")
+        tuner.watch.history.append("the look at step 0")
         raise TrainingStopped("step 0: pictures with NaN")
 
     monkeypatch.setattr(cells.launch, "train_as", stops)
@@ -461,10 +463,25 @@ def test_a_run_that_breaks_down_is_a_row(cell, monkeypatch, tmp_path):
     assert (made["broke"], made["updates"], made["evaluations"]) == ("step 0: pictures with NaN", 0, 0)
     assert {"symmetry", "clipscore", "hpsv2", "reward", "pairwise_distance"} <= made["scores"].keys()
     assert all(math.isnan(mean) for mean, _ in made["scores"].values())
+    assert [look["scores"]["symmetry"] for look in made["trace"]] == pytest.approx([0.5, math.nan], nan_ok=True)
     rows = Rows(tmp_path / "rows.jsonl")
     rows.add(made)
     assert Rows(rows.path).missing([cell]) == []
     assert table1.spread([0.5, made["scores"]["symmetry"][0]]) == "broke down in 1 of 2 runs"
+    work = Work(setting=setting_of("playground"), folder=tmp_path / "page")
+    searched(work, "DRTune", "symmetry")
+    final = work.cell("DRTune", "symmetry", 0, lr=work.lr("DRTune", "symmetry"))
+    work.rows.add({**made, "cell": json.loads(final.key)})
+    page = table1.report(work)
+    assert "| DRTune | broke down in 1 of 1 runs |" in page
+    table1.picture(work)
+    assert (work.folder / "table1_symmetry.png").exists()
+
+
+def test_a_rival_that_broke_down_leaves_a_claim_open():
+    told = best("x", {0: 2.0, 1: 2.1}, {"a": {0: math.nan, 1: 1.0}, "b": {0: 1.0, 1: 1.1}}, less=False, name="ours")
+    assert told.verdict == "cannot be told here"
+    assert "the best other, b, 1.05" in told.figure
 
 
 def test_one_method_that_cannot_run_keeps_no_other_from_its_page(tmp_path, monkeypatch):

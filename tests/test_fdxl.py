@@ -49,7 +49,7 @@ def run(places, tmp_path_factory):
 
     preprocess.shift = noted
     try:
-        more = ("optim.batch=4", "optim.steps=2", "guards.rules=[]", "eval.every=2", "checkpoints.every=1", VISIBLE)
+        more = ("optim.batch=4", "optim.steps=2", "eval.every=2", "checkpoints.every=1", VISIBLE)
         assert main(["train", "sdxl-fdxl", *overrides(*places, folder, *more)]) == 0
     finally:
         preprocess.shift = shift
@@ -225,7 +225,7 @@ def test_a_named_weight_wins(run):
 
 @pytest.mark.slow  # an update more than the quick run, twice
 def test_a_resumed_run_is_the_whole_run(run, places, tmp_path):
-    more = ("optim.batch=4", "guards.rules=[]", "eval.every=2", "checkpoints.every=1", VISIBLE)
+    more = ("optim.batch=4", "eval.every=2", "checkpoints.every=1", VISIBLE)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["train", "sdxl-fdxl", *overrides(*places, whole, "optim.steps=3", *more)]) == 0
     assert main(["train", "sdxl-fdxl", *overrides(*places, parts, "optim.steps=2", *more)]) == 0
@@ -263,7 +263,7 @@ def test_check_makes_a_dry_run(places, tmp_path, capsys):
 @pytest.mark.slow  # starts two processes
 def test_two_processes_with_half_the_accumulation_equal_one(places, tmp_path):
     """2 processes x 2 pictures x 1 accumulated against 1 x 2 x 2, by the command's own -n."""
-    more = ("optim.batch=4", "optim.steps=2", "guards.rules=[]", "eval.every=2", "model.device=cpu", VISIBLE)
+    more = ("optim.batch=4", "optim.steps=2", "eval.every=2", "model.device=cpu", VISIBLE)
     weights = []
     for count in (1, 2):
         words = ["train", "sdxl-fdxl", *overrides(*places, tmp_path / str(count), *more), "-n", str(count)]

@@ -591,14 +591,11 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             "regularize.denoise.images",
             "has no effect while regularize.denoise.weight is 0: raise it, or leave it out",
         )
-    every = config.eval.every
-    if every is None or every >= optim.steps:
-        none = "there are none" if every is None else f"eval.every {every} gives none before update {optim.steps}"
-        few = f"set eval.every, e.g. {min(50, optim.steps // 2)}" if optim.steps > 1 else "set optim.steps above 1"
+    if config.eval.every is None:  # a number: the last look counts too, which a rule or `best` may turn down
         if guards.rules:
-            yield "guards.rules", f"are judged at evaluations, and {none}: {few}, or leave them out"
+            yield "guards.rules", "are judged at evaluations, and there are none: set eval.every, e.g. 50"
         if config.checkpoints.best not in (None, "reward"):
-            yield "checkpoints.best", f"{config.checkpoints.best!r} is measured at evaluations, and {none}: {few}"
+            yield "checkpoints.best", f"{config.checkpoints.best!r} is measured at evaluations: set eval.every, e.g. 50"
     if config.checkpoints.best is None and any(rule.then == "rollback" for rule in guards.rules):
         yield (
             "guards.rules",

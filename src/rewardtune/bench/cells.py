@@ -118,7 +118,7 @@ def _train(config: RunConfig, tuner: "RewardTuner") -> str:
     try:
         launch.train_as(config, tuner)
     except TrainingStopped as stopped:
-        if out_of_memory(stopped):
+        if out_of_memory(stopped) or not tuner.watch.history:  # the untuned model's pictures broke: no result of a run
             raise
         return str(stopped)
     return ""
@@ -130,7 +130,8 @@ def _none(tuner: "RewardTuner", setting: Setting, cell: Cell) -> dict[str, Any]:
     names = ["reward", *natives(extra), *natives(tuner.reward)]
     names += ["pairwise_distance"] if setting.features is not None else []
     scores = {name: [math.nan, math.nan] for name in names}
-    return {"scores": scores, **({"first": {str(setting.counted): scores}} if cell.judged == "final" else {})}
+    longer = cell.judged == "final" and cell.count > setting.counted
+    return {"scores": scores, **({"first": {str(setting.counted): scores}} if longer else {})}
 
 
 def final_prompts(setting: Setting, cell: Cell) -> list[str]:
@@ -208,10 +209,16 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _trace(folder: Path, used: list[float], *, whole: bool = True) -> dict[str, Any]:
-    """Looks with what had been used up by then, and means over the updates; whole: all of them must be there."""
+    """Looks with what had been used up by then, and means over the updates.
+
+    whole: all updates must be there; of a run that broke down the last look, where it did, is NaN.
+    """
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     looks = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
-    if whole and len(records) != len(used) - 1:
+    if not whole:
+        lost = {name: [math.nan, math.nan] for name in looks[0]["scores"]}
+        looks.append({"step": len(records), "scores": lost})
+    elif len(records) != len(used) - 1:
         raise RewardTuneError(f"the run ended after {len(records)} of {len(used) - 1} updates: no row is made of it")
     seconds, cpu = (list(accumulate((r[name] for r in records), initial=0.0)) for name in ("seconds", "cpu_seconds"))
     norms: dict[str, list[float]] = {}

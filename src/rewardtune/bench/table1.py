@@ -223,7 +223,7 @@ def _equal_time(setting: Setting, rewards: Sequence[str], tables: dict[str, Any]
     for reward in rewards:
         table = shared_seeds(tables[reward])
         runs = [row for seeds in table.values() for row in seeds.values()]
-        limit = min((row["cpu_seconds"] for row in runs), default=0.0)
+        limit = min((row["cpu_seconds"] for row in runs if "broke" not in row), default=0.0)
         for method in METHODS:
             native = setting.tasks[reward].native
             numbers = [at_time(row["trace"], limit, native) for row in table[method].values()]
@@ -289,13 +289,14 @@ def _beside(work: Work, rows: Rows, tables: dict[str, dict[str, dict[int, dict[s
         if not runs:
             continue
         names = [name for name in runs[0]["scores"] if all(name in row["scores"] for row in runs)]
-        steps = list(runs[0].get("moved") or {})
+        steps = list(next((row["moved"] for row in runs if row.get("moved")), {}))
         ends = [steps[0], steps[-1]] if steps else []
         base = rows.get(base_cell(work, reward))
         body = [[BASE, *(digits(base["scores"][n][0]) if base and n in base["scores"] else "not run" for n in names)]]
         body[0] += [""] * len(ends)
         for method, seeds in table.items():
-            moved = [spread([row["moved"][step] for row in seeds.values()]) for step in ends]
+            looked_at = [row["moved"] for row in seeds.values() if row.get("moved")]  # none of a run that broke down
+            moved = [spread([found[step] for found in looked_at]) for step in ends]
             body.append([method, *(spread(values(seeds, name)) for name in names), *moved])
         headings = ["method", *names, *(f"moved at step {step}" for step in ends)]
         lines += [f"## All that was measured where {reward} was trained", "", markdown_table(headings, body), ""]
