@@ -293,6 +293,50 @@ def test_a_signal_ends_the_encoding_ahead(tmp_path, monkeypatch):
     assert asked == ["of 0", "of 1", "of 2", "of 0"]
 
 
+def test_what_comes_out_is_a_copy():
+    pipe = Letters("padded")
+    with cached_text(pipe):
+        first = pipe.encode_prompt("abc")
+        kept = first[0].clone()
+        first[0].zero_()
+        assert torch.equal(pipe.encode_prompt("abc")[0], kept)
+
+
+def test_a_pipeline_without_encode_prompt_is_told_so():
+    pipe = SimpleNamespace(components={})
+    with cached_text(pipe) as text:
+        assert text.fill(["red"]) == 0
+        text.release()
+    assert "has no encode_prompt" in text.notes[0]
+    assert vars(pipe) == {"components": {}}
+
+
+def test_an_error_leaves_the_pipeline_as_it_came():
+    pipe = Letters("padded")
+    with pytest.raises(RuntimeError, match="stop"), cached_text(pipe):
+        raise RuntimeError("stop")
+    assert "encode_prompt" not in vars(pipe)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BUILDERS)
+def test_released_encoders_are_on_the_cpu_and_come_back(name):
+    pipe, call = BUILDERS[name](steps=2)
+    pipe.to("cuda")
+    encoders = [module for part, module in pipe.components.items() if part.startswith("text_encoder") and module]
+    expected = images(pipe, call, ["green moon"])
+    with cached_text(pipe) as text:
+        images(pipe, call, ["red heart"])
+        text.fill(["red heart", "blue stars"])
+        assert all(next(module.parameters()).device.type == "cpu" for module in encoders)
+        assert torch.equal(images(pipe, call, ["green moon"]), expected)  # not in the cache
+        assert all(next(module.parameters()).device.type == "cpu" for module in encoders)
+        assert pipe._execution_device.type == "cuda"
+    assert all(next(module.parameters()).device.type == "cuda" for module in encoders)
+    assert not any(hasattr(module, "_hf_hook") for module in encoders)
+
+
 def test_nothing_is_encoded_ahead_that_no_batch_is_answered_from():
     """The pipeline encodes its batches together: the entries of single prompts would be of no use."""
     mixing, plain = Letters("mixing"), Letters("padded")
