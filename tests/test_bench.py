@@ -143,7 +143,7 @@ def test_symmetry_is_read_where_clipscore_crosses_the_level():
     trace = [look(0, 0.5, 1.0), look(100, 0.4, 0.96), look(200, 0.2, 0.86)]
     assert table1.at_level(trace, 0.91, "symmetry", "clipscore") == pytest.approx(0.3)
     assert table1.at_equal({"trace": trace}, 0.91) == pytest.approx(0.3)
-    assert table1.at_equal({"trace": trace}, 1.0) == 0.5
+    assert table1.at_equal({"trace": trace}, 1.0) is None  # the untuned look alone: not what a run reached
     assert table1.at_equal({"trace": trace}, 0.5) == 0.2  # never crossed: the best look
     assert table1.at_time(trace, 75.0, "symmetry") == pytest.approx(0.3)
     assert table1.at_time(trace, 500.0, "symmetry") == 0.2
@@ -220,6 +220,21 @@ def test_claims_of_the_sweeps_follow_the_rows(tmp_path):
     assert "the best other, T=20, K=4," in found["K = 0.1 T is best at T = 20"].figure
 
 
+@pytest.mark.parametrize(("broken", "verdict"), [(0, "fails"), (1, "cannot be told here"), (3, "holds")])
+def test_a_run_that_broke_down_failed_to_optimise(tmp_path, broken, verdict):
+    a, work = ablations.FIG6, Work(setting=setting_of("playground"), folder=tmp_path)
+    for method in a.searched():
+        searched(work, method, a.reward)
+    for cell in a.cells(work, a.of("DRaFT-T")):
+        found = row(cell, "hpsv2", 0.5)
+        last = math.nan if cell.seed < broken else 0.6 + 0.01 * cell.seed
+        found["trace"] = [{"scores": {"hpsv2": 0.5}}, {"scores": {"hpsv2": last}}]
+        work.rows.add(found | ({"broke": "step 3: NaN"} if cell.seed < broken else {}))
+    claim = next(c for c in a.told(a, work, work.rows) if "fails to optimise" in c.says)
+    assert claim.verdict == verdict
+    assert (f"broke down in {broken} of 3 runs" in claim.figure) == (broken > 0)
+
+
 def test_claims_of_pairs_follow_the_rows(tmp_path):
     found = ablated(ablations.SPACING, tmp_path, lambda v: {"random": 0.5, "equally spaced": 0.6}.get(v.label, 0.55))
     assert [claim.verdict for claim in found.values()] == ["holds", "fails"]
@@ -227,7 +242,8 @@ def test_claims_of_pairs_follow_the_rows(tmp_path):
 
 
 def test_the_paper_s_table_is_whole():
-    assert PAPER.keys() == setting_of("playground").tasks.keys() == setting_of("sd15").tasks.keys()
+    assert PAPER.keys() == setting_of("playground").tasks.keys()
+    assert [*PAPER, "imagereward"] == sorted(setting_of("sd15").tasks, key=[*PAPER, "imagereward"].index)
     assert all(len(values) == len(METHODS) for values in PAPER.values())
     for reward, values in PAPER.items():
         less = setting_of("sd15").tasks[reward].less

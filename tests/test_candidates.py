@@ -87,6 +87,8 @@ def test_a_run_called_base_is_not_the_base_model(run, tmp_path, monkeypatch):
     (found,) = candidates([str(other)])
     assert found.place is not None
     assert found.label == f"{tmp_path.name}/base"
+    (tmp_path / "base.safetensors").write_bytes((run / LORA_FILE).read_bytes())
+    assert candidates([str(tmp_path / "base.safetensors")], model="playground")[0].label == f"{tmp_path.name}/base"
     monkeypatch.chdir(tmp_path)
     assert candidates(["base"], model="playground")[0].place is None
 
@@ -150,6 +152,10 @@ def test_one_base_model_for_all(run, model, tmp_path):
     (tmp_path / "b" / "config.yaml").write_text(text)
     (tmp_path / "b" / LORA_FILE).write_bytes((run / LORA_FILE).read_bytes())
     with pytest.raises(ConfigError, match=r"share their base model"):
+        candidates([str(run), str(tmp_path / "b")])
+    text = (run / "config.yaml").read_text().replace("quantize: null", "quantize: nf4")
+    (tmp_path / "b" / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"has model.quantize: None and .*b model.quantize: nf4; .*--model"):
         candidates([str(run), str(tmp_path / "b")])
     with pytest.raises(ConfigError, match=r"given twice"):
         candidates([str(run), str(run)])

@@ -12,7 +12,7 @@ from tiny_runs import made_run, save_tiny, write_run
 from rewardtune import rewards
 from rewardtune.candidates import Candidate, Settings
 from rewardtune.cli import main
-from rewardtune.compare import compare_candidates, evaluate_candidates, prepare
+from rewardtune.compare import compare_candidates, evaluate_candidates, folder_names, prepare, slug
 from rewardtune.config import Model, Part, load_config
 from rewardtune.pictures import open_image
 from rewardtune.prompts import with_categories
@@ -222,6 +222,13 @@ def test_a_candidate_against_itself_is_a_tie(run, tmp_path):
     (pair,) = found.pairs
     assert pair.all.difference["symmetry"].value == 0
     assert pair.all.win_rate["symmetry"].value == 0.5
+
+
+def test_every_candidate_has_a_folder_of_its_own():
+    assert folder_names(["base", "./a", "../a", "a-2", "a@0.7"]) == ["base", "a", "a-2", "a-2-2", "a@0.7"]
+    long = slug("-vs-".join(f"runs-of-{i}" * 3 for i in range(20)))
+    assert len(long) < 50
+    assert long != slug("-vs-".join(f"runs-of-{i}" * 3 for i in range(21)))
 
 
 def test_what_is_refused(run, model, tmp_path, capsys):

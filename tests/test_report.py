@@ -321,7 +321,8 @@ def test_sweep_and_evaluations_are_shown(tmp_path):
     run = fake_run(tmp_path / "run")
     ends = {"value": 0.5, "low": 0.4, "high": None}
     measures = {"clipscore": {"what": "", "better": "more", "role": "held_out"}}
-    points = [{"weight": w, "scored": {"metrics": {"clipscore": ends}}} for w in (0.0, 0.5, 1.0)]
+    apart = {"difference": {"clipscore": {"value": 0.0, "low": -0.01, "high": 0.02}}}
+    points = [{"weight": w, "scored": {"metrics": {"clipscore": ends}}, "to_base": apart} for w in (0.0, 0.5, 1.0)]
     sweep = {"kind": "sweep", "measures": measures, "points": points, "suggested": 0.5, "reason": "<because>"}
     (run / "sweep.json").write_text(json.dumps(sweep))
     (run / "eval").mkdir()
@@ -334,7 +335,10 @@ def test_sweep_and_evaluations_are_shown(tmp_path):
     (run / "eval" / "hurt.json").write_text(json.dumps(found | {"candidates": 3}))
     html, elements = page(run)
     assert "<because>" in elements.text
-    assert next(chart for chart in data_of(html)["charts"] if chart["id"] == "sweep-0")["mark"]["x"] == 0.5
+    chart = next(chart for chart in data_of(html)["charts"] if chart["id"] == "sweep-0")
+    assert chart["mark"]["x"] == 0.5
+    assert chart["curves"][0]["low"] == pytest.approx([0.49] * 3)  # the paired change's interval, around the value
+    assert chart["curves"][0]["high"] == pytest.approx([0.52] * 3)
     assert "run – base" in elements.text
     assert "a note" in elements.text
     assert "two <b>shapes</b>" in elements.text

@@ -120,6 +120,27 @@ def test_a_table_is_sorted(chromium, reports):
     page.close()
 
 
+def test_numbers_with_intervals_are_sorted_as_numbers(chromium, tmp_path):
+    run = fake_run(tmp_path / "run")
+    measures = {"hpsv2": {"what": "", "better": "more", "role": "held_out"}}
+    candidates = [
+        {"label": f"c{i}", "metrics": {"hpsv2": {"value": x, "low": x - 1, "high": x + 1}}}
+        for i, x in enumerate((0.45, -0.377, 0.5, 0.0612, -0.05))
+    ]
+    (run / "eval").mkdir()
+    (run / "eval" / "eval.json").write_text(
+        json.dumps({"kind": "eval", "measures": measures, "candidates": candidates})
+    )
+    page = chromium.open(write_report([run], tmp_path / "run.html"))
+    table = "document.querySelector('#candidates-1-1')"
+    for click, order in enumerate((["c2", "c0", "c3", "c4", "c1"], ["c1", "c4", "c3", "c0", "c2"])):
+        page.run(f"{table}.querySelectorAll('thead button')[1].click()")
+        names = page.run(f"[...{table}.querySelectorAll('tbody th')].map(h => h.textContent)")
+        assert names == order, click
+    assert page.run("clock(119.7)") == "2 min 00 s"
+    page.close()
+
+
 def test_a_wide_table_says_that_it_can_be_scrolled(chromium, reports):
     """On a phone: a line above it, and the names stay in sight; a table that fits has neither."""
     page = chromium.open(reports["two"], width=360)

@@ -93,6 +93,27 @@ def test_runs_bring_their_prompts(tmp_path):
     assert sorted(row["prompt"] for row in key["pairs"]) == sorted(PROMPTS)
 
 
+def test_pairs_are_of_one_prompt_and_seed(tmp_path):
+    one = fake_run(tmp_path / "one")
+    other = fake_run(tmp_path / "other", prompts=[*PROMPTS[:-1], "a dog"])
+    with pytest.raises(ConfigError, match=r"005 of .* have different prompts: 'green star' and 'a dog'; a pair is"):
+        make_sheet(one, other, output=tmp_path / "s.html")
+    with pytest.raises(ConfigError, match=r"000 of .* have different seeds"):
+        make_sheet(one, fake_run(tmp_path / "seed", seed=5), output=tmp_path / "s.html")
+    assert not (tmp_path / "s.html").exists()
+
+
+def test_evaluations_bring_prompts_and_categories(tmp_path):
+    a, b = folders(tmp_path / "eval" / "a-vs-b.1")
+    rows = [
+        {"prompt": f"prompt {i // 2}", "category": "ab"[i % 2], "seed": i, "file": f"{i:03d}.png"} for i in range(6)
+    ]
+    (tmp_path / "eval" / "a-vs-b.1.json").write_text(json.dumps({"pictures": rows}))
+    key = json.loads(make_sheet(a, b, output=tmp_path / "s.html").key.read_text())
+    found = {row["file"]: (row["prompt"], row["category"]) for row in key["pairs"]}
+    assert found == {f"{i:03d}": (f"prompt {i // 2}", "ab"[i % 2]) for i in range(6)}
+
+
 def test_folders_that_do_not_match(tmp_path):
     a, b = folders(tmp_path)
     with pytest.raises(ConfigError, match="given twice"):

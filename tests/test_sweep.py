@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ from rewardtune.cli import main
 from rewardtune.compare import Contrast, Scored
 from rewardtune.guards import Measure
 from rewardtune.stats import Interval
-from rewardtune.sweep import Point, Sweep, _ticks, suggest
+from rewardtune.sweep import Point, Sweep, _ticks, draw, suggest
 
 
 def point(weight, reward, worse=()):
@@ -53,6 +54,19 @@ def test_the_rule(points, expected):
     assert ("which none was" in words) == (first is None)
     if first:
         assert f"weight {first[0]:g}: {first[2][0]}" in words
+
+
+def test_a_weight_without_a_number_is_left_out_of_the_picture(tmp_path):
+    points = [point(0, 1), point(0.5, math.nan), point(1, 3)]
+    points = [replace(p, to_base=Contrast(prompts=1, difference=p.scored.metrics, win_rate={})) for p in points]
+    measures = {"reward": Measure(what="", better="more", role="trained")}
+    found = Sweep(
+        settings={"count": 1}, measures=measures, points=points, tolerance=0.05, guarded=[], suggested=1, reason=""
+    )
+    draw(found, tmp_path / "sweep.png")
+    without = replace(found, points=[points[0], points[2]])
+    draw(without, tmp_path / "without.png")
+    assert (tmp_path / "sweep.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 def test_nothing_guards_nothing_is_suggested():

@@ -217,6 +217,13 @@ def _check_one_base(found: Sequence[Candidate]) -> None:
                 f"{found[0].spec} is a {one.id} ({one.dtype}) and {candidate.spec} a {other.id} ({other.dtype}); "
                 "candidates of one comparison share their base model (--model names another for all)"
             )
+        for name in ("variant", "config", "quantize"):
+            a, b = getattr(one, name), getattr(other, name)
+            if a != b:
+                raise ConfigError(
+                    f"{found[0].spec} has model.{name}: {a} and {candidate.spec} model.{name}: {b}; candidates of one "
+                    f"comparison share their base model (--model {one.id} takes it in full for all)"
+                )
 
 
 def _kind(model: Model) -> str:
@@ -298,8 +305,8 @@ def _label(spec: str, place: Path) -> str:
     """The spec with the last name of its path; a checkpoint keeps the name of its run."""
     run = place.parent if place.name in (LORA_FILE, DENOISER_FOLDER) else None
     name = place.stem if run is None else run.resolve().name
-    if run is not None and (name.startswith("checkpoint-") or name == BASE):  # a run may be called like the base model
-        name = f"{run.resolve().parent.name}/{name}"
+    if name == BASE or (run is not None and name.startswith("checkpoint-")):  # it may be called like the base model
+        name = f"{(run or place).resolve().parent.name}/{name}"
     if Path(spec).exists():
         return name
     return name + "".join(re.findall(r"@[^@:/]*(?=:|$)|:[A-Za-z_]+=[^:/]*$", spec))

@@ -7,6 +7,7 @@ Left out: judging by people, more than one base model at a time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -63,9 +64,13 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A candidate's pictures, measured. without: of whole-set metrics, for the jackknife. shown: (n, 3, H, W)."""
+    """A candidate's pictures, measured.
+
+    folder: their folder's name. without: of whole-set metrics, for the jackknife. shown: (n, 3, H, W).
+    """
 
     candidate: Candidate
+    folder: str
     evaluation: Evaluation
     without: dict[str, list[float]]
     shown: Tensor = field(repr=False)
@@ -192,7 +197,7 @@ def compare_candidates(
         settings=setup.facts | {"model": found[0].settings.model.id},
         measures=setup.measures,
         pictures=_pictures(setup),
-        candidates=[scored(one, setup, folder=f"{name}/{slug(one.candidate.label)}") for one in measured],
+        candidates=[scored(one, setup, folder=f"{name}/{one.folder}") for one in measured],
         pairs=[_pair(by_label[a], by_label[b], setup) for a, b in against],
         notes=setup.notes,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -449,12 +454,13 @@ def measure(
     batch: int = 8,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Measured]:
-    """Every candidate's pictures, sampled, saved to `folder`/LABEL and measured; the first is the base model."""
+    """Every candidate's pictures, sampled, saved to folders of their own and measured; the base model comes first."""
     from . import evaluate
 
     base: Tensor | None = None
     results = []
-    for place, candidate in enumerate(found, 1):
+    folders = folder_names([candidate.label for candidate in found])
+    for place, (candidate, own) in enumerate(zip(found, folders, strict=True), 1):
         say(f"{candidate.label} ({place} of {len(found)}): {len(setup.texts)} pictures")
         with opened(pipe, candidate, prompts=setup.texts):
             images = evaluate.sample(
@@ -466,12 +472,13 @@ def measure(
                 f"{candidate.label} gives pictures of {tuple(images.shape[-2:])} pixels and the base model of "
                 f"{tuple(base.shape[-2:])}; compare candidates of one size"
             )
-        evaluate.save_images(images, folder / slug(candidate.label))
+        evaluate.save_images(images, folder / own)
         if setup.panel.rewards is not None:
             setup.panel.rewards.to(setup.panel.device)  # the panel leaves it on the CPU
         results.append(
             Measured(
                 candidate=candidate,
+                folder=own,
                 evaluation=setup.panel(images, base=base, step=place - 1),
                 without=setup.panel.leave_out(images),
                 shown=images[setup.firsts[:SHOWN]].clone(),
@@ -563,8 +570,26 @@ def to_json(document: Mapping[str, Any]) -> str:
     return json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+LONGEST = 100  # characters of a file's or a folder's name; systems allow 255 bytes
+
+
 def slug(label: str) -> str:
-    return re.sub(r"[^\w.@=+-]+", "-", label).strip(".-") or "candidate"
+    """The label as a name of a file; a long one is cut, and told from others by a digest."""
+    name = re.sub(r"[^\w.@=+-]+", "-", label).strip(".-") or "candidate"
+    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    return name if len(name.encode()) <= LONGEST else f"{name[:30]}-{digest}"
+
+
+def folder_names(labels: Sequence[str]) -> list[str]:
+    """A name of its own for each label: `./a` and `../a` would be the same."""
+    found: list[str] = []
+    for label in labels:
+        name, number = slug(label), 1
+        while name in found:
+            number += 1
+            name = f"{slug(label)}-{number}"
+        found.append(name)
+    return found
 
 
 def shown(interval: Interval, *, percent: bool = False, signed: bool = False) -> str:

@@ -235,13 +235,16 @@ class RunFolder:
 
 def cannot_write(path: Path, error: Exception) -> RewardTuneError:
     """The error that says what could not be written, why, and what helps against this reason (an OSError names it)."""
-    file = next((above for above in path.parents if above.exists() and not above.is_dir()), None)
+    # os.path, since Path.exists raises for a name that is too long
+    file = next((above for above in path.parents if os.path.exists(above) and not os.path.isdir(above)), None)
     why, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None)
     cure = "Free some space or choose another place"
     if file is not None:
         why, cure = f"{file} is a file, not a folder", "Choose another place"
     elif number == errno.EISDIR:
         why, cure = "it is a folder", "Give a file"
+    elif number == errno.ENAMETOOLONG:
+        cure = "Choose a shorter name"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "Choose a place that you may write to"
     return RewardTuneError(

@@ -28,7 +28,6 @@ from .compare import (
     save_grid,
     scored,
     shown,
-    slug,
     titled,
     to_json,
     with_base,
@@ -149,7 +148,7 @@ def judge(measured: Sequence[Measured], setup: Setup, weights: Sequence[float], 
         points.append(
             Point(
                 weight=weight,
-                scored=scored(one, setup, folder=f"sweep/{slug(one.candidate.label)}"),
+                scored=scored(one, setup, folder=f"sweep/{one.folder}"),
                 to_base=apart,
                 worse=[name for name in guarded if _worse(name, one, base, setup.measures[name], tolerance)],
             )
@@ -258,13 +257,15 @@ def draw(result: Sweep, path: Path) -> None:
 
 def _panel(pen: Any, font: Any, result: Sweep, up: str, along: str, box: tuple[int, int, int, int], scale: int) -> None:
     left, top, right, bottom = (edge * scale for edge in box)
-    ys = [point.scored.metrics[up] for point in result.points]
-    xs = [point.weight if along == "weight" else point.scored.metrics[along].value for point in result.points]
-    bars = [_bar(point, result.points, up) for point in result.points]
-    ends = [end for y, bar in zip(ys, bars, strict=True) for end in (y.value, *bar) if math.isfinite(end)]
-    if not ends or not all(map(math.isfinite, xs)):
+    found = [(point, point.scored.metrics) for point in result.points]
+    rows = [(p, p.weight if along == "weight" else metrics[along].value, metrics[up].value) for p, metrics in found]
+    rows = [row for row in rows if all(map(math.isfinite, row[1:]))]
+    if not rows:
         pen.text((left, top), f"{up}: no finite values", fill=INK, font=font)
         return
+    points, xs, ys = zip(*rows, strict=True)
+    bars = [_bar(point, result.points, up) for point in points]
+    ends = [end for y, bar in zip(ys, bars, strict=True) for end in (y, *bar) if math.isfinite(end)]
     low, high = _room(ends)
     first, last = _room(xs)
 
@@ -282,9 +283,9 @@ def _panel(pen: Any, font: Any, result: Sweep, up: str, along: str, box: tuple[i
     pen.text((left - 40 * scale, top - 24 * scale), _axis(up, result, better), fill=INK, font=font)
     below = "LoRA weight" if along == "weight" else _axis(along, result, better)
     pen.text(((left + right) / 2, bottom + 22 * scale), below, fill=INK, font=font, anchor="mt")
-    places = [at(x, y.value) for x, y in zip(xs, ys, strict=True)]
+    places = [at(x, y) for x, y in zip(xs, ys, strict=True)]
     pen.line(places, fill=INK, width=2 * scale)
-    for point, x, bar, (px, py) in zip(result.points, xs, bars, places, strict=True):
+    for point, x, bar, (px, py) in zip(points, xs, bars, places, strict=True):
         colour = BAD if point.worse else INK
         if all(map(math.isfinite, bar)):
             pen.line([at(x, bar[0]), at(x, bar[1])], fill=colour, width=scale)

@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .gradient import asking, check_images, derive_seed, doing
 from .guards import Evaluation, Rule, Verdict
 from .panel import Panel
+from .pictures import by_number
 from .processes import Processes
 from .progress import with_interval
 from .runfolder import RunFolder
@@ -148,7 +149,7 @@ class Watch:
         return {name: tuple(pair) for name, pair in lines[0]["scores"].items()}, self.base
 
     def _first_pictures(self) -> list[Path]:
-        return sorted((self.folder.path / "samples" / "step-000000").glob("*.png"))
+        return sorted((self.folder.path / "samples" / "step-000000").glob("*.png"), key=by_number)
 
     def _sample_and_score(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices = range(len(self.prompts))

@@ -44,7 +44,8 @@ def lines(
         colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
         dash = "-" if k < len(COLOURS) else "--"
         for points in seeds:
-            axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, alpha=0.3, linewidth=1)
+            alone = "." if len(points) == 1 else ""  # a line through one point is not seen
+            axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker=alone, alpha=0.3, linewidth=1)
         fewer = "" if len(seeds) == most else f" ({len(seeds)} of {most} seeds)"
         mean = _mean(seeds)
         style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": mark, "markersize": 5, "linewidth": 2}

@@ -195,6 +195,8 @@ SD15 = Setting(
         "compressibility": Task(
             parts=[{"name": "compressibility", "weight": 300.0}, _CLIP], native="compressibility", less=True, **_HPD
         ),
+        # not among the paper's seven; the playground has no small version of it
+        "imagereward": Task(parts=[{"name": "imagereward"}], native="imagereward", **_HPD),
     },
     lrs=(2e-5,),  # the paper's one rate for all; more of them are searched
     # 2 hours on 4 A100 are 28,800 GPU seconds; an evaluation at 512 pixels with guidance in half precision takes about

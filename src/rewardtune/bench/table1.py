@@ -105,7 +105,7 @@ def report(work: Work) -> str:
         "",
         markdown_table(
             ["method", *(_head(s, r) for r in rewards)],
-            [[m, *(f"{PAPER[r][k]:g}" for r in rewards)] for k, m in enumerate(METHODS)],
+            [[m, *(f"{PAPER[r][k]:g}" if r in PAPER else "–" for r in rewards)] for k, m in enumerate(METHODS)],
         ),
         "",
         "## Claims",
@@ -146,29 +146,33 @@ def claims(setting: Setting, reward: str, table: dict[str, dict[int, dict[str, A
 
 
 def at_level(trace: Sequence[dict[str, Any]], level: float, measure: str, by: str) -> float | None:
-    """`measure` where `by` first falls to `level`, linear between looks; None where it never does."""
+    """`measure` where `by` first falls from above to `level`, linear between looks; None where it never does."""
     for a, b in pairwise(trace):
         high, low = a["scores"][by], b["scores"][by]
-        if high >= level >= low and high > low:
+        if high > level >= low:
             share = (high - level) / (high - low)
             return float(a["scores"][measure] + share * (b["scores"][measure] - a["scores"][measure]))
     return None
 
 
-def at_equal(row: dict[str, Any], share: float) -> float:
-    """The best symmetry of the looks that keep `share` of the untuned CLIPScore, crossings between looks included."""
+def at_equal(row: dict[str, Any], share: float) -> float | None:
+    """The best symmetry of the looks that keep `share` of the untuned CLIPScore, crossings between looks included.
+
+    None where no look after the untuned model's keeps it, which by itself says nothing of training.
+    """
     trace = row["trace"]
     level = share * trace[0]["scores"]["clipscore"]
-    kept = [look["scores"]["symmetry"] for look in trace if look["scores"]["clipscore"] >= level]
+    kept = [look["scores"]["symmetry"] for look in trace[1:] if look["scores"]["clipscore"] >= level]
     crossing = at_level(trace, level, "symmetry", "clipscore")
-    return float(min([*kept, *([] if crossing is None else [crossing])]))
+    found = [*kept, *([] if crossing is None else [crossing])]
+    return min(found, default=None)
 
 
 def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """The claim of section 4.1: DRTune reaches a symmetry that the late-step methods do not, at equal CLIPScore."""
     body, told, table = [], [], shared_seeds(table)
     for method, runs in table.items():
-        cells = [spread([at_equal(row, share) for _, row in sorted(runs.items())]) for share in LEVELS]
+        cells = [_kept([at_equal(row, share) for _, row in sorted(runs.items())]) for share in LEVELS]
         moved = [row["moved"] for row in runs.values() if row.get("moved")]
         steps = list(moved[0]) if moved else []
         ratio = [m[steps[0]] / m[steps[-1]] for m in moved if m[steps[-1]]]
@@ -176,16 +180,23 @@ def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[s
     for share in LEVELS:
         for late in ("DRaFT-LV", "ReFL-10"):
             common = sorted(table["DRTune"].keys() & table[late].keys())
-            pair = [[at_equal(table[m][seed], share) for seed in common] for m in ("DRTune", late)]
+            pairs = [(at_equal(table["DRTune"][seed], share), at_equal(table[late][seed], share)) for seed in common]
+            both = [(a, b) for a, b in pairs if a is not None and b is not None]
             says = f"(ours) at {share:.0%} of the untuned CLIPScore DRTune is more symmetric than {late}"
-            told.append(better(says, *pair, less=True, names=("DRTune", late)))
+            if len(both) < len(pairs):
+                figure = f"{len(pairs) - len(both)} of {len(pairs)} seeds never keep it"
+                told.append(Claim(says=says, figure=figure, verdict="cannot be told here"))
+            else:
+                ours, theirs = zip(*both, strict=True) if both else ((), ())
+                told.append(better(says, ours, theirs, less=True, names=("DRTune", late)))
     looked, looks = work.setting.looked, work.setting.looks + 1
     return [
         "## Symmetry at equal CLIPScore",
         "",
         f"Lower is better. The lowest symmetry among the {looks} looks ({looked} prompts each) at which CLIPScore",
         "keeps at least that share of its untuned value, crossings between looks included: coarse, and equal",
-        "where CLIPScore never fell so far. Seeds that all methods have. Last column: how far the tuned network",
+        "where CLIPScore never fell so far. A seed whose looks after the untuned model's all lie below has no such",
+        "symmetry. Seeds that all methods have. Last column: how far the tuned network",
         "moves x0-hat at the first step of the chain, over how far it moves it at the last: what training one part",
         "does to another.",
         "",
@@ -193,6 +204,11 @@ def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[s
         "",
         *claims_table(told),
     ]
+
+
+def _kept(found: Sequence[float | None]) -> str:
+    known = [value for value in found if value is not None]
+    return spread(known) if len(known) == len(found) else f"kept by {len(known)} of {len(found)} seeds"
 
 
 def _head(setting: Setting, reward: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations, product
 from pathlib import Path
@@ -215,14 +215,21 @@ def _change_row(run: RunData, one: Change) -> dict[str, Any]:
         "role": _ROLE[one.role],
         "better": one.better or "–",
         "before": value(one.before),
+        "before_sort": _sortable(one.before),
         "after": value(one.after),
+        "after_sort": _sortable(one.after),
         "difference": with_ends(one.difference),
-        "sort": one.difference.value,
+        "sort": _sortable(one.difference.value),
         "won": percent(one.won) if one.won else "–",
         "won_sort": one.won.value if one.won else math.nan,
         "sign": one.sign,
         "words": words[one.sign] if told else "–",
     }
+
+
+def _sortable(number: float) -> float | str:
+    """For data-sort: nothing where there is no number, which sorts last."""
+    return number if math.isfinite(number) else ""
 
 
 def _rules(run: RunData) -> list[dict[str, Any]]:
@@ -284,7 +291,7 @@ def _eval_or_note(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
         return _eval(name, found)
     except (KeyError, TypeError, AttributeError, ValueError):  # of another version, or damaged
         note = f"eval/{name}.json cannot be read as an evaluation: made by another version, or damaged"
-        return {"name": name, "what": "", "metrics": [], "candidates": [], "pairs": [], "notes": [note]}
+        return {"name": name, "candidates": None, "pairs": None, "notes": [note]}
 
 
 def _eval(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +301,7 @@ def _eval(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     names = sorted(measures, key=lambda key: order.get(measures[key].get("role"), 3))
     shown = [key for key in names if measures[key].get("role") != "guard"] or names
     candidates = [
-        [str(one.get("label")), *(_ends(one.get("metrics", {}).get(key)) for key in shown)]
+        [_cell(str(one.get("label"))), *(_interval(one.get("metrics", {}).get(key)) for key in shown)]
         for one in found.get("candidates", ())
     ]
     pairs = []
@@ -303,27 +310,31 @@ def _eval(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
         for (kind, block), key in product(blocks.items(), shown):
             rate, apart = block.get("win_rate", {}).get(key), block.get("difference", {}).get(key)
             if rate or apart:
-                ends = _ends(apart, sign=True), _ends(rate, rate=True)
-                pairs.append([f"{pair.get('a')} – {pair.get('b')}", clean(kind), key, *ends])
+                of = _cell(f"{pair.get('a')} – {pair.get('b')}"), _cell(clean(kind)), _cell(key)
+                pairs.append([*of, _interval(apart, with_ends), _interval(rate, percent)])
     facts = found.get("settings", {})
     return {
         "name": name,
         "what": f"{facts.get('count', '?')} prompts, {facts.get('seeds', '?')} picture(s) each",
-        "metrics": shown,
-        "candidates": candidates,
-        "pairs": pairs,
+        "candidates": candidates and {"headings": ["Candidate", *shown], "rows": candidates},
+        "pairs": pairs
+        and {
+            "headings": ["A – B", "Prompts", "Metric", "Difference", "A better than B"],
+            "rows": pairs,
+        },
         "notes": [clean(note) for note in found.get("notes", ())],
     }
 
 
-def _ends(found: Mapping[str, Any] | None, *, sign: bool = False, rate: bool = False) -> str:
+def _interval(found: Mapping[str, Any] | None, words: Callable[[Interval], str] | None = None) -> dict[str, Any]:
+    """A cell of an interval as JSON has it."""
     if not found:
-        return "–"
+        return _cell("–")
     each = Interval(**{key: math.nan if found.get(key) is None else found[key] for key in ("value", "low", "high")})
-    if rate:
-        return percent(each)
-    if sign:
-        return with_ends(each)
+    return _cell((words or _ends)(each), each.value)
+
+
+def _ends(each: Interval) -> str:
     ends = f" ({value(each.low)} to {value(each.high)})" if math.isfinite(each.low) else ""
     return f"{value(each.value)}{ends}"
 

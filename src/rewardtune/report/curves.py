@@ -287,6 +287,10 @@ def _deciles(values: Sequence[float]) -> tuple[float, float]:
     return cuts[0], cuts[-1]
 
 
+def _change(point: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return (point.get("to_base") or {}).get("difference", {}).get(name) or {}
+
+
 def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every metric of sweep.json against the LoRA's weight, trained and held-out rewards first."""
     measures, points = sweep.get("measures", {}), sweep.get("points", [])
@@ -294,17 +298,19 @@ def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = sorted(measures, key=lambda name: order.get(measures[name].get("role"), 3))
     found: list[dict[str, Any]] = []
     for name in names:
-        rows = [(point["weight"], point["scored"]["metrics"].get(name)) for point in points]
-        rows = [(weight, interval) for weight, interval in rows if interval and interval.get("value") is not None]
+        rows = [(point["weight"], point["scored"]["metrics"].get(name), _change(point, name)) for point in points]
+        rows = [row for row in rows if row[1] and row[1].get("value") is not None]
         if rows:
+            base = next((found["value"] for weight, found, _ in rows if weight == 0), None)
             curve = {
                 "name": "pictures at this weight",
                 "style": "eval",
                 "colour": 0,
-                "x": {"weight": [weight for weight, _ in rows]},
-                **{
-                    key: [row.get(end) for _, row in rows]
-                    for key, end in (("y", "value"), ("low", "low"), ("high", "high"))
+                "x": {"weight": [weight for weight, _, _ in rows]},
+                "y": [found["value"] for _, found, _ in rows],
+                **{  # as `sweep.draw` has it: the change's own, paired interval, laid around the value
+                    end: [None if None in (base, change.get(end)) else base + change[end] for _, _, change in rows]
+                    for end in ("low", "high")
                 },
             }
             role = {"trained": "trained on", "held_out": "held out"}.get(measures[name].get("role"), "")

@@ -16,7 +16,7 @@ function digits(value) {
 
 function clock(seconds) {
   if (seconds < 60) return `${Number(seconds.toPrecision(3))} s`;
-  const minutes = Math.floor(seconds / 60), rest = Math.round(seconds % 60);
+  const minutes = Math.floor(Math.round(seconds) / 60), rest = Math.round(seconds) % 60;
   return minutes < 60 ? `${minutes} min ${String(rest).padStart(2, "0")} s` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
 }
 

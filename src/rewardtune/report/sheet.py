@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,10 +47,12 @@ def make_sheet(
 ) -> Sheet:
     """Write the page and its key (default: the page's name with .key.json) for the pictures of two folders.
 
-    a, b: folders with pictures of the same names; a run folder stands for its samples/final, and RUN/samples/... brings
-    the run's prompts. prompts: as in `rewardtune score`, for the pictures of `a`; a column `category` is tallied too.
+    a, b: folders with pictures of the same names; a run folder stands for its samples/final. RUN/samples/... brings the
+    run's prompts, a folder of `rewardtune eval` or `compare` those of its JSON, with their categories. prompts: instead
+    of these, as in `rewardtune score`, for the pictures of `a`; a column `category` is tallied too.
     count: so many pairs, drawn at random; None: all. seed: of sides, order and draw; None: one that nobody can guess.
-    Raises ConfigError for folders that do not match, and for files that are there already.
+    Raises ConfigError for folders that do not match, or are known to be of other prompts or seeds, and for files that
+    are there already.
     """
     page, first, second = Path(output), _folder(a), _folder(b)
     key = Path(key) if key is not None else page.with_suffix(".key.json")
@@ -59,7 +60,9 @@ def make_sheet(
         if path.exists():
             raise ConfigError(f"{path} exists, and votes may belong to it; choose another --output or remove it")
     names, ours, theirs = _matched(first, second)
-    texts = _captions([ours[name] for name in names], first, Path(prompts) if prompts is not None else None)
+    known = _same_question(first, second)
+    given = captions([ours[name] for name in names], prompts=Path(prompts) if prompts is not None else None)
+    texts = given or [known[name].caption if name in known else Caption(prompt="") for name in names]
     seed = secrets.randbits(48) if seed is None else seed
     draw = random.Random(f"sheet {seed}")
     order = list(range(len(names)))
@@ -132,16 +135,52 @@ def _by_name(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _captions(paths: Sequence[Path], folder: Path, prompts: Path | None) -> list[Caption]:
-    """From a file, from text files beside the pictures, else from the run that the folder lies in; empty without."""
-    found = captions(paths, prompts=prompts)
-    if found is not None:
-        return found
+@dataclass(frozen=True)
+class Asked:
+    """What a picture was asked for; the seed of its noise, where that is known."""
+
+    caption: Caption
+    seed: int | None
+
+
+def _same_question(first: Path, second: Path) -> dict[str, Asked]:
+    """What `first` (else `second`) was asked, by name. ConfigError where a pair's pictures are known to differ."""
+    ours, theirs = _asked(first), _asked(second)
+    for name, one in ours.items():
+        other = theirs.get(name, one)
+        if one.caption.prompt != other.caption.prompt:
+            apart = f"prompts: {one.caption.prompt!r} and {other.caption.prompt!r}"
+        elif None not in (one.seed, other.seed) and one.seed != other.seed:
+            apart = f"seeds: {one.seed} and {other.seed}"
+        else:
+            continue
+        raise ConfigError(
+            f"{name} of {first} and of {second} have different {apart}; a pair is two pictures of one prompt and seed "
+            "(rewardtune compare samples two runs on the same)"
+        )
+    return ours or theirs
+
+
+def _asked(folder: Path) -> dict[str, Asked]:
+    """By name, from the run or from the file of `eval` or `compare` that the folder belongs to; empty without."""
+    from ..gradient import derive_seed
     from .read import read_run
 
-    run = folder.resolve().parent.parent
-    if folder.resolve().parent.name == "samples" and (run / "run.json").is_file():
-        texts = read_run(run).prompts
-        if len(texts) == len(paths):
-            return [Caption(prompt=text) for text in texts]
-    return [Caption(prompt="")] * len(paths)
+    here = folder.resolve()
+    run, told = here.parent.parent, here.parent.parent / f"{here.parent.name}.json"
+    if here.parent.name == "samples" and (run / "run.json").is_file():
+        found = read_run(run)
+        names, seed = list(_by_name(folder)), found.facts.get("seed")
+        if len(found.prompts) != len(names):
+            return {}
+        seeds = [None if seed is None else derive_seed(seed, "eval", index) for index in range(len(names))]
+        texts = [Caption(prompt=prompt) for prompt in found.prompts]
+        return {name: Asked(text, noise) for name, text, noise in zip(names, texts, seeds, strict=True)}
+    try:
+        rows = json.loads(told.read_text(encoding="utf-8"))["pictures"]
+        return {
+            Path(row["file"]).stem: Asked(Caption(prompt=row["prompt"], category=row["category"]), row["seed"])
+            for row in rows
+        }
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, or one of something else
+        return {}
