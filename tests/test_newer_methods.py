@@ -6,6 +6,8 @@ arguments of step i and guidance, for any latent x that carries a graph. Nothing
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ import pytest
 import tiny
 import torch
 import yaml
+import zoo
 
 from rewardtune import evaluate, methods, rewards
 from rewardtune.bench.cost import Cost
@@ -247,7 +250,7 @@ def test_flowbp_bridge(case, rho: float):
     check(pipe, call, plan, gradient(chain, x_0))
 
 
-@pytest.mark.parametrize(("seed", "tau"), [(0, 0.1), (1, 0.1), (1, None), (3, 0.5)])
+@pytest.mark.parametrize(("seed", "tau"), [(0, 0.1), (1, 0.1), (1, None), (3, 0.5), (4, 0.1)])
 def test_leapalign(case, seed: int, tau: float | None):
     pipe, call, level = case
     plan = methods.leapalign(tau=tau)(T, Random(seed))
@@ -258,6 +261,8 @@ def test_leapalign(case, seed: int, tau: float | None):
     end = level.moved(chain, x_j, j, T, chain.F(j, eased(x_j, 0.3)))
     d_j, d_0 = ((a - b).abs().mean(dim=(1, 2, 3)) for a, b in ((leapt, chain.x[j]), (end, chain.x[T])))
     weights = None if tau is None else 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
+    if seed == 4:
+        assert float(d_0.detach().min()) > tau  # in the others tau stands for it
     check(pipe, call, plan, gradient(chain, through(chain.x[T], end), weights))
 
 
@@ -273,6 +278,58 @@ def test_the_leaps_of_these_tests_are_long_and_miss():
         assert oracle.difference(leapt, plain) > 0.1
         assert oracle.difference(weighed, leapt) > 0.01
         assert oracle.difference(weighed, {name: g / (2 * 0.1) for name, g in leapt.items()}) > 0.1
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_leapalign_with_a_second_network_in_the_guidance(seed: int):
+    """Ideogram 4: the leap's factor is that of the guided F, so the call of the other network is weighed as well.
+
+    Written into the chain itself: the step before j hands on the leap from k, the last one the leap from j.
+    """
+    pipe, call = zoo.PIPELINES["Ideogram4Pipeline"]()
+    plan = methods.leapalign(alpha=0.3, tau=None)(4, Random(seed))
+    k, j = sorted(plan.train)
+    assert j - k > 1 or plan.T - j > 1
+    scheduler, kind = pipe.scheduler, type(tiny.denoiser_of(pipe))
+    networks = [part for part in pipe.components.values() if type(part) is kind]
+    assert len(networks) == 2
+    step, seen = scheduler.step, list[tuple[Tensor, Tensor]]()
+
+    def linked(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            i = len(seen)
+            given = oracle.each_tensor((args, kwargs), lambda x: oracle.pass_gradient(x, 0.3 if i == j else 0.0))
+            out = forward(*given[0], **given[1])
+            return out if i in (k, j) else oracle.each_tensor(out, sg)
+
+        return called
+
+    @functools.wraps(step)
+    def leaping(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(step).bind(*args, **kwargs).arguments
+        seen.append((given["sample"], given["model_output"]))
+        plain = sg(step(*args, **kwargs)[0])
+        begin = {j: k, plan.T: j}.get(len(seen))
+        if begin is None:
+            return (plain,)
+        x, F = seen[begin]
+        x = sg(x) if begin == k else x
+        return (through(plain, x + (scheduler.sigmas[len(seen)] - scheduler.sigmas[begin]) * F),)
+
+    scheduler.step = leaping
+    for network in networks:
+        network.forward = linked(network.forward)
+    torch.manual_seed(0)
+    try:
+        with oracle.without_no_grad():
+            pictures = pipe(**tiny.fresh(call), output_type="pt", return_dict=False)[0]
+    finally:
+        del scheduler.step
+        for network in networks:
+            del network.forward
+    exact = oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(pictures))
+    assert oracle.difference(judge.engine_gradient(pipe, plan, call)[1], exact) < 1e-5
 
 
 @pytest.mark.parametrize("seed", [0, 2])
@@ -675,6 +732,12 @@ def test_one_support_is_an_euler_step_and_three_integrate_a_parabola():
     [
         (lambda: methods.flowbp_sparse(9)(4, Random(0)), "K=9 does not fit into the T=4"),
         (lambda: methods.flowbp_sparse(rho=-1.0), "rho=-1"),
+        (lambda: methods.flowbp_sparse(None), "K=None: legal"),
+        (lambda: methods.flowbp_lagrange(order=None), "order=None: legal"),
+        (lambda: methods.draft_lv(None), "n=None: legal"),
+        (lambda: methods.refl(None), "m=None: legal"),
+        (lambda: methods.drtune(None), "K=None: legal"),
+        (lambda: methods.drtune(stops=None), "stops=None: legal"),
         (lambda: methods.flowbp_bridge(1), "K >= 2"),
         (lambda: methods.leapalign()(1, Random(0)), "T=1"),
         (lambda: methods.leapalign(1.5), "alpha=1.5"),

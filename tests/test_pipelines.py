@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 import zoo
 
 from rewardtune import adapters
-from rewardtune.engine import count_steps, preflight
+from rewardtune.engine import count_steps, preflight, rollout
+from rewardtune.engine.chain import signed_range
 from rewardtune.errors import PreflightError
 from rewardtune.listing import listing
+from rewardtune.plan import Plan
 
 TABLE = {row["pipeline"]: row for row in json.loads(pipelines_table.DATA.read_text())}
 #: Families that `tiny` does not have, the cheap ones: run with the quick tests, with one method.
@@ -168,3 +171,26 @@ def test_ls_models_shows_it() -> None:
     shown = " ".join(listing(["models"]).split())
     assert all(name in shown for name in zoo.PIPELINES)
     assert "refused: StableDiffusionAdapterPipeline returns ndarray" in shown
+
+
+def test_light_pictures_are_in_the_range_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IF leaves "pt" in [-1, 1]; where no picture has a value below 0 it does not look like it, and preflight knows."""
+    pipe, call = zoo.PIPELINES["IFPipeline"]()
+    step = pipe.scheduler.step
+
+    @functools.wraps(step)
+    def lightened(*args: Any, **kwargs: Any) -> Any:
+        out = step(*args, **kwargs)
+        light = out[0].clamp(-1, 1) / 2 + 0.5
+        return (light, *out[1:]) if isinstance(out, tuple) else type(out)(**{**out, "prev_sample": light})
+
+    monkeypatch.setattr(pipe.scheduler, "step", lightened)
+    facts = preflight(pipe, **tiny.fresh(call))
+    other, plain = tiny.stable_diffusion()
+    preflight(other, **tiny.fresh(plain))
+    assert (signed_range[pipe], signed_range[other]) == (True, False)
+    torch.manual_seed(0)
+    expected = torch.as_tensor(pipe(**tiny.fresh(call), output_type="np")[0]).permute(0, 3, 1, 2)
+    assert float(expected.min()) >= 0.5
+    with rollout(pipe, Plan(T=facts.T, train=frozenset({facts.T - 1})), seed=0, **tiny.fresh(call)) as tape:
+        assert torch.allclose(tape.images.detach(), expected, atol=1e-5)

@@ -1,6 +1,7 @@
 """The text cache: the same pictures and gradients, every prompt encoded once, and a pipeline left as it came."""
 
 import functools
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -227,6 +228,23 @@ def away(tmp_path, monkeypatch, *, room, **more):
         show_progress=False,
         **more,
     )
+
+
+def test_the_denoising_loss_does_not_tell_how_to_encode_ahead(tmp_path, monkeypatch):
+    """It is unguided: what an update samples with is encoded ahead all the same."""
+    denoise = {"weight": 0.1, "count": 2, "noise_range": [0.0, 1.0]}
+    tuner, missing = away(tmp_path, monkeypatch, room=12, regularize={"denoise": denoise}), []
+
+    @contextmanager
+    def noted(*args, **kwargs):
+        before = tuner.text.encoded
+        with rollout(*args, **kwargs) as tape:
+            missing.append(tuner.text.encoded - before)
+            yield tape
+
+    monkeypatch.setattr("rewardtune.gradient.rollout", noted)
+    tuner.train(5, lr=1e-3)
+    assert missing == [0] * 5
 
 
 def test_a_long_run_encodes_ahead(tmp_path, monkeypatch):

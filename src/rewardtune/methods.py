@@ -74,7 +74,7 @@ class Method:
 
     def __post_init__(self) -> None:
         _at_least_one("m", self.m)
-        _at_least_one("stops", self.stops)
+        _at_least_one("stops", self.stops, none=False)
         if self.stops > (self.m or 1):
             raise ConfigError(f"stops={self.stops} distinct stops need m >= {self.stops}, got m={self.m}")
         if not 0.0 <= self.input_gradient <= 1.0:
@@ -132,6 +132,7 @@ def refl(m: int = 10) -> Method:
 
     ReFL-10 of the DRTune paper is ``m=10`` with T=50, ReFL-20 is ``m=20``.
     """
+    _at_least_one("m", m, none=False)
     return Method(name="refl", times=lambda T, rng, t_min: {t_min}, input_gradient=0.0, m=m, settings={"m": m})
 
 
@@ -151,7 +152,7 @@ def draft_lv(n: int = 2, *, m: int | None = None) -> Method:
 
     With ``m`` the chains restart at t_min ~ U{1..m} instead of the last step and are judged by x0-hat.
     """
-    _at_least_one("n", n)
+    _at_least_one("n", n, none=False)
 
     def times(T: int, rng: Random, t_min: int) -> Iterable[int]:
         if T < 2:
@@ -188,10 +189,12 @@ def drtune(
     ``spacing="chain"``: Algorithm 1, equally spaced in 1..T. ``"executed"``: equally spaced in t_min..T, so that
     none of them is cut off. ``"random"``: K distinct steps of 1..T (the paper's comparison).
     ``stops``: x0-hats of one chain that are judged, at distinct t_min of 1..m, their gradients averaged (ours, not the
-    paper's): the same expectation with less noise, for the price of decoding and judging them. With ``"executed"`` the
-    calls are spaced before the earliest of the stops, and so lie earlier than those of one stop.
+    paper's): the expectation of one stop with less noise, for the price of decoding and judging them. Not quite, where
+    no drawn call lies before the earliest of the stops and the one there is trained instead (erratum 3; K or T is small
+    then): that one counts for the later stops too. With ``"executed"`` the calls are spaced before the earliest of the
+    stops, and so lie earlier than those of one stop.
     """
-    _at_least_one("K", K)
+    _at_least_one("K", K, none=False)
 
     def equally_spaced(first: int, last: int, k: int, rng: Random) -> Iterable[int]:
         gap = (last - first + 1) // k
@@ -235,7 +238,7 @@ def flowbp_sparse(K: int = 4, *, late_bias: float = 1.0, rho: float = 0.5) -> Me
     by g = 1 + rho (sum_all |dsigma| / sum_trained |dsigma| - 1): rho = 1 makes up for the steps that are not trained.
     Defaults: the authors' settings for SD3.5-M with 25 steps. Other schedules than flow matching: `stretches.py`.
     """
-    _at_least_one("K", K)
+    _at_least_one("K", K, none=False)
     _within("late_bias", late_bias, 0, 50)
     _not_negative("rho", rho)
 
@@ -310,7 +313,7 @@ def flowbp_lagrange(
     """
     _within("alpha", alpha, 0, 1)
     _within("latest", latest, 0, 1)
-    _at_least_one("order", order)
+    _at_least_one("order", order, none=False)
     _not_negative("other", other)
     _positive_or_none("tau", tau)
 
@@ -447,8 +450,10 @@ def _choose(what: str, given: str, legal: Mapping[str, TrainedTimes]) -> Trained
     return legal[given]
 
 
-def _at_least_one(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+def _at_least_one(name: str, value: int | None, *, none: bool = True) -> None:
+    if value is None and none:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r}: legal are whole numbers {name} >= 1")
 
 

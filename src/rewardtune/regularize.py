@@ -30,6 +30,7 @@ from .gradient import derive_seed
 from .plan import Plan
 from .prompts import BESIDE, Conditioned, identity, pictures_beside, without_text, wrong_images
 from .runfolder import atomic
+from .textcache import aside
 
 #: Share of captions that are replaced by the empty one, so that the unconditional network is held as well: it is the
 #: other half of classifier-free guidance. Stable Diffusion was trained with the same share.
@@ -212,7 +213,7 @@ def predict(
 
     plan = Plan(T=T, train=frozenset({step}), start=step)
     doors = Doors(pipe, plan, denoiser=name, blank=True, restart=restart)
-    with doors.open():
+    with aside(pipe), doors.open():
         pipe(**fresh({**call, "output_type": "latent", "return_dict": False}))
     F = doors.prediction
     assert F is not None
@@ -419,7 +420,7 @@ def _probe(pipe: Any, name: str, T: int, call: dict[str, Any], empty: str, *, ou
     """One sample's chain at the cost of two network calls, the last step's with a graph behind it."""
     given = _without_guidance([empty], call) | {"generator": evaluate.generators([0])}
     doors = Doors(pipe, Plan(T=T, train=frozenset({T - 1})), denoiser=name, blank=True)
-    with seeded(0, pipe), doors.open():
+    with aside(pipe), seeded(0, pipe), doors.open():
         pipe(**{**given, "output_type": output_type, "return_dict": False})
     return doors
 

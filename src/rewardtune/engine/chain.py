@@ -25,6 +25,9 @@ from rewardtune.prediction import noised
 log = logging.getLogger("rewardtune")
 
 _unguided: "weakref.WeakSet[Any]" = weakref.WeakSet()
+#: Whether a pipeline leaves output_type="pt" in [-1, 1], as IF and Kandinsky 2 and 3 do. `preflight` settles it, by
+#: comparison with "np"; without it the first picture with a value below 0 does.
+signed_range: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -60,13 +63,13 @@ def rollout(
         if plan.start is None:
             begin = snapshot(pipe, call)
             opened = _chain(pipe, plan, name, call, graphs, calls, recompute=recompute, keep_outputs=bool(plan.stops))
-            weights = _weigh(plan, opened, network)
+            weights = _weigh(plan, opened)
             if plan.stops:
                 _stopped_chains(pipe, plan, name, call, graphs, calls, begin, opened.outputs)
         else:
             graphs, calls = _renoised_chains(pipe, plan, name, call, recompute=recompute)
         with torch.enable_grad():
-            graph = _as_unit_range(torch.cat(graphs))
+            graph = _as_unit_range(torch.cat(graphs), pipe)
     tape = Tape(plan, graph, calls, network, _prompts(call, len(graph) // plan.pictures) * plan.pictures, weights)
     del graph, graphs, calls, opened  # the tape alone holds the records, so that each is freed as soon as it is swept
     try:
@@ -148,14 +151,17 @@ def _stopped_chains(
     after()
 
 
-def _weigh(plan: Plan, opened: Doors, network: Any) -> Tensor | None:
-    """Put the plan's weights on the recorded calls; the weight of each picture (B,), if they differ."""
+def _weigh(plan: Plan, opened: Doors) -> Tensor | None:
+    """Put the plan's weights on the recorded calls; the weight of each picture (B,), if they differ.
+
+    F, whose gradient is weighed, is what guidance makes of all calls of a step, so a second network's counts as well.
+    """
     if plan.weight is None:
         return None
     assert opened.final is not None
     factors = plan.weight.factors(opened.spans, plan.executed)
     for call in opened.calls:
-        if call.module is network and call.trained:
+        if opened.is_kin(call.module):
             call.weight = factors[call.step]
     opened.carries.update(plan.weight.carries(opened.spans))
     return plan.weight.of_pictures(opened.spans, opened.states, opened.final.detach())
@@ -270,12 +276,15 @@ def _prompts(call: dict[str, Any], images: int) -> list[str]:
     return [p for p in prompts for _ in range(max(1, images // len(prompts)))]
 
 
-def _as_unit_range(images: Tensor) -> Tensor:
+def _as_unit_range(images: Tensor, pipe: Any) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise PreflightError(f"the pipeline returned {tuple(images.shape)}, but (B, 3, H, W) images are needed")
-    if float(images.detach().min()) < 0:  # a few pipelines (IF, Kandinsky 2, 3) leave 'pt' in [-1, 1]
-        images = (images / 2 + 0.5).clamp(0, 1)
-    if float(images.detach().max()) > 1:
+    below = float(images.detach().min()) < 0
+    if below and pipe not in signed_range:
+        signed_range[pipe] = True
+    if signed_range.get(pipe, False):
+        images, below = (images / 2 + 0.5).clamp(0, 1), False
+    if below or float(images.detach().max()) > 1:
         raise PreflightError("the pipeline's images leave [0, 1]: its output_type='pt' is not post-processed")
     return images
 

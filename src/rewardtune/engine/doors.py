@@ -154,7 +154,7 @@ class Doors:
                 run=inner,
                 trained=name in self._sharing,
                 # Scaled once, at the denoiser's arguments: a ControlNet below it is not scaled again.
-                input_gradient=self.plan.gradient_into(self.step) if self._is_kin(module) else 1.0,
+                input_gradient=self.plan.gradient_into(self.step) if self.is_kin(module) else 1.0,
                 keep=is_denoiser and not self.recompute,
             )
             output, recorded, self._graphed = call.record(args, kwargs), call, True
@@ -167,7 +167,7 @@ class Doors:
             self.outputs.append(recorded or _copied(self._answers[signature]))
         return output
 
-    def _is_kin(self, module: nn.Module) -> bool:
+    def is_kin(self, module: nn.Module) -> bool:
         """The denoiser, or a second network of its class: the other half of the guidance (Ideogram 4)."""
         return isinstance(module, type(self.denoiser)) or isinstance(self.denoiser, type(module))
 
@@ -187,7 +187,7 @@ class Doors:
             return False
         if module is self.denoiser or name in self._sharing:
             return True
-        if self.plan.conditional_only and self._is_kin(module):
+        if self.plan.conditional_only and self.is_kin(module):
             return True  # only to be seen in the guidance
         if self.plan.gradient_into(self.step) == 0:
             return False
@@ -250,7 +250,7 @@ class Doors:
 
     def _choose_branch(self, guided: Tensor) -> None:
         assert self.plan is not None
-        calls = [call for call in self.calls if call.step == self.step and self._is_kin(call.module)]
+        calls = [call for call in self.calls if call.step == self.step and self.is_kin(call.module)]
         if not calls:
             return  # of the chain that these outputs are given from
         self.guidance.add(conditional_only(guided, calls, self.denoiser, self.plan.guidance_factor))

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.engine import guidance
-from rewardtune.engine.chain import count_steps, few_steps, fresh, one_sample, rollout, seeded, snapshot
+from rewardtune.engine.chain import (
+    count_steps,
+    few_steps,
+    fresh,
+    one_sample,
+    rollout,
+    seeded,
+    signed_range,
+    snapshot,
+)
 from rewardtune.engine.doors import Doors, find_denoiser, quiet
 from rewardtune.engine.literal import literal_gradient
 from rewardtune.engine.tape import Tape
@@ -162,14 +171,21 @@ def _plain(pipe: Any, call: dict[str, Any], doors: Doors | None = None, output_t
 
 
 def _check_range(pipe: Any, call: dict[str, Any], pt: Any) -> None:
-    """`output_type="pt"` must be the picture itself: equal to "np", or to it before the usual post-processing."""
+    """`output_type="pt"` must be the picture itself: equal to "np", or to it before the usual post-processing.
+
+    Which of them it is, is settled here for all rollouts of this pipeline: a batch of light pictures does not tell.
+    """
     if not isinstance(pt, Tensor) or pt.ndim != 4 or pt.shape[1] != 3:
         shape = tuple(pt.shape) if isinstance(pt, Tensor) else type(pt).__name__
         raise PreflightError(f"{type(pipe).__name__} returns {shape} for output_type='pt'; (B, 3, H, W) is needed")
     np_images = torch.from_numpy(_plain(pipe, call, output_type="np")).permute(0, 3, 1, 2)
     pt = pt.detach().cpu().float()
-    if min(float((pt - np_images).abs().max()), float(((pt / 2 + 0.5).clamp(0, 1) - np_images).abs().max())) > 1e-2:
+    apart = {
+        signed: float((p - np_images).abs().max()) for signed, p in ((False, pt), (True, (pt / 2 + 0.5).clamp(0, 1)))
+    }
+    if min(apart.values()) > 1e-2:
         raise PreflightError(f"{type(pipe).__name__}: output_type='pt' and 'np' are different pictures")
+    signed_range[pipe] = apart[True] < apart[False]
 
 
 def _guidance(pipe: Any, denoiser: str, T: int, call: dict[str, Any], *, asked: bool) -> str:
