@@ -19,6 +19,7 @@ from typing import Any
 
 import judge
 import oracle
+import pytest
 import tiny
 import torch
 import zoo
@@ -28,10 +29,11 @@ from rewardtune.engine import count_steps, find_denoiser, preflight
 from rewardtune.errors import PreflightError, RewardTuneError
 
 METHODS = ("drtune", "draft-3", "refl")
-#: Bound of a gradient's relative difference in float32. Kandinsky 5's nested gradient is 7e-5 away (DRTune's 3e-8),
-#: which is rounding: tests/test_pipelines.py finds it below 1e-14 in float64.
-BOUND = 1e-5
-BOUNDS = {"Kandinsky5T2IPipeline": 3e-4}
+#: Bound of a gradient's relative difference in float32. Nested ones pass it by rounding, some on one processor and not
+#: on another: Kandinsky 5's 7e-5, Sana's 0.8e-5 and 1.2e-5. So up to ROUNDED is allowed to them where the same gradient
+#: in float64 is within DOUBLE.
+BOUND, DOUBLE = 1e-5, 1e-12
+ROUNDED = {"Kandinsky5T2IPipeline": 3e-4, "SanaPipeline": 3e-5}
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 #: What a pipeline is tried with besides its own scheduler, by what its scheduler is.
@@ -85,13 +87,12 @@ def row(name: str, *, methods: Sequence[str] = METHODS, others: bool = True) -> 
         return Row(**kinds, status="refused", reason=str(refusal))
     assert all(p.grad is given and bool((given == 1).all()) for p, given in gradients.items())
     for method in methods:
-        check_gradient(pipe, call, method, T=facts.T, bound=BOUNDS.get(name, BOUND))
+        check_gradient(pipe, call, method, T=facts.T)
     check_left_as_it_was(pipe, call, T=facts.T)
     check_lora(name, pipe, call)
     tried = None
     if others:
-        bound = BOUNDS.get(name, BOUND)
-        tried = tuple(other for other in candidates(pipe) if exact_with(pipe, call, other, bound))
+        tried = tuple(other for other in candidates(pipe) if exact_with(pipe, call, other))
     lora = "pipeline" if adapters.loads_lora(pipe) else "denoiser"
     return Row(**kinds, schedulers=tried, guidance=facts.guidance, calls=facts.calls_per_step, lora=lora)
 
@@ -100,26 +101,60 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
     return pipe.components[find_denoiser(pipe)]
 
 
-def check_gradient(pipe: Any, call: tiny.Call, method: str, *, T: int, bound: float) -> None:
+def check_gradient(pipe: Any, call: tiny.Call, method: str, *, T: int) -> None:
     plan = judge.PLANS[method](T)
+    pictures, result, literal, apart = beside_the_oracle(pipe, call, plan)
+    if apart >= BOUND:
+        assert apart < ROUNDED.get(type(pipe).__name__, BOUND), (method, apart)
+        with everywhere_double(pipe, call) as double:
+            exactly = beside_the_oracle(*double, plan)[-1]
+        assert exactly < DOUBLE, (method, apart, exactly)
+    expected = literal
+    if plan.end is None:
+        expected = pictures_as_numpy(pipe, call)
+    apart = float((pictures - expected).abs().max())
+    assert apart <= (0 if plan.end is None or oracle.own_prediction(pipe.scheduler) else 2e-6), (method, apart)
+    assert result.trained == plan.executed
+    assert result.replay_error == 0
+
+
+def beside_the_oracle(pipe: Any, call: tiny.Call, plan: Any) -> tuple[torch.Tensor, Any, torch.Tensor, float]:
+    """(the engine's pictures, its sweep, the oracle's pictures, the gradients' relative difference)."""
     pictures, gradient, result = judge.engine_gradient(pipe, plan, call)
     fields: dict[str, Any] = {"train": plan.train, "end": plan.end, "input_gradient": plan.input_gradient}
     with for_autograd(pipe):
         literal = oracle.images(pipe, **fields, call=tiny.fresh(call), own_decoding=True)
         exact = oracle.gradients(tiny.trainable(pipe), oracle.generic_loss(literal))
-    expected = literal.detach()
-    if plan.end is None:
-        expected = in_unit_range(judge.plain_images(pipe, call))
-    apart = float((pictures - expected).abs().max())
-    assert apart <= (0 if plan.end is None or oracle.own_prediction(pipe.scheduler) else 2e-6), (method, apart)
-    assert oracle.difference(gradient, exact) < bound, method
-    assert result.trained == plan.executed
-    assert result.replay_error == 0
+    return pictures, result, literal.detach(), oracle.difference(gradient, exact)
 
 
-def in_unit_range(pictures: torch.Tensor) -> torch.Tensor:
-    """A few pipelines leave the last line to their output as "np"."""
-    return (pictures / 2 + 0.5).clamp(0, 1) if float(pictures.min()) < 0 else pictures
+@contextlib.contextmanager
+def everywhere_double(pipe: Any, call: tiny.Call) -> Iterator[tuple[Any, tiny.Call]]:
+    """`tiny.double` for networks that turn much of what they are given into float32: that is float64 in the block."""
+    to = torch.Tensor.to
+
+    def wide(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return to(tensor, *args, **kwargs)
+
+    with tiny.double(pipe, call) as double, pytest.MonkeyPatch.context() as patch:
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.double()  # some refuse `to` for parts of them
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch.Tensor, "to", wide)
+        yield double
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()
+
+
+def pictures_as_numpy(pipe: Any, call: tiny.Call, *, seed: int = 0) -> torch.Tensor:
+    """What people see: a few pipelines leave the last line, x / 2 + 0.5, to their output as "np"."""
+    torch.manual_seed(seed)
+    return torch.as_tensor(pipe(**tiny.fresh(call), output_type="np")[0]).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
@@ -184,14 +219,19 @@ def check_lora(name: str, pipe: Any, call: tiny.Call) -> None:
 # Other schedulers -----------------------------------------------------------------------------------------------------
 
 
+def kind_of(scheduler: Any) -> str:
+    """flow: also schedulers of diffusion that are set to flow matching (Sana's DPM-Solver)."""
+    flows = scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "alphas_cumprod")
+    return "flow" if flows else "diffusion"
+
+
 def candidates(pipe: Any) -> list[str]:
-    kind = "diffusion" if hasattr(pipe.scheduler, "alphas_cumprod") else "flow"
-    return [name for name in OTHERS[kind] if name != type(pipe.scheduler).__name__]
+    return [name for name in OTHERS[kind_of(pipe.scheduler)] if name != type(pipe.scheduler).__name__]
 
 
-def exact_with(pipe: Any, call: tiny.Call, scheduler: str, bound: float) -> bool:
+def exact_with(pipe: Any, call: tiny.Call, scheduler: str) -> bool:
     """Whether the pipeline samples with this scheduler, and its gradient is then exact. AssertionError: it is not."""
-    kind, own = "diffusion" if hasattr(pipe.scheduler, "alphas_cumprod") else "flow", pipe.scheduler
+    kind, own = kind_of(pipe.scheduler), pipe.scheduler
     try:
         tiny.set_scheduler(pipe, scheduler, **OTHERS[kind][scheduler])
         try:
@@ -199,7 +239,7 @@ def exact_with(pipe: Any, call: tiny.Call, scheduler: str, bound: float) -> bool
         except Exception:  # each pipeline has its own way of refusing; the table leaves the scheduler out
             usable = False
         if usable:
-            check_gradient(pipe, call, "drtune", T=count_steps(pipe, **tiny.fresh(call)), bound=bound)
+            check_gradient(pipe, call, "drtune", T=count_steps(pipe, **tiny.fresh(call)))
         return usable
     except RewardTuneError:  # said aloud: no steps to count, or a gradient that is zero or not finite
         return False

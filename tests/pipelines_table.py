@@ -31,7 +31,7 @@ Each text-to-image pipeline of diffusers as a small one of random weights, with 
 
 - the opened pipeline gives the pictures of plain `pipe(...)`, bit for bit;
 - the gradient is that of Algorithm 1 by one autograd graph, within 1e-5 of its norm in float32: DRTune with its
-  early stop, nested DRaFT-3, ReFL (Kandinsky 5: 3e-4, and below 1e-14 in float64);
+  early stop, nested DRaFT-3, ReFL (of Sana 3e-5 and of Kandinsky 5 3e-4, which is rounding: 1e-12 in float64);
 - afterwards pipeline, networks and scheduler have the attributes they had, and give the same pictures;
 - the LoRA, saved and loaded into the same weights, gives the same pictures, and taken off again those of before.
 
@@ -49,7 +49,9 @@ input of the denoiser), none; with the arguments of the test. *calls*: of the de
 
 LEFT_OUT = """## Not in the table
 
-Classes that make a picture from a prompt and are not in the table:
+Classes that make a picture from a prompt and are not in the table. Not listed are pipelines that diffusers has
+deprecated, and those that begin with a picture
+([prompts](../prompts.md#pictures-with-the-prompts-controlnet-image-to-image)):
 
 | pipeline | why |
 |---|---|

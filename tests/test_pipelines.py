@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from typing import Any
 
 import contract
@@ -46,7 +47,7 @@ def as_json(row: contract.Row) -> dict:
 def test_contract_in_small(name: str) -> None:
     """One method and the LoRA's way; the whole row is compared by the slow test."""
     pipe, call = zoo.PIPELINES[name]()
-    contract.check_gradient(pipe, call, "drtune", T=count_steps(pipe, **tiny.fresh(call)), bound=contract.BOUND)
+    contract.check_gradient(pipe, call, "drtune", T=count_steps(pipe, **tiny.fresh(call)))
     contract.check_lora(name, pipe, call)
     assert TABLE[name]["status"] == "exact"
     assert TABLE[name]["denoiser"] == type(contract.denoiser_of(pipe)).__name__
@@ -69,23 +70,11 @@ def test_contract_of_every_pipeline(name: str) -> None:
     assert row == TABLE[name]
 
 
-def test_what_kandinsky_5_differs_by_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64 throughout: its transformer turns much of what it is given into float32, which is float64 here."""
-    to = torch.Tensor.to
-
-    def wide(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return to(tensor, *args, **kwargs)
-
-    pipe, call = zoo.PIPELINES["Kandinsky5T2IPipeline"]()
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch.Tensor, "to", wide)
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.double()
-    contract.check_gradient(pipe, call, "draft-3", T=count_steps(pipe, **tiny.fresh(call)), bound=1e-14)
+@pytest.mark.parametrize("name", contract.ROUNDED)
+def test_what_some_differ_by_is_rounding(name: str) -> None:
+    with contract.everywhere_double(*zoo.PIPELINES[name]()) as (pipe, call):
+        T = count_steps(pipe, **tiny.fresh(call))
+        assert contract.beside_the_oracle(pipe, call, judge.PLANS["draft-3"](T))[-1] < contract.DOUBLE
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -111,7 +100,7 @@ def test_the_contract_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(judge, "engine_gradient", without)
     with pytest.raises(AssertionError, match="half"):
-        contract.check_gradient(pipe, call, "half", T=T, bound=contract.BOUND)
+        contract.check_gradient(pipe, call, "half", T=T)
 
     def leaves_something(pipe, plan, call, **more):
         pipe.transformer.left_behind = True
@@ -164,7 +153,8 @@ def test_the_table_has_every_pipeline_and_the_page_is_made_of_it() -> None:
     assert sum(row["status"] == "exact" for row in TABLE.values()) >= 65
     made = pipelines_table.page(list(TABLE.values())).splitlines()
     there = pipelines_table.PAGE.read_text().splitlines()
-    assert [line for line in made if line.startswith("|")] == [line for line in there if line.startswith("|")]
+    differ = [pair for pair in zip(made, there, strict=True) if pair[0] != pair[1]]
+    assert all(re.search(r"torch \d+\.\d+", line) for pair in differ for line in pair), differ  # the versions may
 
 
 def test_ls_models_shows_it() -> None:
