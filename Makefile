@@ -18,7 +18,7 @@ demo: .venv/installed  ## Tune the playground pipeline on the CPU; leaves a befo
 test: .venv/installed  ## The quick tests
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv/installed  ## The long checks: training over several seeds, full grids
+test-slow: .venv/docs  ## The long checks: training over several seeds, full grids, the documentation site
 	$(PYTEST) -m slow
 
 lint: .venv/installed  ## Format, lint and type check

@@ -1,4 +1,6 @@
-"""What four ways to a faster update could bring at most: `python benchmarks/trials.py` (docs/results/trials.md).
+"""What five ways to a faster update bring, or could bring at most: `python benchmarks/trials.py`.
+
+Writes docs/results/trials.md.
 
 1. The K trained calls in one replay: K calls forward and backward in turn, against one call of all their rows with a
    vector of timesteps. Where inputs are detached the calls are independent, so the gradient is the same. It takes the
@@ -9,6 +11,7 @@
    those of the parts, timed in the same run. Nothing is trained.
 3. Decode and reward: their share of an update, and what less work there could bring at most.
 4. bfloat16 autocast.
+5. Whole updates with what can be switched on: `method.conditional_only`, `recompute: false`, `channels_last`.
 
 Figures are ratios of one run. The engine is not touched, so gains are bounds: what it would have to record, compare and
 add up comes on top.
@@ -20,12 +23,13 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from step import SIZES, in_turns, parts, prepare, random_stable_diffusion
+from step import SIZES, call_of, equally_spaced, in_turns, parts, prepare, random_stable_diffusion
+from step import step as an_update
 from torch import Tensor, nn
 
 from rewardtune import add_lora, playground, rewards
@@ -447,6 +451,30 @@ def decoding(name: str, pipe: Any, judge: Any, *, repeats: int) -> str:
     return row
 
 
+# Whole updates ------------------------------------------------------------------------------------------------------
+
+
+def switched_on(*, repeats: int) -> list[str]:
+    """An update of four pictures as it is, over the same one with something switched on, for few and for all steps."""
+    pipe, other = (prepare(playground.pipeline(), "cpu") for _ in range(2))
+    other.unet.to(memory_format=torch.channels_last)
+    call, rows = call_of(4, T), []
+    for trained in (K, T):
+        plan = equally_spaced(T, trained)
+        one_branch = replace(plan, conditional_only=True)
+        runs: dict[str, Callable[[], Any]] = {
+            "as it is": lambda plan=plan: an_update(pipe, plan, call),
+            "conditional_only": lambda plan=one_branch: an_update(pipe, plan, call),
+            "graphs kept": lambda plan=plan: an_update(pipe, plan, call, recompute=False),
+            "channels_last": lambda plan=plan: an_update(other, plan, call),
+        }
+        found = in_turns(runs, repeats)
+        each = [ratio(*middle(found, lambda s, name=name: s["as it is"] / s[name])) for name in list(runs)[1:]]
+        rows.append(f"| {trained} | " + " | ".join(each) + " |")
+        print(rows[-1], flush=True)
+    return rows
+
+
 # The page -------------------------------------------------------------------------------------------------------------
 
 PAGE = """# Trials: what could make an update faster
@@ -506,6 +534,16 @@ float32 / bfloat16 autocast, four pictures: below 1 is slower.
 | network | forward | forward and backward |
 |-|-|-|
 {halves}
+
+## What can be switched on
+
+A whole update of the playground (T = {T}, four pictures, symmetry, all steps executed) as it is, over the same one
+with the unconditional branch's gradient left out (`method.conditional_only`, which is another gradient), with the
+graphs kept (`memory.recompute: false`), and with the UNet in `channels_last`.
+
+| K | conditional_only | graphs kept | channels_last |
+|-|-|-|-|
+{switched}
 """
 
 
@@ -531,13 +569,14 @@ def main() -> None:
         decoding("playground, symmetry", base, symmetry, repeats=asked.repeats),
         decoding("random SD 32-64 (AutoencoderKL), symmetry", other, symmetry, repeats=asked.repeats),
     ]
+    switched = switched_on(repeats=asked.repeats)
     shares, gains = several_stops(pictures=asked.pictures, batch=asked.batch, repeats=asked.repeats)
     page = PAGE.format(
         settings=f"--pictures {asked.pictures} --batch {asked.batch} --repeats {asked.repeats}",
         machine=f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}",
         T=T, K=K, M=M, guidance=GUIDANCE, evaluations=EVALUATIONS, pictures=asked.pictures, batch=asked.batch,
         replays="\n".join(replays), shares="\n".join(shares), gains="\n".join(gains),
-        decodes="\n".join(decodes), halves="\n".join(halves),
+        decodes="\n".join(decodes), halves="\n".join(halves), switched="\n".join(switched),
     )  # fmt: skip
     asked.output.write_text(page)
     print(f"written: {asked.output}")

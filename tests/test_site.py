@@ -14,6 +14,9 @@ from pathlib import Path
 import browser
 import pytest
 
+import rewardtune
+from rewardtune import rewards
+
 ROOT = Path(__file__).parent.parent
 LOADS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "video": "src", "use": "href"}
 NO_NETWORK = """
@@ -68,7 +71,9 @@ def test_formulas_and_docstrings_are_rendered(site: Path):
     assert mathematics.count("<math") > 50
     assert "arithmatex" not in mathematics
     reference = (site / "api.html").read_text(encoding="utf-8")
-    for name in ("RewardTuner", "drtune", "rollout", "add_lora", "check_reward"):
+    names = {*rewardtune.__all__, *rewards.__all__} - {"BUILTIN", "methods", "playground", "rewards"}
+    made = {name: getattr(rewards, name).__name__ for name in rewards.__all__ if name != "BUILTIN"}  # hinge is Hinge
+    for name in (*(made.get(name, name) for name in names), "drtune"):
         assert re.search(rf'id="rewardtune\.[\w.]*{name}"', reference), name
     assert ":::" not in reference
 
