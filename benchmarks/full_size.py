@@ -77,7 +77,9 @@ def save_pipeline(name: str, folder: Path, dtype: torch.dtype) -> None:
         up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=8 * int(BY_NAME[name].config["sample_size"]),
     ).to(dtype)
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
     parts: dict[str, Any] = {"unet": network(name, dtype), "vae": vae, "tokenizer": tokenizer, "scheduler": scheduler}
     parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**CLIP_L, **special, projection_dim=768)).to(dtype)
     if name == "SDXL":
