@@ -110,7 +110,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "# What a late method reaches through steps that it never trained",
         "",
         f"`python benchmarks/sharing.py`: runs of Table 1 on symmetry (less is more symmetric), T = {SETTING.T}, tuned",
-        f"again; {rows[0]['count']} held-out prompts with fixed noise, sampled by the tuned network at all steps, at the",
+        f"again; {rows[0]['count']} held-out prompts, fixed noise, sampled by the tuned network at all steps, at the",
         "last n alone (the base model before them), and at all but the last n (the base model after them). DRaFT-LV",
         "trains the last step, ReFL-10 and DRaFT-10 the last four; DRTune, which trains steps of the whole chain, for",
         "comparison. ± standard deviation over seeds; the changes, paired by seed, with Student's 95 % interval.",
