@@ -7,16 +7,13 @@ first seed. About two minutes a run and core; a run whose row already stands in 
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from stored import refuse_other
+from stored import completed
 
 from rewardtune.stats import mean_interval
 
@@ -137,18 +134,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=48, help="held-out prompts")
     asked = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
-    rows = json.loads(STORED.read_text()) if STORED.exists() else []
-    for row in rows:
-        refuse_other(row, **settings_of(row["reward"], count=asked.count))
-    done = {(row["reward"], row["seed"]) for row in rows}
-    jobs = [(name, seed) for seed in asked.seeds for name in asked.rewards if (name, seed) not in done]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(tune, name, seed, count=asked.count) for name, seed in jobs]
-        for run in runs:
-            rows.append(run.result())
-            STORED.write_text(json.dumps(rows, indent=1) + "\n")
-            print(rows[-1], flush=True)
+    rows = completed(
+        STORED,
+        tune,
+        key="reward",
+        names=asked.rewards,
+        seeds=asked.seeds,
+        made_with=lambda name: settings_of(name, count=asked.count),
+        count=asked.count,
+    )
     text = report(rows)
     (RESULTS / "raise_rewards.md").write_text(text)
     print(text)

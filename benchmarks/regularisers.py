@@ -10,19 +10,15 @@ The loop here is the plain one of a researcher, not the trainer: rollout, reward
 """
 
 import argparse
-import json
-import os
 import random
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from stored import refuse_other
+from stored import completed
 
 RESULTS = Path("docs/results")
 STORED = RESULTS / "regularisers.json"
@@ -186,8 +182,9 @@ def curve(rows: list[dict[str, Any]]) -> str:
             )
             colour = colours[list(SETTINGS).index(row["setting"]) % len(colours)]
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    for k, name in enumerate(SETTINGS):
-        colour = colours[k % len(colours)]
+    run = {row["setting"] for row in rows}
+    for k, name in enumerate(name for name in SETTINGS if name in run):
+        colour = colours[list(SETTINGS).index(name) % len(colours)]
         parts.append(f'<text x="{gap + 120 * k}" y="{height + 64}" fill="{colour}">{name}</text>')
     total = 2 * (width + gap) + gap
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height + 80}" font-family="sans-serif" '
@@ -219,24 +216,20 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=48)
     parser.add_argument("--every", type=int, default=8, help="updates between two evaluations")
     parser.add_argument("--count", type=int, default=48, help="held-out prompts")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, help="default: one a core")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON, the table and the curve")
     asked = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
-    stored = asked.results / STORED.name
-    rows = json.loads(stored.read_text()) if stored.exists() else []
     given = {"updates": asked.updates, "every": asked.every, "count": asked.count}
-    for row in rows:
-        refuse_other(row, **given, lr=LR)
-    done = {(row["setting"], row["seed"]) for row in rows}
-    jobs = [(name, seed) for seed in asked.seeds for name in asked.settings if (name, seed) not in done]
-    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
-        for run in [pool.submit(tune, name, seed, **given) for name, seed in jobs]:
-            rows.append(run.result())
-            part = stored.with_suffix(".tmp")
-            part.write_text(json.dumps(rows, indent=1) + "\n")
-            part.replace(stored)
-            print(rows[-1], flush=True)
+    rows = completed(
+        asked.results / STORED.name,
+        tune,
+        key="setting",
+        names=asked.settings,
+        seeds=asked.seeds,
+        made_with=lambda _: {**given, "lr": LR},
+        processes=asked.processes,
+        **given,
+    )
     (asked.results / "regularisers.svg").write_text(curve(rows))
     text = report(rows)
     (asked.results / "regularisers.md").write_text(text)

@@ -11,18 +11,14 @@ four minutes a run and core.
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from stored import refuse_other
+from stored import completed
 
 from rewardtune.bench.setting import setting_of
 from rewardtune.mixing import Mix
@@ -127,23 +123,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(LATE), default=list(LATE))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=128, help="held-out prompts")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, help="default: one a core")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page and its JSON")
     asked = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core
-    stored = asked.results / "sharing.json"
-    rows = json.loads(stored.read_text()) if stored.exists() else []
-    for row in rows:
-        refuse_other(row, count=asked.count)
-    done = {(row["run"], row["seed"]) for row in rows}
-    jobs = [(method, seed) for seed in asked.seeds for method in asked.methods if (method, seed) not in done]
-    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
-        for run in [pool.submit(tune, method, seed, count=asked.count) for method, seed in jobs]:
-            rows.append(run.result())
-            part = stored.with_suffix(".tmp")
-            part.write_text(json.dumps(rows, indent=1) + "\n")
-            part.replace(stored)
-            print(rows[-1], flush=True)
+    rows = completed(
+        asked.results / "sharing.json",
+        tune,
+        key="run",
+        names=asked.methods,
+        seeds=asked.seeds,
+        made_with=lambda _: {"count": asked.count},
+        processes=asked.processes,
+        count=asked.count,
+    )
     text = report(rows)
     (asked.results / "sharing.md").write_text(text)
     print(text)
