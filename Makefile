@@ -41,6 +41,7 @@ bench: .venv/installed  ## Speed over the floor, memory against K, two processes
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/reward_hacking.py
 	$(BIN)/python benchmarks/regularisers.py
+	$(BIN)/python benchmarks/sharing.py
 
 bench-trl: .venv/installed build/trl/installed  ## The same updates by TRL 0.19's AlignPropTrainer, in an environment of its own
 	$(BIN)/python benchmarks/against_trl.py
