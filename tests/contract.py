@@ -9,6 +9,7 @@ into the same weights gives the same pictures. Other schedulers are tried by DRT
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import judge
+import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
 import zoo
+from PIL import Image
 
 from rewardtune import adapters
 from rewardtune.engine import count_steps, find_denoiser, preflight
@@ -247,6 +250,48 @@ def exact_with(pipe: Any, call: tiny.Call, scheduler: str) -> bool:
         pipe.scheduler = own
 
 
+# Pipelines that begin with a picture ----------------------------------------------------------------------------------
+
+#: Image-to-image classes, and the class of the zoo that has the same networks.
+IMG2IMG = {
+    f"{family}Img2ImgPipeline": f"{family}Pipeline"
+    for family in (
+        "StableDiffusion",
+        "StableDiffusionPAG",
+        "StableDiffusionControlNet",
+        "StableDiffusionXL",
+        "StableDiffusionXLPAG",
+        "StableDiffusionXLControlNet",
+        "StableDiffusion3",
+        "Flux",
+        "FluxControlNet",
+        "LatentConsistencyModel",
+        "Kolors",
+        "QwenImage",
+        "ZImage",
+        "IF",
+    )
+}
+
+
+def image_to_image(name: str) -> tuple[Any, tiny.Call]:
+    """The pipeline with a picture for each prompt, half of eight steps."""
+    import diffusers
+
+    base, call = zoo.PIPELINES[IMG2IMG[name]]()
+    kind = getattr(diffusers, name)
+    takes, asks = (inspect.signature(of).parameters for of in (kind.__init__, kind.__call__))
+    parts = {key: value for key, value in base.components.items() if key in takes}
+    parts |= {key: False for key in ("requires_safety_checker", "add_watermarker") if key in takes}
+    height, width = judge.plain_images(base, call).shape[-2:]
+    count = len(call["prompt"]) if isinstance(call["prompt"], list) else 1
+    draw = np.random.default_rng(0).integers
+    pictures = [Image.fromarray(draw(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(count)]
+    given = {key: value for key, value in call.items() if key in asks and key not in ("sigmas", "timesteps")}
+    beside = {key: pictures for key in ("image", "control_image") if key in asks}
+    return tiny.quiet(kind(**parts)), {**given, **beside, "num_inference_steps": 8, "strength": 0.5}
+
+
 # What is left out -----------------------------------------------------------------------------------------------------
 
 #: Pipelines of diffusers that are no text-to-image pipelines, by name or by the file that has them (first that fits).
@@ -254,7 +299,7 @@ NOT_TEXT_TO_IMAGE: dict[str, str] = {
     r"/deprecated/|^AltDiffusion|^VersatileDiffusion|^UniDiffuser": "deprecated in diffusers",
     r"Modular|^DiffusionPipeline$": "modular or abstract: no single call whose networks and scheduler can be held",
     r"Onnx": "no torch graph",
-    r"Img2Img|Depth2Img|Kandinsky5I2I|^LEdits|Emb2Emb": "starts from a picture: tests/test_conditions.py",
+    r"Img2Img|Depth2Img|Kandinsky5I2I|^LEdits|Emb2Emb": "starts from a picture: IMG2IMG below, and the preflight",
     r"Inpaint|Fill|RePaint|PaintByExample": "fills a hole of a given picture",
     r"Edit|Pix2Pix|Layered|VisualCloze|Redux|ImageVariation|DualGuided": "edits or varies a given picture",
     r"Upscale|SuperResolution|Upsample|Refiner|Kandinsky6SR": "enlarges or refines a given picture",

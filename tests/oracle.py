@@ -177,7 +177,8 @@ def x0_formula(scheduler: Any, i: int, timestep: Tensor, x: Tensor, F: Tensor) -
     """
     kind = scheduler.config.get("prediction_type", "flow_prediction")
     if hasattr(scheduler, "sigmas"):
-        sigma = scheduler.sigmas[i].to(x.device)  # in the precision of the scheduler's own tables
+        first = getattr(scheduler, "begin_index", None) or 0  # image-to-image begins there
+        sigma = scheduler.sigmas[first + i].to(x.device)  # in the precision of the scheduler's own tables
         if kind == "flow_prediction":
             return x - sigma * F
         alpha = 1 / (1 + sigma**2) ** 0.5

@@ -47,11 +47,17 @@ input of the denoiser), none; with the arguments of the test. *calls*: of the de
 {versions}.
 """
 
+PICTURES = """## Beginning with a picture
+
+Image-to-image classes ([prompts](../prompts.md#pictures-with-the-prompts-controlnet-image-to-image)), with half of the
+steps: pictures, gradients and what is left behind are put to the same contract by `tests/test_pipelines.py`, and hold for
+{names}.
+"""
+
 LEFT_OUT = """## Not in the table
 
 Classes that make a picture from a prompt and are not in the table. Not listed are pipelines that diffusers has
-deprecated, and those that begin with a picture
-([prompts](../prompts.md#pictures-with-the-prompts-controlnet-image-to-image)):
+deprecated:
 
 | pipeline | why |
 |---|---|
@@ -96,7 +102,8 @@ def page(rows: list[dict]) -> str:
     head = HEADER.format(**counts, others=others, versions=oracle_table.versions())
     parts = [head, "## Exact\n", "\n".join(lines), "\n## Refused\n", "| pipeline | reason |\n|---|---|"]
     left = "\n".join(f"| {short(name)} | {why} |" for name, why in contract.LEFT_OUT.items())
-    return "\n".join([*parts, *refused, "", LEFT_OUT + left]) + "\n"
+    pictures = PICTURES.format(names=", ".join(map(short, contract.IMG2IMG)))
+    return "\n".join([*parts, *refused, "", pictures, LEFT_OUT + left]) + "\n"
 
 
 def short(name: str) -> str:

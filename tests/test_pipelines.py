@@ -70,6 +70,18 @@ def test_contract_of_every_pipeline(name: str) -> None:
     assert row == TABLE[name]
 
 
+@pytest.mark.parametrize(
+    "name", [name if "3" in name else pytest.param(name, marks=pytest.mark.slow) for name in contract.IMG2IMG]
+)
+def test_chains_that_begin_with_a_picture(name: str) -> None:
+    pipe, call = contract.image_to_image(name)
+    T = preflight(pipe, **tiny.fresh(call)).T
+    assert T in (4, 8)  # LCM makes all that it is asked for
+    for method in contract.METHODS:
+        contract.check_gradient(pipe, call, method, T=T)
+    contract.check_left_as_it_was(pipe, call, T=T)
+
+
 @pytest.mark.parametrize("name", contract.ROUNDED)
 def test_what_some_differ_by_is_rounding(name: str) -> None:
     with contract.everywhere_double(*zoo.PIPELINES[name]()) as (pipe, call):
