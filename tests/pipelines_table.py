@@ -50,7 +50,7 @@ input of the denoiser), none; with the arguments of the test. *calls*: of the de
 PICTURES = """## Beginning with a picture
 
 Image-to-image classes ([prompts](../prompts.md#pictures-with-the-prompts-controlnet-image-to-image)), with half of the
-steps: pictures, gradients and what is left behind are put to the same contract by `tests/test_pipelines.py`, and hold for
+steps: pictures, gradients and what is left behind hold, by the same contract in `tests/test_pipelines.py`, for
 {names}.
 """
 
