@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -143,7 +144,8 @@ def page(rows: Sequence[dict[str, Any]], command: str) -> str:
     lines = [
         "# Published networks at their own size",
         "",
-        f"`{command}` on {machine}, torch {torch.__version__.split('+')[0]}: DRTune on random weights, one picture,",
+        f"`{command}` on",
+        f"{machine}, torch {torch.__version__.split('+')[0]}: DRTune on random weights, one picture,",
         "all T steps executed, a reward of pixels; everything else as the presets sd15-drtune (512 x 512) and",
         f"sdxl-fdxl (1024 x 1024) have it, gradient checkpointing included. Memory is what was {memory}.",
         "",
@@ -184,7 +186,8 @@ def main() -> None:
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
                 print(rows[-1], flush=True)
-    text = page(rows, "python benchmarks/full_size.py " + " ".join(repr(w) if " " in w else w for w in sys.argv[1:]))
+    words = [word for word in sys.argv[1:] if word not in ("--output", str(asked.output))]
+    text = page(rows, " ".join(["python benchmarks/full_size.py", *map(shlex.quote, words)]))
     asked.output.write_text(text)
     print(text)
 
