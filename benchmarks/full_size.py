@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--K", type=int, nargs="+", help="default: 1, 3, 5, 10 and T")
     parser.add_argument("--steps", type=int, help="T; default: the preset's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the preset's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more changes of the presets")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more changes of the presets")
     parser.add_argument("--output", type=Path, default=Path("docs/results/full_size.md"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # name, folder, K
     asked = parser.parse_args()

@@ -21,6 +21,7 @@ from typing import Any
 from stored import completed
 
 from rewardtune.bench.setting import setting_of
+from rewardtune.bench.work import Work
 from rewardtune.mixing import Mix
 from rewardtune.stats import mean_interval
 
@@ -40,6 +41,14 @@ class Early(Mix):
         return 1 - super().base_weight(i, T)
 
 
+def rate(method: str) -> float:
+    """The learning rate that Table 1 chose."""
+    lr = Work(setting=SETTING, folder=ROWS).lr(method, REWARD)
+    if lr is None:
+        raise SystemExit(f"no learning rate of {method}: run rewardtune bench table1 --reward {REWARD} first")
+    return lr
+
+
 def tune(method: str, seed: int, *, count: int) -> dict[str, Any]:
     """One run of Table 1 again; means over `count` prompts, sampled in each of the WAYS."""
     import torch
@@ -47,17 +56,13 @@ def tune(method: str, seed: int, *, count: int) -> dict[str, Any]:
     from rewardtune import evaluate, launch
     from rewardtune.bench.cells import final_prompts, law_of, open_cell
     from rewardtune.bench.cost import updates_within
-    from rewardtune.bench.work import Work
     from rewardtune.gradient import derive_seed
     from rewardtune.mixing import mixed
 
     torch.set_num_threads(1)
-    work = Work(setting=SETTING, folder=ROWS)
-    lr = work.lr(method, REWARD)
-    if lr is None:
-        raise SystemExit(f"no learning rate of {method}: run rewardtune bench table1 --reward {REWARD} first")
     assert SETTING.cost is not None
-    cell, T = work.cell(method, REWARD, seed, lr=lr), SETTING.T
+    lr, T = rate(method), SETTING.T
+    cell = Work(setting=SETTING, folder=ROWS).cell(method, REWARD, seed, lr=lr)
     updates = updates_within(cell.budget, law_of(cell), T, seed=seed, batch=SETTING.batch, cost=SETTING.cost)
     prompts = final_prompts(SETTING, cell)[:count]
     seeds = [derive_seed("bench", "final", index) for index in range(count)]
@@ -132,7 +137,7 @@ def main() -> None:
         key="run",
         names=asked.methods,
         seeds=asked.seeds,
-        made_with=lambda _: {"count": asked.count},
+        made_with=lambda name: {"count": asked.count, "n": LATE[name], "lr": rate(name)},
         processes=asked.processes,
         count=asked.count,
     )

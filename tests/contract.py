@@ -299,7 +299,7 @@ NOT_TEXT_TO_IMAGE: dict[str, str] = {
     r"/deprecated/|^AltDiffusion|^VersatileDiffusion|^UniDiffuser": "deprecated in diffusers",
     r"Modular|^DiffusionPipeline$": "modular or abstract: no single call whose networks and scheduler can be held",
     r"Onnx": "no torch graph",
-    r"Img2Img|Depth2Img|Kandinsky5I2I|^LEdits|Emb2Emb": "starts from a picture: IMG2IMG below, and the preflight",
+    r"Img2Img|Depth2Img|Kandinsky5I2I|^LEdits|Emb2Emb": "starts from a picture: IMG2IMG above",
     r"Inpaint|Fill|RePaint|PaintByExample": "fills a hole of a given picture",
     r"Edit|Pix2Pix|Layered|VisualCloze|Redux|ImageVariation|DualGuided": "edits or varies a given picture",
     r"Upscale|SuperResolution|Upsample|Refiner|Kandinsky6SR": "enlarges or refines a given picture",

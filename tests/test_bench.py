@@ -144,6 +144,7 @@ def test_symmetry_is_read_where_clipscore_crosses_the_level():
     assert table1.at_level(trace, 0.91, "symmetry", "clipscore") == pytest.approx(0.3)
     assert table1.at_equal({"trace": trace}, 0.91) == pytest.approx(0.3)
     assert table1.at_equal({"trace": trace}, 1.0) is None  # the untuned look alone: not what a run reached
+    assert math.isnan(table1.at_equal({"trace": trace, "broke": "step 9: NaN"}, 0.91))
     assert table1.at_equal({"trace": trace}, 0.5) == 0.2  # never crossed: the best look
     assert table1.at_time(trace, 75.0, "symmetry") == pytest.approx(0.3)
     assert table1.at_time(trace, 500.0, "symmetry") == 0.2

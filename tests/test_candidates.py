@@ -157,6 +157,8 @@ def test_one_base_model_for_all(run, model, tmp_path):
     (tmp_path / "b" / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"has model.quantize: None and .*b model.quantize: nf4; .*--model"):
         candidates([str(run), str(tmp_path / "b")])
+    both = candidates([str(run), str(tmp_path / "b")], model=str(model))  # as the error says
+    assert [one.settings.model.quantize for one in both] == [None, None]
     with pytest.raises(ConfigError, match=r"given twice"):
         candidates([str(run), str(run)])
 

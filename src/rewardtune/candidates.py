@@ -220,9 +220,10 @@ def _check_one_base(found: Sequence[Candidate]) -> None:
         for name in ("variant", "config", "quantize"):
             a, b = getattr(one, name), getattr(other, name)
             if a != b:
+                cure = f" (--model {one.id} takes it unquantised for all)" if name == "quantize" else ""
                 raise ConfigError(
                     f"{found[0].spec} has model.{name}: {a} and {candidate.spec} model.{name}: {b}; candidates of one "
-                    f"comparison share their base model (--model {one.id} takes it in full for all)"
+                    f"comparison share their base model{cure}"
                 )
 
 

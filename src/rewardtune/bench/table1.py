@@ -158,8 +158,11 @@ def at_level(trace: Sequence[dict[str, Any]], level: float, measure: str, by: st
 def at_equal(row: dict[str, Any], share: float) -> float | None:
     """The best symmetry of the looks that keep `share` of the untuned CLIPScore, crossings between looks included.
 
-    None where no look after the untuned model's keeps it, which by itself says nothing of training.
+    None where no look after the untuned model's keeps it, which by itself says nothing of training; NaN of a run that
+    broke down.
     """
+    if "broke" in row:
+        return math.nan
     trace = row["trace"]
     level = share * trace[0]["scores"]["clipscore"]
     kept = [look["scores"]["symmetry"] for look in trace[1:] if look["scores"]["clipscore"] >= level]
