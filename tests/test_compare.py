@@ -1,9 +1,11 @@
 """`eval` and `compare` against what can be recomputed from the pictures on disk, and what they refuse."""
 
+import errno
 import json
 import math
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from rewardtune.compare import compare_candidates, evaluate_candidates, folder_n
 from rewardtune.config import Model, Part, load_config
 from rewardtune.pictures import open_image
 from rewardtune.prompts import with_categories
-from rewardtune.runfolder import LORA_FILE, RunFolder
+from rewardtune.runfolder import LORA_FILE, RunFolder, cannot_write
 from rewardtune.stats import paired_difference, win_rate
+from rewardtune.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +280,21 @@ def test_overwriting_a_run_removes_its_results(tmp_path):
         (tmp_path / name).write_text("{}")
     RunFolder(tmp_path, overwrite=True).open()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json"]
+
+
+def test_a_name_that_is_too_long_is_said(tmp_path):
+    """The error asks whether a file is in the way of the folders, which for such a name is an error of its own."""
+    path = tmp_path / ("a" * 300) / "b" / "000.png"
+    said = str(cannot_write(path, OSError(errno.ENAMETOOLONG, "File name too long")))
+    assert "File name too long" in said
+    assert "Choose a shorter name" in said
+
+
+def test_the_first_pictures_come_back_in_the_order_of_the_prompts(tmp_path):
+    """Beyond 1,000 of them, too: 101.png, 1000.png."""
+    folder = tmp_path / "samples" / "step-000000"
+    folder.mkdir(parents=True)
+    for number in (1000, 101, 9, 999):
+        (folder / f"{number:03d}.png").touch()
+    watch = SimpleNamespace(folder=SimpleNamespace(path=tmp_path))
+    assert [path.stem for path in Watch._first_pictures(watch)] == ["009", "101", "999", "1000"]
