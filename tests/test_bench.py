@@ -150,6 +150,18 @@ def test_symmetry_is_read_where_clipscore_crosses_the_level():
     assert table1.at_time(trace, 500.0, "symmetry") == 0.2
 
 
+def test_processor_time_is_compared_seed_by_seed_and_without_broken_runs():
+    ours = {0: {"cpu_seconds": 30.0}, 1: {"cpu_seconds": 2.0, "broke": "NaN"}, 2: {"cpu_seconds": 9.0}}
+    drtune = {0: {"cpu_seconds": 20.0}, 1: {"cpu_seconds": 10.0}, 3: {"cpu_seconds": 7.0}}
+    assert table1._times(ours, drtune) == [1.5]
+    tables = {"symmetry": {method: {} for method in METHODS}}
+    whole = {"updates": 1, "evaluations": 8, "seconds": 1.0}
+    tables["symmetry"] |= {"DRTune": {0: whole | drtune[0]}, "ReFL-10": {0: whole | ours[0]}}
+    told = {line[0]: line[-1] for line in table1._bought(tables)}
+    assert [told[name].split()[0] for name in ("ReFL-10", "DRTune")] == ["1.5", "1"]
+    assert told["DRaFT-LV"] == "not run"
+
+
 def row(cell, native, value, moved=None):
     trace = [look(0, 0.5, 1.0), look(100, 0.4, 0.97)]
     scores = {native: [value, 0.01], "reward": [value, 0.01], "symmetry": [0.4, 0.01], "clipscore": [0.9, 0.01]}

@@ -20,6 +20,12 @@ from .setting import METHODS, PAPER, Setting
 from .work import Work
 
 LEVELS = (1.0, 0.98, 0.95)  # of the untuned CLIPScore, at which symmetry is compared
+COLUMNS = {
+    "updates": "updates",
+    "evaluations": "evaluations",
+    "processor seconds": "cpu_seconds",
+    "wall seconds": "seconds",
+}
 
 
 def base_cell(work: Work, reward: str) -> Cell:
@@ -114,10 +120,12 @@ def report(work: Work) -> str:
         "",
         "## What the budget bought",
         "",
-        markdown_table(["method", "updates", "evaluations", "processor seconds", "wall seconds"], _bought(tables)),
+        markdown_table(["method", *COLUMNS, "processor time over DRTune's"], _bought(tables)),
         "",
-        "Runs share the machine, so wall seconds are no measure here; processor seconds are less disturbed. At the",
-        "processor time of the quickest method (interpolated between looks, on their prompts; seeds that all have):",
+        "Runs share the machine, so wall seconds are no measure here; processor seconds are less disturbed, but",
+        "rewards may have been run on machines of different speed: the last column is paired by reward and seed. At",
+        "the processor time of the quickest method, interpolated between looks, on their prompts (seeds that all",
+        "have):",
         "",
         markdown_table(["method", *(_head(s, r) for r in rewards)], _equal_time(s, rewards, tables)),
         "",
@@ -232,9 +240,16 @@ def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[lis
     body = []
     for method in METHODS:
         runs = [row for table in tables.values() for row in table[method].values()]
-        names = ("updates", "evaluations", "cpu_seconds", "seconds")
-        body.append([method, *(spread([float(row[name]) for row in runs]) for name in names)])
+        columns = [spread([float(row[name]) for row in runs]) for name in COLUMNS.values()]
+        times = [time for table in tables.values() for time in _times(table[method], table["DRTune"])]
+        body.append([method, *columns, spread(times)])
     return body
+
+
+def _times(ours: dict[int, dict[str, Any]], drtune: dict[int, dict[str, Any]]) -> list[float]:
+    """Processor time over DRTune's, seed by seed; without runs that broke down, which did less."""
+    pairs = [(ours[seed], drtune[seed]) for seed in sorted(ours.keys() & drtune.keys())]
+    return [a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs if "broke" not in {**a, **b}]
 
 
 def _equal_time(setting: Setting, rewards: Sequence[str], tables: dict[str, Any]) -> list[list[str]]:
