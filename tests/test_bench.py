@@ -160,6 +160,8 @@ def test_processor_time_is_compared_seed_by_seed_and_without_broken_runs():
     told = {line[0]: line[-1] for line in table1._bought(tables)}
     assert [told[name].split()[0] for name in ("ReFL-10", "DRTune")] == ["1.5", "1"]
     assert told["DRaFT-LV"] == "not run"
+    tables["symmetry"]["DRTune"] = {}
+    assert {line[0]: line[-1] for line in table1._bought(tables)}["ReFL-10"] == "–"  # it was run
 
 
 def row(cell, native, value, moved=None):
@@ -440,6 +442,24 @@ def test_a_plot_is_drawn(tmp_path):
     path = plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert plots._mean(found["a"]) == [(0, 1.25), (1.05, 2.25)]
+
+
+def test_a_plot_has_a_panel_for_each_heading_and_a_log_axis_for_decades(tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    drawn = []
+    saved = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), saved(self, *a, **k)))
+    found = {"a": [[(0, 1), (1, 0.05)]], "b": [[(0, 1), (1, 0.5)]], "c": [[(0, 1), (1, -0.5)], [(0, 1), (1, -0.6)]]}
+    panels = {"a": "first", "b": "second", "c": "second"}
+    plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t", panels=panels)
+    first, second = drawn[0].axes
+    assert [axes.get_title() for axes in (first, second)] == ["first", "second"]
+    assert first.get_yscale() == "log"  # 1 to 0.05
+    assert second.get_yscale() == "linear"
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["b (1 of 2 seeds)", "c"]
+    faint = [line for line in second.lines if line.get_alpha() == 0.3]
+    assert len(faint) == 3  # one a seed
 
 
 @pytest.fixture(scope="module")

@@ -570,7 +570,7 @@ def to_json(document: Mapping[str, Any]) -> str:
     return json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-LONGEST = 100  # bytes of a file's or a folder's name; systems allow 255
+LONGEST = 100  # bytes of a file's or a folder's name that is kept whole; systems allow 255
 
 
 def slug(label: str) -> str:

@@ -32,13 +32,17 @@ MOST_OF = 0.75  # of the iterations: below it "about half" holds, above it it fa
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One line of a figure. x: its place on the axis, where there is one; options: of the method, if not its own."""
+    """One line of a figure. x: its place on the axis, where there is one; options: of the method, if not its own.
+
+    panel: of the plot, where it has several.
+    """
 
     label: str
     method: str
     T: int | None = None
     x: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    panel: str = ""
 
 
 Told = Callable[["Ablation", Work, Rows], list[Claim]]
@@ -198,7 +202,7 @@ FIG6 = Ablation(
     name="fig6",
     title="Stop-gradient and early stop for DRaFT-T and AlignProp (Fig. 6)",
     variants=tuple(
-        Variant(label=f"{method}{more}", method=f"{method}{more}")
+        Variant(label=f"{method}{more}", method=f"{method}{more}", panel=method)
         for method in ("DRaFT-T", "AlignProp")
         for more in ("", " + sg", " + stop", " + sg + stop")
     ),
@@ -308,11 +312,16 @@ def picture(a: Ablation, work: Work) -> Path | None:
     if not any(a.rows(work, rows, v) for v in a.variants):
         return None
     if a.axis is None:
-        for label, runs in shared_seeds({v.label: a.rows(work, rows, v) for v in a.variants}).items():
+        panels = {}
+        of = shared_seeds({v.label: a.rows(work, rows, v) for v in a.variants})
+        for v in a.variants:
+            label = f"{v.label}, lr {_rate(work, v, a.reward)}"
+            panels[label] = v.panel
             found[label] = [
-                [(look["evaluations"], look["scores"][native]) for look in row["trace"]] for row in runs.values()
+                [(look["evaluations"], look["scores"][native]) for look in row["trace"]] for row in of[v.label].values()
             ]
-        return plots.lines(found, path, x="denoiser evaluations", y=f"{told}, {s.looked} pictures", title=a.title)
+        y = f"{told}, {s.looked} pictures"
+        return plots.lines(found, path, x="denoiser evaluations", y=y, title=a.title, panels=panels)
     for T in dict.fromkeys(v.T for v in a.variants):
         of_T = [(v.x or 0.0, a.rows(work, rows, v)) for v in a.variants if v.T == T]
         found[f"T = {T}"] = [

@@ -30,16 +30,44 @@ def lines(
     x: str,
     y: str,
     title: str,
-    log: bool = False,
+    log: bool | None = None,
+    panels: Mapping[str, str] | None = None,
 ) -> Path:
-    """found: label -> one list of (x, y) for each seed. A mean over fewer seeds than the others' says so."""
+    """found: label -> one list of (x, y) for each seed. A mean over fewer seeds than the others' says so.
+
+    log: the y axis; None: where all is above 0 and spans more than a decade. panels: label -> heading of the panel that
+    it is drawn in, side by side, each with its own y axis; None: one panel.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    headings = list(dict.fromkeys((panels or {}).values())) or [""]
+    figure, row = pyplot.subplots(1, len(headings), figsize=(8 * len(headings), 5), dpi=120, squeeze=False)
     most = max(map(len, found.values()), default=0)
+    for axes, heading in zip(row[0], headings, strict=True):
+        shown = {label: runs for label, runs in found.items() if panels is None or panels[label] == heading}
+        _draw(axes, shown, most=most)
+        axes.set(xlabel=x, ylabel=y, title=heading or title)
+        if _decades(shown) if log is None else log:
+            axes.set_yscale("log")
+            axes.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if len(headings) > 1:
+        figure.suptitle(title)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def _decades(found: Mapping[str, Sequence[Points]]) -> bool:
+    values = [y for seeds in found.values() for points in seeds for _, y in points]
+    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+
+
+def _draw(axes: Any, found: Mapping[str, Sequence[Points]], *, most: int) -> None:
     for k, (label, seeds) in enumerate((name, runs) for name, runs in found.items() if runs):
         colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
         dash = "-" if k < len(COLOURS) else "--"
@@ -50,19 +78,12 @@ def lines(
         mean = _mean(seeds)
         style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": mark, "markersize": 5, "linewidth": 2}
         axes.plot(*zip(*mean, strict=True), **style, label=label + fewer)
-    axes.set(xlabel=x, ylabel=y, title=title)
-    if log:
-        axes.set_yscale("log")
     axes.grid(alpha=0.25)
     if labels := axes.get_legend_handles_labels()[1]:
         beside: dict[str, Any] = (
             {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(labels) > 4 else {}
         )  # else it hides lines
         axes.legend(frameon=False, title="mean; faint: single seeds", fontsize=9, **beside)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
 
 
 def _mean(seeds: Sequence[Points]) -> list[tuple[float, float]]:

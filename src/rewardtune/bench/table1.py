@@ -242,7 +242,7 @@ def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[lis
         runs = [row for table in tables.values() for row in table[method].values()]
         columns = [spread([float(row[name]) for row in runs]) for name in COLUMNS.values()]
         times = [time for table in tables.values() for time in _times(table[method], table["DRTune"])]
-        body.append([method, *columns, spread(times)])
+        body.append([method, *columns, "–" if runs and not times else spread(times)])
     return body
 
 
