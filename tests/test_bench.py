@@ -462,6 +462,25 @@ def test_a_plot_has_a_panel_for_each_heading_and_a_log_axis_for_decades(tmp_path
     assert len(faint) == 3  # one a seed
 
 
+def test_the_plot_of_fig6_has_a_panel_for_each_method_with_the_looks_of_its_variants(tmp_path, monkeypatch):
+    a, work = ablations.FIG6, Work(setting=setting_of("playground"), folder=tmp_path)
+    level = {v.label: 0.1 * k for k, v in enumerate(a.variants)}
+    for v in a.variants:
+        searched(work, v.method, "hpsv2", (lambda lr: -lr) if v.method == "AlignProp" else (lambda lr: lr))
+        for cell in a.cells(work, v):
+            trace = [{"evaluations": 100, "scores": {"hpsv2": level[v.label] + 0.01 * cell.seed}}]
+            work.rows.add(row(cell, "hpsv2", 0.5) | {"trace": trace})
+    asked = {}
+    monkeypatch.setattr(plots, "lines", lambda found, path, **given: asked.update(given, found=found))
+    ablations.picture(a, work)
+    rates = [0.0001 if v.label == "AlignProp" else 0.0027 for v in a.variants]
+    labels = [f"{v.label}, lr {rate:g}" for v, rate in zip(a.variants, rates, strict=True)]
+    assert list(asked["found"]) == labels
+    assert [asked["panels"][label] for label in labels] == ["DRaFT-T"] * 4 + ["AlignProp"] * 4
+    for v, label in zip(a.variants, labels, strict=True):
+        assert asked["found"][label] == [[(100, level[v.label] + 0.01 * seed)] for seed in range(3)]
+
+
 @pytest.fixture(scope="module")
 def cell():
     return Cell(
