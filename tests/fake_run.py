@@ -89,6 +89,24 @@ def fake_run(
     return folder
 
 
+def fake_sweep(folder: Path, *, gain: float = 0.5) -> Path:
+    """sweep.json of a run, as `rewardtune sweep` leaves it: three weights, the base model's value `gain` below the last."""
+    points = []
+    for weight in (0.0, 0.5, 1.0):
+        metrics = {
+            name: {"value": value, "low": value - 0.1, "high": None}
+            for name, value in (("reward", 0.5 + gain * weight), ("clipscore", 0.5), ("vendi", 5 - weight))
+        }
+        apart = {"difference": {"clipscore": {"value": 0.0, "low": -0.01, "high": 0.02}}}
+        points.append({"weight": weight, "scored": {"metrics": metrics}, "to_base": apart})
+    found = {
+        "kind": "sweep", "measures": {name: MEASURES[name] for name in ("reward", "clipscore", "vendi")},
+        "points": points, "guarded": ["clipscore", "vendi"], "suggested": 0.5, "reason": "<because>",
+    }  # fmt: skip
+    (folder / "sweep.json").write_text(json.dumps(found))
+    return folder
+
+
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

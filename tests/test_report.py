@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_run import MEASURES, PROMPTS, fake_run
+from fake_run import MEASURES, PROMPTS, fake_run, fake_sweep
 from test_trainer import plain, tuner
 
 from rewardtune.cli import main
@@ -319,12 +319,9 @@ def test_folders_without_a_run(tmp_path, capsys):
 
 def test_sweep_and_evaluations_are_shown(tmp_path):
     run = fake_run(tmp_path / "run")
+    fake_sweep(run, gain=0.4)
     ends = {"value": 0.5, "low": 0.4, "high": None}
     measures = {"clipscore": {"what": "", "better": "more", "role": "held_out"}}
-    apart = {"difference": {"clipscore": {"value": 0.0, "low": -0.01, "high": 0.02}}}
-    points = [{"weight": w, "scored": {"metrics": {"clipscore": ends}}, "to_base": apart} for w in (0.0, 0.5, 1.0)]
-    sweep = {"kind": "sweep", "measures": measures, "points": points, "suggested": 0.5, "reason": "<because>"}
-    (run / "sweep.json").write_text(json.dumps(sweep))
     (run / "eval").mkdir()
     pair = {"a": "run", "b": "base", "all": {"difference": {"clipscore": ends}, "win_rate": {"clipscore": ends}}}
     pair["categories"] = {"two <b>shapes</b>": {"difference": {"clipscore": ends | {"value": 0.75}}, "win_rate": {}}}
@@ -335,7 +332,13 @@ def test_sweep_and_evaluations_are_shown(tmp_path):
     (run / "eval" / "hurt.json").write_text(json.dumps(found | {"candidates": 3}))
     html, elements = page(run)
     assert "<because>" in elements.text
-    chart = next(chart for chart in data_of(html)["charts"] if chart["id"] == "sweep-0")
+    by_title = {chart["title"]: chart for chart in data_of(html)["charts"] if chart["id"].startswith("sweep-0-")}
+    assert list(by_title) == ["reward", "clipscore", "vendi", "reward against vendi"]
+    along = by_title["reward against vendi"]
+    assert along["curves"][0]["x"] == {"along": [5, 4.5, 4]}
+    assert along["curves"][0]["y"] == pytest.approx([0.5, 0.7, 0.9])
+    assert along["curves"][0]["labels"] == ["0", "0.5", "1"]
+    chart = by_title["clipscore"]
     assert chart["mark"]["x"] == 0.5
     assert chart["curves"][0]["low"] == pytest.approx([0.49] * 3)  # the paired change's interval, around the value
     assert chart["curves"][0]["high"] == pytest.approx([0.52] * 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import browser
 import pytest
-from fake_run import fake_run
+from fake_run import fake_run, fake_sweep
 from PIL import Image
 from test_report import HOSTILE
 
@@ -34,6 +34,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     one, two = fake_run(folder / "one", prompts=HOSTILE), fake_run(folder / "two", prompts=HOSTILE, gain=0.1, draw=1)
+    fake_sweep(one)
+    fake_sweep(two, gain=0.2)
     running = fake_run(folder / "running", status="running")
     return {
         "one": write_report([one], folder / "one.html"),
@@ -88,6 +90,17 @@ def test_a_curve_is_hovered_and_read_by_keys(chromium, reports):
     assert "eval pictures: " in page.run(f"document.querySelector('{plot} [aria-live]').textContent")
     page.press("Escape")
     assert page.run(f"document.querySelector('{plot} .tip').hidden")
+    page.close()
+
+
+def test_every_run_has_its_own_sweep(chromium, reports):
+    """The trained reward against diversity, read at the least diverse point, which is weight 1, on a page of two runs."""
+    page = chromium.open(reports["two"])
+    for run, text in enumerate(("1 at weight 1", "0.7 at weight 1")):
+        plot = f"#sweep-{run}-3 .plot"
+        page.run(f"document.querySelector('{plot}').focus()")
+        page.press("Home")
+        assert page.run(f"document.querySelector('{plot} [aria-live]').textContent") == f"vendi 4, trained reward: {text}"
     page.close()
 
 

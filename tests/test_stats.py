@@ -34,7 +34,7 @@ def covered(draw, truth, n):
     return sum(inside) / SETS, above, below
 
 
-@pytest.mark.parametrize("n", [10, 30])
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 10, 30])  # Student's interval for the first three
 def test_the_bootstrap_covers_a_normal_mean_95_times_in_100(n):
     rng = random.Random(n)
     share, above, below = covered(lambda n: [rng.gauss(3, 2) for _ in range(n)], 3, n)

@@ -100,7 +100,8 @@ def bootstrap_mean(
 ) -> Interval:
     """The mean of independent values (one for each prompt) with its BCa interval, widened for few values.
 
-    Equal arguments give equal numbers. Values that are all equal give an interval of no width.
+    Student's interval for fewer than LEAST of them. Equal arguments give equal numbers. Values that are all equal give
+    an interval of no width.
     """
     import numpy as np
 
@@ -114,6 +115,9 @@ def bootstrap_mean(
     spread = float((apart**2).sum())
     if spread <= 1e-24 * n * max(1.0, mean**2):
         return Interval(value=mean, low=mean, high=mean)
+    if n < LEAST:
+        half = mean_interval(values, confidence=confidence)[1]
+        return Interval(value=mean, low=mean - half, high=mean + half)
     drawn = np.sort(_draws(n, resamples, seed) @ apart) / n  # means of the resamples, less the mean
     below = float((drawn < 0).mean() + (drawn == 0).mean() / 2)
     normal = NormalDist()

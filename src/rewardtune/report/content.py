@@ -62,7 +62,7 @@ def context(runs: Sequence[RunData], *, pairs: int = PAIRS, now: datetime | None
         "time": (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "refresh": REFRESH if any(run.running for run in runs) else 0,
-        "runs": [_run(run, name, each) for run, name, each in zip(runs, names, found, strict=True)],
+        "runs": [_run(number, *each) for number, each in enumerate(zip(runs, names, found, strict=True))],
         "charts": charts(runs),
         "galleries": [
             _gallery(number, [(names[i], runs[i], found[i]) for i in group], pairs)
@@ -109,7 +109,7 @@ def _groups(runs: Sequence[RunData]) -> list[list[int]]:
 # One run --------------------------------------------------------------------------------------------------------------
 
 
-def _run(run: RunData, name: str, found: dict[str, Change]) -> dict[str, Any]:
+def _run(number: int, run: RunData, name: str, found: dict[str, Change]) -> dict[str, Any]:
     said = verdict(run, found)
     return {
         "name": name,
@@ -127,7 +127,7 @@ def _run(run: RunData, name: str, found: dict[str, Change]) -> dict[str, Any]:
         if run.config
         else "It is not known whether rules were set for this run: it has no run file.",
         "events": _events(run),
-        "sweep": _sweep(run),
+        "sweep": _sweep(number, run),
         "evals": [_eval_or_note(key, one) for key, one in run.evals.items()],
         "snippet": _snippet(run),
         "config": _config(run),
@@ -276,11 +276,11 @@ def _events(run: RunData) -> list[str]:
     return [local(run, line) for line in run.log if any(word in line for word in words)]
 
 
-def _sweep(run: RunData) -> dict[str, Any] | None:
+def _sweep(number: int, run: RunData) -> dict[str, Any] | None:
     if run.sweep is None:
         return None
     try:
-        found = sweep_charts(run.sweep)
+        found = sweep_charts(run.sweep, run=number)
     except (KeyError, TypeError, AttributeError):  # of another version
         return None
     return {"reason": clean(run.sweep.get("reason", "")), "suggested": run.sweep.get("suggested"), "charts": found}
@@ -505,8 +505,7 @@ def _table(runs: Sequence[RunData], names: Sequence[str], found: Sequence[dict[s
 
     Settings that all runs share stand once, in `same`.
     """
-    metrics = list(dict.fromkeys(key for each in found for key, one in each.items() if one.role != "guard"))
-    metrics += ["vendi"] if any("vendi" in each for each in found) else []
+    metrics = _compared(found)
     told = [_told(run) for run in runs]
     unlike = [key for key in told[0] if len({each[key] for each in told}) > 1]
     rows = []
@@ -528,6 +527,12 @@ def _table(runs: Sequence[RunData], names: Sequence[str], found: Sequence[dict[s
     headings = ["Run", *_deltas(runs, metrics), *unlike, "Updates", "Images", "Time", "Status"]
     same = [f"{key.lower()} {text}" for key, text in told[0].items() if key not in unlike and text != "–"]
     return {"headings": headings, "rows": rows, "same": same}
+
+
+def _compared(found: Sequence[dict[str, Change]]) -> list[str]:
+    """What tables of several runs show: rewards, and the Vendi score where it was measured."""
+    rewards = dict.fromkeys(key for each in found for key, one in each.items() if one.role != "guard")
+    return [*rewards, *(["vendi"] if any("vendi" in each for each in found) else [])]
 
 
 def _told(run: RunData) -> dict[str, str]:
@@ -577,7 +582,7 @@ def _seeds(runs: Sequence[RunData], found: Sequence[dict[str, Change]]) -> dict[
     several = [group for group in groups.values() if len(group) > 1]
     if not several:
         return None
-    metrics = list(dict.fromkeys(key for each in found for key, one in each.items() if one.role != "guard"))
+    metrics = _compared(found)
     names, rows = _names(runs), []
     for group in several:
         cells = [_cell(", ".join(names[index] for index in group)), _cell(str(len(group)), len(group))]

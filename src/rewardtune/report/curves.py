@@ -291,8 +291,11 @@ def _change(point: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return (point.get("to_base") or {}).get("difference", {}).get(name) or {}
 
 
-def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of sweep.json against the LoRA's weight, trained and held-out rewards first."""
+def sweep_charts(sweep: Mapping[str, Any], *, run: int) -> list[dict[str, Any]]:
+    """Every metric of sweep.json against the LoRA's weight, trained and held-out rewards first.
+
+    Then the trained reward against diversity, along the weights. run: its number on the page, for the charts' ids.
+    """
     measures, points = sweep.get("measures", {}), sweep.get("points", [])
     order = {"trained": 0, "held_out": 1, "guard": 2}
     names = sorted(measures, key=lambda name: order.get(measures[name].get("role"), 3))
@@ -316,7 +319,6 @@ def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
             role = {"trained": "trained on", "held_out": "held out"}.get(measures[name].get("role"), "")
             better = {"more": "more is better", "less": "less is better"}.get(measures[name].get("better"), "")
             chart = {
-                "id": f"sweep-{len(found)}",
                 "title": name,
                 "note": ", ".join(filter(None, (role, better))),
                 "curves": [curve],
@@ -326,4 +328,32 @@ def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
             if isinstance(suggested, int | float):
                 chart["mark"] = {"x": suggested, "name": f"suggested: {suggested:g}"}
             found.append(chart)
+    diverse = [name for name in sweep.get("guarded", ()) if measures.get(name, {}).get("role") == "guard"]
+    found += [chart for name in diverse if (chart := _along(points, name)) is not None]
+    for number, chart in enumerate(found):
+        chart["id"] = f"sweep-{run}-{number}"
     return found
+
+
+def _along(points: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
+    """The trained reward against `name`, a point for each weight."""
+    rows = [(point["weight"], *(_value(point, key) for key in (name, "reward"))) for point in points]
+    rows = [row for row in rows if None not in row]
+    if not rows:
+        return None
+    weights, xs, ys = zip(*rows, strict=True)
+    curve = {
+        "name": "trained reward",
+        "style": "eval",
+        "colour": 0,
+        "x": {"along": xs},
+        "y": ys,
+        "labels": [f"{weight:g}" for weight in weights],
+    }
+    note = "trained on; each point is a LoRA weight"
+    return {"title": f"reward against {name}", "note": note, "curves": [curve], "axis": "along", "along": name}
+
+
+def _value(point: Mapping[str, Any], name: str) -> float | None:
+    found = point["scored"]["metrics"].get(name)
+    return found and found.get("value")

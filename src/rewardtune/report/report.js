@@ -6,6 +6,7 @@ const known = (value) => typeof value === "number" && isFinite(value);
 const colour = (curve) => `var(--c${curve.colour % 8})`;
 let axis = recall("sessionStorage", "rewardtune-axis") || "steps";
 const redraws = [];
+const axisName = (spec, on) => (on === "along" ? spec.along : AXES[on]);
 
 function digits(value) {
   if (!known(value)) return "–";
@@ -45,7 +46,7 @@ function shortX(value, on) {
 // The chart of curves; each point is {x, y, low, high}.
 function points(curve, on) {
   const xs = curve.x[on] || [];
-  return xs.map((x, i) => ({ x, y: curve.y[i], low: curve.low ? curve.low[i] : null, high: curve.high ? curve.high[i] : null })).filter((p) => known(p.x));
+  return xs.map((x, i) => ({ x, y: curve.y[i], low: curve.low ? curve.low[i] : null, high: curve.high ? curve.high[i] : null, label: curve.labels ? curve.labels[i] : null })).filter((p) => known(p.x));
 }
 
 function drawChart(spec, figure) {
@@ -75,7 +76,7 @@ function drawChart(spec, figure) {
       xs.push(-0.5, Math.max(...series.map((bar) => bar.y.length)) - 0.5);
     } else {
       sets.forEach((set) => set.forEach((p) => { xs.push(p.x); [p.y, p.low, p.high].forEach((v) => known(v) && ys.push(v)); }));
-      if (on !== "weight" && xs.length) xs.push(0);
+      if (!spec.axis && xs.length) xs.push(0);
       // A bound far away would press the curves flat: its line is drawn where it is near.
       const span = Math.max(...ys) - Math.min(...ys) || Math.abs(ys[0]) || 1;
       (spec.lines || []).forEach((line) => { if (line.y > Math.min(...ys) - 1.5 * span && line.y < Math.max(...ys) + 1.5 * span) ys.push(line.y); });
@@ -104,7 +105,7 @@ function drawChart(spec, figure) {
       svg.append(make("text", { x: f.X(x), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, spec.bars ? digits(x) : shortX(x, f.on)));
     }
     svg.append(make("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
-    svg.append(make("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, spec.bars ? "sampling step, 0 is the noisiest" : AXES[f.on]));
+    svg.append(make("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, spec.bars ? "sampling step, 0 is the noisiest" : axisName(spec, f.on)));
     (spec.lines || []).filter((line) => within(f, line.y)).forEach((line) => svg.append(make("line", { class: "bound", x1: LEFT, x2: WIDTH - RIGHT, y1: f.Y(line.y), y2: f.Y(line.y) })));
     if (spec.mark) svg.append(make("line", { class: "mark", x1: f.X(spec.mark.x), x2: f.X(spec.mark.x), y1: TOP, y2: HEIGHT - BOTTOM }));
   }
@@ -151,6 +152,7 @@ function drawChart(spec, figure) {
     svg.append(make("path", { d: path, fill: "none", stroke, "stroke-width": raw ? 1.2 : 2, "stroke-opacity": raw ? 0.45 : 1, "stroke-dasharray": dashed(curve) ? "5 3" : null }));
     const dots = curve.style === "eval" ? set.length <= 60 : set.length <= 12;
     if (dots) for (const p of set) if (known(p.y)) svg.append(make("circle", { cx: f.X(p.x), cy: f.Y(p.y), r: curve.style === "eval" ? 3.6 : 2.2, fill: stroke, "fill-opacity": raw ? 0.6 : 1 }));
+    for (const p of set) if (p.label && known(p.y)) svg.append(make("text", { x: f.X(p.x) + 6, y: f.Y(p.y) - 6, "text-anchor": f.X(p.x) > WIDTH - 40 ? "end" : "start" }, p.label));
   }
 
   function drawBars(f, svg) {
@@ -180,7 +182,7 @@ function drawChart(spec, figure) {
       const near = set.reduce((best, p) => (Math.abs(p.x - at) < Math.abs(best.x - at) ? p : best));
       if (Math.abs(near.x - at) > (f.x1 - f.x0) / 40) return;
       const ends = known(near.low) && known(near.high) ? ` (${digits(near.low)} to ${digits(near.high)})` : "";
-      found.push({ curve, text: digits(near.y) + ends });
+      found.push({ curve, text: digits(near.y) + ends + (near.label ? ` at weight ${near.label}` : "") });
     });
     return found;
   }
@@ -188,7 +190,7 @@ function drawChart(spec, figure) {
   function show(at, speak, below) {
     const f = state.frame;
     state.at = at;
-    const head = spec.bars ? `sampling step ${at}` : f.on === "steps" ? `step ${at}` : f.on === "weight" ? `weight ${digits(at)}` : f.on === "images" ? `${digits(at)} images` : clock(at);
+    const head = spec.bars ? `sampling step ${at}` : f.on === "steps" ? `step ${at}` : f.on === "weight" ? `weight ${digits(at)}` : f.on === "along" ? `${spec.along} ${digits(at)}` : f.on === "images" ? `${digits(at)} images` : clock(at);
     const lines = rows(at).map(({ curve, text }) => {
       return make("div", {}, swatchOf(curve), ` ${curve.name}: ${text}`);
     });
@@ -253,12 +255,12 @@ function drawChart(spec, figure) {
   numbers.addEventListener("toggle", () => numbers.open && fill());
   function fill() {
     const on = spec.axis || "steps";
-    const heads = spec.bars ? ["sampling step", ...series.map((one) => one.name)] : [AXES[on], ...series.map((one) => one.name)];
+    const heads = spec.bars ? ["sampling step", ...series.map((one) => one.name)] : [axisName(spec, on), ...series.map((one) => one.name)];
     const lines = new Map();
     const put = (x, i, text) => { if (!lines.has(x)) lines.set(x, series.map(() => "")); lines.get(x)[i] = text; };
     series.forEach((one, i) => {
       if (spec.bars) one.y.forEach((y, x) => put(x, i, digits(y)));
-      else points(one, on).forEach((p) => put(p.x, i, digits(p.y) + (known(p.low) && known(p.high) ? ` (${digits(p.low)} to ${digits(p.high)})` : "")));
+      else points(one, on).forEach((p) => put(p.x, i, digits(p.y) + (known(p.low) && known(p.high) ? ` (${digits(p.low)} to ${digits(p.high)})` : "") + (p.label ? ` at weight ${p.label}` : "")));
     });
     const body = [...lines.entries()].sort((a, b) => a[0] - b[0]).map(([x, cells]) => make("tr", {}, make("th", { scope: "row" }, digits(x)), ...cells.map((cell) => make("td", {}, cell))));
     const table = make("table", {}, make("caption", { class: "hidden" }, spec.title), make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...body));
