@@ -102,7 +102,7 @@ def test_every_number_is_that_of_the_pictures_on_disk(evaluated, run):
     assert (run / "eval" / "eval.png").is_file()
     notes = " ".join(document["notes"])
     assert "3 of 3 prompts were trained on" in notes  # eval.prompts is not set: the training prompts serve
-    assert "3 prompts are few" in notes
+    assert "few prompts (3)" in notes
 
 
 def test_whole_set_metrics_have_jackknife_intervals(evaluated):
@@ -118,6 +118,19 @@ def test_whole_set_metrics_have_jackknife_intervals(evaluated):
 def test_the_weaker_weight_lies_between(evaluated):
     apart = {pair.a: pair.all.difference["base_pixels"].value for pair in evaluated.pairs}
     assert 0 < apart["a@0.5"] < apart["a"]
+
+
+def test_a_second_evaluation_leaves_no_older_pictures(run, tmp_path):
+    """Fewer prompts and other candidates: what lies in the folder is what the file lists, and nobody else's is touched."""
+    folder = tmp_path / "out" / "eval"
+    (folder / "base").mkdir(parents=True)
+    (folder / "base" / "notes.png").touch()
+    for specs, options in (([str(run), f"{run}@0.5"], {"count": 2}), ([f"{run}:base_steps=99"], {"count": 1})):
+        found = evaluate_candidates(specs, output=tmp_path / "out", features="playground", **options)
+    ours = {folder.parent / one.folder / "000.png" for one in found.candidates}
+    assert {path for path in folder.rglob("*.png")} == ours | {folder / "base" / "notes.png"}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(one.folder).name for one in found.candidates)
+    assert any("the base model makes all 4 steps" in note for note in found.notes)
 
 
 def test_compare_by_category(run, other, tmp_path, capsys):

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import reduce
@@ -259,7 +260,7 @@ def prepare(
     if untold := [one.label for one in found if _trained_names(one) is None] if "unknown" in roles.values() else []:
         notes.append(f"nothing tells what {', '.join(untold)} was trained on, so no reward is known to be held out")
     if len(rows) < stats.FEW:
-        notes.append(f"{len(rows)} prompts are few: the intervals are rough, and too narrow for lopsided scores")
+        notes.append(f"few prompts ({len(rows)}): the intervals are rough, and too narrow for lopsided scores")
     if features is None:
         notes.append("no features (a CLIP) are named, so neither diversity nor base_distance is measured: --features")
     return Setup(
@@ -331,6 +332,9 @@ def _settings_notes(found: Sequence[Candidate]) -> Iterable[str]:
         apart |= {"scheduler"} if own.scheduler != base.scheduler else set()
         if apart:
             yield f"{candidate.label} is sampled with another {', '.join(sorted(apart))} than the base model"
+        steps, first = own.call.get("num_inference_steps", math.inf), candidate.mix and candidate.mix.base_steps
+        if first and first >= steps:
+            yield f"{candidate.label}: the base model makes all {steps} steps, so these are its pictures"
 
 
 def _trained_on(configs: Sequence[RunConfig], prompts: Sequence[str]) -> Iterable[str]:
@@ -454,7 +458,10 @@ def measure(
     batch: int = 8,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Measured]:
-    """Every candidate's pictures, sampled, saved to folders of their own and measured; the base model comes first."""
+    """Every candidate's pictures, sampled, saved to folders of their own and measured; the base model comes first.
+
+    `folder` holds no other pictures afterwards.
+    """
     from . import evaluate
 
     base: Tensor | None = None
@@ -484,7 +491,17 @@ def measure(
                 shown=images[setup.firsts[:SHOWN]].clone(),
             )
         )
+    _forget_others(folder, {folder / own / f"{index:03d}.png" for own in folders for index in range(len(setup.texts))})
     return results
+
+
+def _forget_others(folder: Path, ours: Collection[Path]) -> None:
+    """Remove pictures of an earlier evaluation of this name: beside the new ones they would pass for theirs."""
+    for path in folder.glob("*/*.png"):
+        if path.stem.isdecimal() and path not in ours:
+            path.unlink()
+            with suppress(OSError):  # not empty
+                path.parent.rmdir()
 
 
 def scored(measured: Measured, setup: Setup, *, folder: str) -> Scored:
