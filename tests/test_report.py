@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -400,6 +401,46 @@ def test_its_share_of_the_time(tmp_path, monkeypatch):
     assert written[0] == 0
     assert 40 < len(written) < 60
     assert 0.2 * len(written) < 0.006 * now[0]
+
+
+def test_a_run_without_looks_is_shown_every_minute(tmp_path, monkeypatch):
+    """Updates of 10 s and a page of 0.1 s: once a minute, where the share would allow every other update."""
+    now = [0.0]
+    written = []
+
+    def slow(*_: object, **__: object) -> None:
+        written.append(now[0])
+        now[0] += 0.1
+
+    monkeypatch.setattr("rewardtune.report.write_report", slow)
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.set_status("running")
+    report = live.LiveReport(folder, enabled=True, say=print, clock=lambda: now[0])
+    report.look()
+    for _ in range(60):
+        now[0] += 10
+        report.update()
+    apart = [b - a for a, b in itertools.pairwise(written)]
+    assert written[0] == 0
+    assert 60 <= min(apart) <= max(apart) < 72
+    assert len(written) in (10, 11)
+
+
+def test_the_trainer_shows_updates_between_looks(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "SHARE", 1e9)
+    monkeypatch.setattr(live, "EVERY", 0.0)
+    shown = []
+    write = live.LiveReport._write
+
+    def kept(self: live.LiveReport) -> None:
+        write(self)
+        lines = tmp_path / "run" / "metrics.jsonl"
+        shown.append(len(lines.read_text().splitlines()) if lines.exists() else 0)
+
+    monkeypatch.setattr(live.LiveReport, "_write", kept)
+    tuner(tmp_path / "run", plain()).train(3, lr=1e-3)
+    assert shown == [0, 1, 2, 3, 3]  # before, after each update, at the end
 
 
 def test_large_pictures_are_reduced(tmp_path):

@@ -455,6 +455,7 @@ class RewardTuner:
                 self.folder.append("metrics.jsonl", record)
                 progress.update(record)
                 self.trackers.update(record)
+                self.report.update()
                 if self.flat >= FLAT:
                     self.stop = (
                         f"step {self.step - 1}: the reward was flat at all pictures of the last {FLAT} updates, as "
