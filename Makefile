@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --
 
 AUDITED := clipscore pickscore hpsv2 aesthetic
 
-.PHONY: demo test test-slow lint docs bench bench-trl paper playground-tables parity clean help
+.PHONY: demo test test-slow test-app lint docs bench bench-trl paper playground-tables parity clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,6 +20,16 @@ test: .venv/installed  ## The quick tests
 
 test-slow: .venv/docs  ## The long checks: training over several seeds, full grids, the documentation site
 	$(PYTEST) -m slow
+
+test-app: build/app/installed  ## The page of `rewardtune app` with gradio, in an environment of its own: gradio wants an older Pillow
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 build/app/venv/bin/python -m pytest tests/test_app.py
+
+build/app/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/app/venv
+	grep -v '^pillow==' constraints.txt > build/app/constraints.txt
+	build/app/venv/bin/python -m pip install -q -c build/app/constraints.txt torch
+	build/app/venv/bin/python -m pip install -q -c build/app/constraints.txt -e '.[dev,demo]'
+	touch $@
 
 lint: .venv/installed  ## Format, lint and type check
 	$(BIN)/ruff format --check src tests benchmarks examples parity mkdocs_hooks.py

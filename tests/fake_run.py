@@ -90,7 +90,7 @@ def fake_run(
 
 
 def fake_sweep(folder: Path, *, gain: float = 0.5) -> Path:
-    """sweep.json of a run, as `rewardtune sweep` leaves it: three weights, the base model's value `gain` below the last."""
+    """sweep.json of a run, as `rewardtune sweep` leaves it: three weights, the last `gain` above the base model."""
     points = []
     for weight in (0.0, 0.5, 1.0):
         metrics = {

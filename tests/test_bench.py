@@ -1,5 +1,6 @@
 """The paper's experiments: what runs, what it costs, and what is made of the rows."""
 
+import itertools
 import json
 import math
 import os
@@ -8,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
+from PIL import Image
 
 from rewardtune import evaluate, methods
-from rewardtune.bench import ablations, cells, gradients, plots, table1
+from rewardtune.bench import ablations, cells, gradients, pictures, plots, table1
 from rewardtune.bench.cells import BASE, final_prompts, law_of, open_cell, run_cell
 from rewardtune.bench.claims import JUDGED, best, better
 from rewardtune.bench.cost import Cost, spent, updates_within
 from rewardtune.bench.main import NAMES, bench
-from rewardtune.bench.rows import Cell, Rows, made_by
+from rewardtune.bench.rows import Cell, Rows, made_by, timed_by
 from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
 from rewardtune.bench.work import Work
 from rewardtune.errors import ConfigError, PreflightError, TrainingStopped
@@ -150,6 +152,71 @@ def test_symmetry_is_read_where_clipscore_crosses_the_level():
     assert table1.at_time(trace, 500.0, "symmetry") == 0.2
 
 
+def test_at_equal_time_each_seed_ends_with_its_quickest_method():
+    """Seed 1 ran on a machine of half the speed: the limit is DRTune's 40 s in seed 0 and its 80 s in seed 1."""
+    setting, tables = setting_of("playground"), {"hpsv2": {method: {} for method in METHODS}}
+    for method, seed in itertools.product(METHODS, range(2)):
+        seconds = (40 if method == "DRTune" else 50) * (1 + seed)
+        scores = [{"hpsv2": 0.0}, {"hpsv2": 1.0 + METHODS.index(method)}]
+        trace = [{"cpu_seconds": x, "scores": y} for x, y in zip((0, seconds), scores, strict=True)]
+        tables["hpsv2"][method][seed] = {"cpu_seconds": seconds, "trace": trace}
+    told = dict(table1._equal_time(setting, ["hpsv2"], tables))
+    assert told["untuned"] == "0"
+    assert told["DRTune"] == "**6 ± 0**"
+    assert told["AlignProp"] == "4 ± 0"  # 5 of its own, at 0.8 of its time, on either machine
+    tables["hpsv2"]["AlignProp"][1] |= {"broke": "NaN", "cpu_seconds": 1.0}
+    assert dict(table1._equal_time(setting, ["hpsv2"], tables))["DRTune"] == "**6 ± 0**"  # no limit of a broken run
+
+
+def test_time_is_the_processors_on_a_cpu_and_by_the_wall_on_a_gpu():
+    on = [{}, {"device": "x86_64 CPU"}, {"device": "x86_64 CPU (Some Model)"}, {"device": "NVIDIA H200"}]
+    assert [timed_by({"on": facts}) for facts in on] == ["cpu_seconds"] * 3 + ["seconds"]
+    assert timed_by({}) == "cpu_seconds"
+    row = {"on": on[3], "cpu_seconds": 1.0, "seconds": 30.0}
+    assert table1._times({0: row}, {0: row | {"seconds": 20.0}}) == [1.5]
+
+
+def test_another_grid_or_budget_has_a_page_of_its_own(tmp_path):
+    pages = [
+        bench("spacing", results=tmp_path, only_report=True, plots=False, **given)
+        for given in ({}, {"lrs": [9e-4]}, {"budget": 1234567.0, "seeds": 2})
+    ]
+    assert [page.name for page in pages] == ["spacing.md", "spacing_lr-0.0009.md", "spacing_seeds-2_budget-1234567.md"]
+    assert "`rewardtune bench spacing --setting playground --seeds 2 --budget 1234567`" in pages[2].read_text()
+
+
+def test_what_cannot_run_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"sd15 takes days without a GPU.*--device cpu"):
+        bench("table1", setting="sd15", results=tmp_path, plots=False)
+    with pytest.raises(ConfigError, match="gpu0"):
+        bench("table1", results=tmp_path, devices=["cpu", "gpu0"], plots=False)
+    assert not list(tmp_path.iterdir())
+    assert bench("table1", setting="sd15", results=tmp_path, only_report=True, plots=False).exists()
+
+
+def test_figures_8_and_9_have_the_chains_of_the_setting():
+    for name in ("fig8", "fig9", "spacing"):
+        for setting, lengths in (("playground", [20, 10, 40]), ("sd15", [50, 20, 30, 40])):
+            a = ablations.ABLATIONS[name].on(setting_of(setting))
+            assert list(dict.fromkeys(v.T for v in a.variants)) == ([None] if name == "spacing" else lengths)
+            assert all(v.T is None or v.x == round(v.x * v.T) / v.T for v in a.variants)
+
+
+def test_pictures_stand_with_their_claim_and_a_lost_one_is_named(tmp_path):
+    work = filled(tmp_path, setting="playground")
+    cells = [work.cell(method, "symmetry", 0, lr=work.lr(method, "symmetry")) for method in METHODS]
+    (tmp_path / "playground" / "pictures").mkdir()
+    for cell in cells[1:]:
+        Image.new("RGB", (64, 8)).save(work.picture(cell))
+    page = pictures.report(work, "fig4")
+    assert "Not run: untuned.\n" in page
+    lost = work.picture(cells[0]).name
+    assert f"ReFL-10: the picture {lost} is missing; remove its row to run it again." in page
+    assert "| symmetry: DRTune is better than every other method | DRTune 0.101" in page
+    assert page.count("is missing") == 1
+
+
 def test_processor_time_is_compared_seed_by_seed_and_without_broken_runs():
     ours = {0: {"cpu_seconds": 30.0}, 1: {"cpu_seconds": 2.0, "broke": "NaN"}, 2: {"cpu_seconds": 9.0}}
     drtune = {0: {"cpu_seconds": 20.0}, 1: {"cpu_seconds": 10.0}, 3: {"cpu_seconds": 7.0}}
@@ -198,12 +265,15 @@ def test_table_1_says_who_wins_and_what_is_missing(tmp_path):
     page = table1.report(work)
     assert "18 of 126 runs" in page
     line = next(x for x in page.splitlines() if x.startswith("| DRTune"))
-    assert line == "| DRTune | 0.101 ± 0.001 |" + " not run |" * 6
+    assert line == "| DRTune | **0.101 ± 0.001** |" + " not run |" * 6
+    assert page.count("**0.101") == 1
+    paper = page.partition("## The paper's")[2].partition("##")[0]
+    assert [x.count("**") for x in paper.splitlines() if x.startswith("|")] == [0] * 7 + [14]  # DRTune wins its table
     claim = next(x for x in page.splitlines() if "symmetry: DRTune is better than every" in x)
     assert "the best other, ReFL-10," in claim  # 0.3 is the next
     assert claim.endswith("| holds |")
     assert next(x for x in page.splitlines() if "hpsv2: DRTune" in x).endswith("| not run |")
-    assert "| ReFL-10 | 0.7512 | 39.18 | 0.0029 |" in page  # the paper's own
+    assert "| ReFL-10 | 0.7512 | 0.3918 | 0.0029 |" in page  # the paper's own
     assert "at 98% of the untuned CLIPScore DRTune is more symmetric than DRaFT-LV" in page
     assert "| DRTune | >0.0027 (0.0003: 0.0003, 0.0009: 0.0009, 0.0027: 0.0027) | not run |" in page
     measured = page.split("## All that was measured where symmetry was trained")[1].split("##")[0].splitlines()
@@ -215,6 +285,7 @@ def test_table_1_says_who_wins_and_what_is_missing(tmp_path):
 def ablated(a, tmp_path, value):
     """Rows of an ablation: `value(variant)` and a little for the seed."""
     work = Work(setting=setting_of("playground"), folder=tmp_path)
+    a = a.on(work.setting)
     for method in a.searched():
         searched(work, method, a.reward)
     for variant in a.variants:
@@ -347,7 +418,7 @@ def test_every_page_can_be_made_before_anything_ran(name, tmp_path):
     text = page.read_text()
     assert "not run" in text or "0 of" in text
     tables = text.count("| claim | here |")
-    assert tables == (0 if name in ("fig4", "fig5") else 2 if name == "table1" else 1)
+    assert tables == (2 if name == "table1" else 1)
     assert text.count("\n".join(JUDGED)) == tables
     assert not (tmp_path / "playground" / "rows.jsonl").exists()
 
@@ -515,6 +586,64 @@ def test_a_run_is_that_of_the_trainer(cell, tmp_path):
     json.dumps(made)
 
 
+@pytest.mark.slow  # trains twice, and judges three times
+def test_a_long_run_that_was_cut_off_goes_on(cell, tmp_path, monkeypatch):
+    """Killed in its fourth update, then while it was judged: the row is that of a run in one go."""
+    from rewardtune.trainer import RewardTuner
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setitem(SETTINGS, cell.setting, replace(setting_of(cell.setting), saves=6))
+    cell = replace(cell, budget=300.0)
+    whole, calls, update = run_cell(cell, COST), [], RewardTuner._update
+
+    def counted(self, *args):
+        calls.append(self.step)
+        if len(calls) == 4:
+            raise Killed
+        return update(self, *args)
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(RewardTuner, "_update", counted)
+    with pytest.raises(Killed):
+        run_cell(cell, COST, folder=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "sample", killed)
+        with pytest.raises(Killed):
+            run_cell(cell, COST, folder=tmp_path / "run")
+    found = run_cell(cell, COST, folder=tmp_path / "run")
+    assert calls[3] == 3
+    assert 0 < calls[4] <= 3  # went on from a checkpoint
+    assert calls[4:] == list(range(calls[4], whole["updates"]))  # and was not trained again to be judged
+    for key in ("updates", "evaluations", "scores", "moved"):
+        assert found[key] == whole[key]
+    assert [x["scores"] for x in found["trace"]] == [x["scores"] for x in whole["trace"]]
+
+
+def test_runs_are_kept_where_the_setting_says_so_until_their_row_is_there(tmp_path, monkeypatch):
+    asked = []
+
+    def run(cell, cost, pictures, folder):
+        asked.append(folder)
+        if folder is not None:
+            folder.mkdir(parents=True)
+        return row(cell, "hpsv2", 0.5) | {"on": {}}
+
+    monkeypatch.setattr("rewardtune.bench.work._run", run)
+    monkeypatch.setattr(Work, "_pool", lambda self, devices: ThreadPoolExecutor(1))
+    for saves in (0, 20):
+        setting = replace(setting_of("playground"), saves=saves)
+        work = Work(setting=setting, folder=tmp_path / str(saves), say=list)
+        work.do([work.cell("DRTune", "hpsv2", seed, lr=1e-3) for seed in range(2)])
+    assert setting_of("sd15").saves == 20
+    assert asked[:2] == [None, None]
+    assert asked[2] != asked[3]
+    assert not list((tmp_path / "20" / "runs").iterdir())
+
+
 def test_a_run_that_breaks_down_is_a_row(cell, monkeypatch, tmp_path):
     """NaN all over and the reason: the rate is the worst of a search, the table says so, and nothing is run again."""
 
@@ -555,7 +684,7 @@ def test_a_rival_that_broke_down_leaves_a_claim_open():
 def test_one_method_that_cannot_run_keeps_no_other_from_its_page(tmp_path, monkeypatch):
     """As LeapAlign on a sampler that it refuses: it fails once, DRTune is run and shown, then the error comes."""
 
-    def run(cell, cost, pictures):
+    def run(cell, cost, *_):
         if cell.method == "LeapAlign":
             raise PreflightError("not this sampler")
         scores = {"scores": {"hpsv2": [0.5, 0.1], "reward": [cell.lr, 0.1]}, "grad_norm": 1.0, "trained": 2, "on": {}}
@@ -568,7 +697,7 @@ def test_one_method_that_cannot_run_keeps_no_other_from_its_page(tmp_path, monke
         ablations.ABLATIONS, "newer", replace(ablations.ABLATIONS["newer"], variants=variants, told=lambda *_: [])
     )
     with pytest.raises(
-        ConfigError, match=r"2 runs failed; the others are kept and in .*newer.md:\n.*LeapAlign.*not this sampler"
+        ConfigError, match=r"runs that failed: 2; the others are kept and in .*newer.md:\n.*LeapAlign.*not this sampler"
     ):
         bench("newer", results=tmp_path, plots=False, say=list)
     page = (tmp_path / "playground" / "newer.md").read_text()

@@ -121,14 +121,14 @@ def test_the_weaker_weight_lies_between(evaluated):
 
 
 def test_a_second_evaluation_leaves_no_older_pictures(run, tmp_path):
-    """Fewer prompts and other candidates: what lies in the folder is what the file lists, and nobody else's is touched."""
+    """Fewer prompts and other candidates: the folder holds what the file lists, and no other file is touched."""
     folder = tmp_path / "out" / "eval"
     (folder / "base").mkdir(parents=True)
     (folder / "base" / "notes.png").touch()
     for specs, options in (([str(run), f"{run}@0.5"], {"count": 2}), ([f"{run}:base_steps=99"], {"count": 1})):
         found = evaluate_candidates(specs, output=tmp_path / "out", features="playground", **options)
     ours = {folder.parent / one.folder / "000.png" for one in found.candidates}
-    assert {path for path in folder.rglob("*.png")} == ours | {folder / "base" / "notes.png"}
+    assert set(folder.rglob("*.png")) == ours | {folder / "base" / "notes.png"}
     assert sorted(path.name for path in folder.iterdir()) == sorted(Path(one.folder).name for one in found.candidates)
     assert any("the base model makes all 4 steps" in note for note in found.notes)
 

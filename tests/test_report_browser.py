@@ -94,13 +94,15 @@ def test_a_curve_is_hovered_and_read_by_keys(chromium, reports):
 
 
 def test_every_run_has_its_own_sweep(chromium, reports):
-    """The trained reward against diversity, read at the least diverse point, which is weight 1, on a page of two runs."""
+    """The trained reward against diversity on a page of two runs, read at the least diverse point: weight 1."""
     page = chromium.open(reports["two"])
     for run, text in enumerate(("1 at weight 1", "0.7 at weight 1")):
         plot = f"#sweep-{run}-3 .plot"
         page.run(f"document.querySelector('{plot}').focus()")
         page.press("Home")
-        assert page.run(f"document.querySelector('{plot} [aria-live]').textContent") == f"vendi 4, trained reward: {text}"
+        assert (
+            page.run(f"document.querySelector('{plot} [aria-live]').textContent") == f"vendi 4, trained reward: {text}"
+        )
     page.close()
 
 

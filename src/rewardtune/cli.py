@@ -578,7 +578,7 @@ def bench(
 
     page = run_bench(
         experiment,
-        setting=f"{setting}-quick" if quick else setting,
+        setting=f"{setting.removesuffix('-quick')}-quick" if quick else setting,
         results=results or RESULTS,
         devices=device,
         rewards=reward,

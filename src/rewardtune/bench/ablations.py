@@ -7,7 +7,7 @@ of DRTune, as the paper keeps its hyperparameters.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from ..progress import digits
 from ..stats import mean_interval
 from ..tables import markdown_table
 from .claims import Claim, Verdict, best, better, claims_table
-from .rows import Cell, Rows, made_by
-from .setting import NEWER, method_of
+from .rows import Cell, Rows, made_by, timed_by
+from .setting import NEWER, SETTINGS, Setting, method_of
 from .table1 import by_seed, shared_seeds, spread, values
 from .work import Work
 
 COLUMNS = {
     "updates": "updates",
-    "processor seconds": "cpu_seconds",
     "trained steps": "trained",
     "gradient norm": "grad_norm",
 }
@@ -59,6 +58,11 @@ class Ablation:
     reward: str = "hpsv2"
     axis: str | None = None
 
+    def on(self, setting: Setting) -> "Ablation":
+        """With the chains of the setting, in its order of work."""
+        variants = [v for T in (None, *setting.lengths) for v in self.variants if v.T == T]
+        return replace(self, variants=tuple(variants))
+
     def searched(self) -> list[str]:
         """Methods whose own learning rate is needed."""
         return list(dict.fromkeys(v.method for v in self.variants))
@@ -90,21 +94,22 @@ class Ablation:
         for variant in self.variants:
             runs = self.rows(work, rows, variant)
             of = [spread([float(row[name]) for row in runs.values()]) for name in COLUMNS.values()]
+            of.append(spread([row[timed_by(row)] for row in runs.values()]))
             body.append([variant.label, spread(values(runs, native)), *of, _rate(work, variant, self.reward)])
         done = sum(len(self.rows(work, rows, v)) for v in self.variants)
         lines = [
             f"# {self.title}",
             "",
             f"`{work.command(self.name)}`: {done} of {len(self.variants) * len(s.seeds)} runs.",
-            f"{self.reward}, {s.budget:g} denoiser evaluations a run, {s.counted} held-out prompts; mean ± standard",
-            "deviation over seeds. Gradient norms are those before clipping, mean over the updates. Processor seconds",
-            "hold what evaluations do not count: decoding and the reward, twice where a chain has two stops; rows may",
-            "come from machines of different speed.",
+            f"{s.told(self.reward)}, {s.budget:g} denoiser evaluations a run, {s.counted} held-out prompts; mean ±",
+            "standard deviation over seeds. Gradient norms are those before clipping, mean over the updates. Seconds",
+            "(of the processor, on a GPU by the wall) hold what evaluations do not count: decoding and the reward,",
+            "twice where a chain has two stops; rows may come from machines of different speed.",
             "",
-            markdown_table(["", self.reward, *COLUMNS, "learning rate"], body),
+            markdown_table(["", self.reward, *COLUMNS, "seconds", "learning rate"], body),
             "",
             *claims_table(self.told(self, work, rows)),
-            *(["", f"![{self.title}]({self.name}.png)"] if done else []),
+            *(["", f"![{self.title}]({work.stem(self.name)}.png)"] if done else []),
             *made_by(row for v in self.variants for row in self.rows(work, rows, v).values()),
         ]
         return "\n".join(lines) + "\n"
@@ -226,7 +231,7 @@ def _drtune(T: int, **changed: int) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted({**method_of("DRTune", T)["options"], **changed}.items()))
 
 
-LENGTHS = (20, 10, 40)  # T, in the order of work; the paper has 20 to 50
+LENGTHS = sorted({T for setting in SETTINGS.values() for T in setting.lengths})  # the paper has 20 to 50
 
 FIG8 = Ablation(
     name="fig8",
@@ -307,7 +312,7 @@ def picture(a: Ablation, work: Work) -> Path | None:
     from . import plots
 
     s, rows, native = work.setting, work.rows, work.setting.tasks[a.reward].native
-    path, told = work.folder / f"{a.name}.png", f"{a.reward} on held-out prompts"
+    path, told = work.folder / f"{work.stem(a.name)}.png", f"{a.reward} on held-out prompts"
     found: dict[str, list[list[tuple[float, float]]]] = {}
     if not any(a.rows(work, rows, v) for v in a.variants):
         return None

@@ -1,7 +1,7 @@
 """One run of an experiment: tune until the budget is used up, judge on held-out prompts, give a row.
 
 It is the run that `rewardtune train` makes of the setting's preset, only that the number of updates follows from the
-budget. Left out of the row: the weights (the run folder is temporary) and the values of single prompts.
+budget. Left out of the row: the weights (the run folder does not stay) and the values of single prompts.
 """
 
 import json
@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import launch
+from .. import checkpoint, launch
 from ..config import MethodChoice, Part, RunConfig, load_config
 from ..errors import RewardTuneError, TrainingStopped, out_of_memory
 from ..methods import Method
@@ -56,7 +56,8 @@ def config_of(
         "optim.batch": setting.batch,
         "optim.steps": updates,
         "eval": {"prompts": {"source": held_out}, "count": len(held_out), "every": every},
-        "checkpoints": {"every": None, "best": None},  # the last weights are what is judged
+        "checkpoints.every": -(-updates // setting.saves) if setting.saves else None,
+        "checkpoints.best": None,  # the last weights are what is judged
         "output_dir": folder,
         "model.device": device,
         "seed": cell.seed,
@@ -69,11 +70,18 @@ def open_cell(cell: Cell, *, folder: str, device: str = "cpu", updates: int = 1)
     setting = setting_of(cell.setting)
     prompts = setting.tasks[cell.reward].prompts(search=setting.searched, final=cell.count)
     config = config_of(cell, setting, prompts=prompts, folder=folder, device=device, updates=updates)
-    return config, launch.tuner_from(config, show_progress=False)
+    resume = "latest" if checkpoint.steps(Path(folder)) else None
+    overwrite = resume is None and Path(folder).exists()  # cut off before its first checkpoint
+    return config, launch.tuner_from(config, resume=resume, overwrite=overwrite, show_progress=False)
 
 
-def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | None = None) -> dict[str, Any]:
-    """The row: how far the budget reached, the trace of the looks, the final scores. pictures: a PNG of the first."""
+def run_cell(
+    cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | None = None, folder: Path | None = None
+) -> dict[str, Any]:
+    """The row: how far the budget reached, the trace of the looks, the final scores. pictures: a PNG of the first.
+
+    folder: of the run, which goes on from its checkpoint there; None: a temporary one.
+    """
     setting = setting_of(cell.setting)
     updates, used = 0, [0.0]
     with tempfile.TemporaryDirectory() as temporary:
@@ -83,11 +91,12 @@ def run_cell(cell: Cell, cost: Cost, *, device: str = "cpu", pictures: Path | No
             updates = cell.updates or updates_within(cell.budget, method, cell.T, **given)
             used = spent(method, cell.T, updates=updates, **given)
         opened = cell if cell.method != BASE else replace(cell, method="DRTune", lr=1.0)  # not trained
-        config, tuner = open_cell(opened, folder=f"{temporary}/run", device=device, updates=max(updates, 1))
+        place = folder or Path(temporary) / "run"
+        config, tuner = open_cell(opened, folder=str(place), device=device, updates=max(updates, 1))
         trace: dict[str, Any] = {}
         if updates:
             broke = _train(config, tuner)
-            trace = _trace(Path(temporary) / "run", used, whole=not broke)
+            trace = _trace(place, used, whole=not broke)
             trace["cost"] = {"replay": cost.replay, "nested": cost.nested}
             if broke:
                 return {
@@ -245,6 +254,16 @@ def _trace(folder: Path, used: list[float], *, whole: bool = True) -> dict[str, 
     }
 
 
+def _model() -> str:
+    """Of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name and f" ({name})"
+
+
 def where(tuner: "RewardTuner") -> dict[str, Any]:
     """Versions and the kind of machine, without names of hosts and paths."""
     import platform
@@ -253,6 +272,6 @@ def where(tuner: "RewardTuner") -> dict[str, Any]:
     import torch
 
     device = tuner.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU{_model()}"
     versions = {package: metadata.version(package) for package in ("torch", "diffusers", "peft", "rewardtune")}
     return {"device": name, "threads": torch.get_num_threads(), **versions}

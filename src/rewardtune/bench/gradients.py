@@ -100,12 +100,13 @@ def report(work: Work) -> str:
         "# The norm of the gradient against K (Fig. 7)",
         "",
         f"`{work.command('fig7')}`: {len(rows)} of {len(s.seeds)} seeds. DRaFT-K, untuned model,",
-        f"T = {s.T}, {REWARD}, mean over {BATCHES} batches of {batch}; ± standard deviation over seeds.",
+        f"T = {s.T}, {s.told(REWARD)}, mean over {BATCHES} batches of {batch};",
+        "± standard deviation over seeds.",
         "",
         markdown_table(["K", "norm without stop-gradient", "norm with it"], body),
         "",
         *claims_table(claims(rows, s.T)),
-        *(["", "![gradient norm](fig7.png)"] if rows else []),
+        *(["", f"![gradient norm]({work.stem('fig7')}.png)"] if rows else []),
         *made_by(rows),
     ]
     return "\n".join(lines) + "\n"
@@ -124,4 +125,5 @@ def picture(work: Work) -> Path | None:
         for label, name in (("full back-propagation", "full"), ("stop-gradient", "stopped"))
     }
     title = f"Gradient norm against K (T = {s.T}, {REWARD})"
-    return plots.lines(lines, work.folder / "fig7.png", x="trained steps K", y="gradient norm", title=title, log=True)
+    path = work.folder / f"{work.stem('fig7')}.png"
+    return plots.lines(lines, path, x="trained steps K", y="gradient norm", title=title, log=True)

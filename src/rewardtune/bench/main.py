@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..runfolder import write_text
+from ..score import pick_device
 from ..spelling import nearest
 from . import ablations, gradients, pictures, table1
 from .setting import chosen_tasks, setting_of
@@ -61,21 +62,21 @@ def bench(
     work = Work(
         setting=chosen,
         folder=results / setting,
-        devices=tuple(devices or default_devices(setting)),
+        devices=_devices(setting, devices, run=not only_report),
         say=say,
         given="".join(
             [
                 f" --seeds {seeds}" * (seeds is not None),
-                f" --budget {budget:g}" if budget is not None else "",
-                *(f" --lr {lr:g}" for lr in lrs or ()),
+                f" --budget {budget!r}".removesuffix(".0") if budget is not None else "",
+                *(f" --lr {lr!r}" for lr in lrs or ()),
             ]
         ),
     )
-    page = work.folder / f"{name}.md"
+    page = work.folder / f"{work.stem(name)}.md"
     write_text(page, _page(name, work, asked, run=not only_report, plots=plots))
     if work.failed:
         raise ConfigError(
-            "\n".join([f"{len(work.failed)} runs failed; the others are kept and in {page}:", *work.failed])
+            "\n".join([f"runs that failed: {len(work.failed)}; the others are kept and in {page}:", *work.failed])
         )
     return page
 
@@ -97,7 +98,7 @@ def _page(name: str, work: Work, rewards: Sequence[str], *, run: bool, plots: bo
         if plots:
             gradients.picture(work)
         return gradients.report(work)
-    ablation = ablations.ABLATIONS[name]
+    ablation = ablations.ABLATIONS[name].on(work.setting)
     if run:
         ablation.run(work)
     if plots:
@@ -105,12 +106,25 @@ def _page(name: str, work: Work, rewards: Sequence[str], *, run: bool, plots: bo
     return ablation.report(work)
 
 
+def _devices(setting: str, given: Sequence[str] | None, *, run: bool) -> tuple[str, ...]:
+    """Those given, once they are known to be there; else the default. Nothing is looked up where nothing is run."""
+    if not run:
+        return ("cpu",)
+    for name in given or ():
+        pick_device(name)
+    return tuple(given or default_devices(setting))
+
+
 def default_devices(setting: str) -> list[str]:
-    """The playground belongs on the CPU, one process a core; other settings take the GPUs that are there."""
+    """The playground belongs on the CPU, one process a core; other settings take the GPUs that are there.
+
+    Raises ConfigError where these need one and there is none.
+    """
     if not setting.startswith("playground"):
         import torch
 
-        if torch.cuda.is_available():
-            return [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--setting {setting} takes days without a GPU, and there is none; or give --device cpu")
+        return [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ["cpu"] * cores

@@ -6,9 +6,11 @@ from ..errors import ConfigError
 from ..progress import digits
 from ..runfolder import atomic
 from ..tables import markdown_table
-from .cells import SHOWN, final_prompts
+from .cells import BASE, SHOWN, final_prompts
+from .claims import claims_table
+from .rows import made_by
 from .setting import METHODS
-from .table1 import BASE, base_cell
+from .table1 import base_cell, claims, found
 from .work import Work
 
 REWARDS = {"fig4": "symmetry", "fig5": "pickscore"}
@@ -20,15 +22,15 @@ CAPTIONS = {
 
 def report(work: Work, name: str) -> str:
     """The sheet, and its page."""
-    reward, seed = REWARDS[name], work.setting.seeds[0]
+    reward, seed, rows = REWARDS[name], work.setting.seeds[0], work.rows
     cells = {BASE: base_cell(work, reward)}
     for method in METHODS:
         lr = work.lr(method, reward)
         if lr is not None:
             cells[method] = work.cell(method, reward, seed, lr=lr)
-    native = work.setting.tasks[reward].native
-    found = {m: row["scores"][native][0] for m, cell in cells.items() if (row := work.rows.get(cell)) is not None}
-    strips = {m: path for m in found if (path := work.picture(cells[m])).exists()}
+    native, table = work.setting.tasks[reward].native, found(work, rows, reward)
+    ran = {m: row for m, cell in cells.items() if (row := rows.get(cell)) is not None}
+    strips = {m: path for m in ran if (path := work.picture(cells[m])).exists()}
     prompts = final_prompts(work.setting, cells[BASE])[:SHOWN]
     lines = [
         f"# Pictures for {reward} (Fig. {name[-1]})",
@@ -38,20 +40,25 @@ def report(work: Work, name: str) -> str:
         "",
         *(f"{k}. {prompt}" for k, prompt in enumerate(prompts, start=1)),
         "",
-        "Not run: " + (", ".join(m for m in (BASE, *METHODS) if m not in strips) or "nothing") + ".",
-    ]
+        "Not run: " + (", ".join(m for m in (BASE, *METHODS) if m not in ran) or "nothing") + ".",
+        *(f"{m}: the picture {work.picture(cells[m]).name} is missing; remove its row to run it again."
+          for m in ran if m not in strips),
+    ]  # fmt: skip
     if strips:
-        sheet({f"{m} {digits(found[m])}": path for m, path in strips.items()}, work.folder / f"{name}.png")
+        values = {m: digits(ran[m]["scores"][native][0]) for m in strips}
+        path = work.folder / f"{work.stem(name)}.png"
+        sheet({f"{m} {value}": strips[m] for m, value in values.items()}, path)
         lines += [
             "",
             markdown_table(
                 ["method", f"{native} of all its held-out prompts", "learning rate"],
-                [[m, digits(found[m]), f"{cells[m].lr:g}" if cells[m].lr else ""] for m in strips],
+                [[m, value, f"{cells[m].lr:g}" if cells[m].lr else ""] for m, value in values.items()],
             ),
             "",
-            f"![pictures, numbered from the left]({name}.png)",
+            f"![pictures, numbered from the left]({path.name})",
         ]
-    return "\n".join(lines) + "\n"
+    lines += ["", "In numbers, over all seeds of Table 1:", "", *claims_table(claims(work.setting, reward, table))]
+    return "\n".join([*lines, *made_by(ran.values())]) + "\n"
 
 
 def sheet(strips: dict[str, Path], path: Path, *, height: int = 96) -> None:

@@ -1,6 +1,7 @@
 """The rows on disk: one JSON line for every run, found again by what was asked of it.
 
-Lines are appended whole, so several commands may write one file; what stands there is not run again.
+Lines are appended whole, so several commands may write one file. What stands there when a command starts is not run
+again; what another is only just running is: let commands at the same time work on different rewards or figures.
 """
 
 import json
@@ -79,6 +80,11 @@ class Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._found.values())
+
+
+def timed_by(row: dict[str, Any]) -> str:
+    """Where a row's time stands: the processor's on a CPU, whose cores runs share; by the wall on a GPU."""
+    return "cpu_seconds" if row.get("on", {}).get("device", "CPU").partition(" (")[0].endswith("CPU") else "seconds"
 
 
 def made_by(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -9,17 +9,22 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..progress import digits
 from ..tables import markdown_table
 from .cells import BASE
 from .claims import Claim, best, better, claims_table
-from .rows import Cell, Rows, made_by
+from .rows import Cell, Rows, made_by, timed_by
 from .setting import METHODS, PAPER, Setting
 from .work import Work
 
 LEVELS = (1.0, 0.98, 0.95)  # of the untuned CLIPScore, at which symmetry is compared
+NATIVE_OF = (
+    "Rewards but for symmetry and compressibility are the playground's small imitations of those of the same name, and",
+    "objectness looks for hearts where the paper has books: columns compare methods, and no value with the paper's.",
+)
 COLUMNS = {
     "updates": "updates",
     "evaluations": "evaluations",
@@ -99,33 +104,34 @@ def report(work: Work) -> str:
         f"`{work.command('table1')}`: {done} of {len(METHODS) * len(s.seeds) * len(rewards)} runs",
         "(`--reward NAME` runs one column of them).",
         f"T = {s.T}, batch {s.batch}, {s.budget:g} denoiser evaluations a run, judged on up to {s.count} held-out",
-        "prompts with fixed noise; mean ± standard deviation over seeds, of those that were run. Every row stands in",
-        "`rows.jsonl`.",
+        "prompts with fixed noise; mean ± standard deviation over seeds, of those that were run; the best mean of a",
+        "column in bold. Every row stands in `rows.jsonl`.",
+        *(NATIVE_OF if s.preset == "playground" else ()),
         "",
         "## Ours, at equal denoiser evaluations",
         "",
         markdown_table(["method", *(_head(s, r) for r in rewards)], _rows(work, rows, rewards, tables)),
         "",
-        *_sums(work, rows, tables),
         "## The paper's (Stable Diffusion 1.5, 2 hours on 4 A100)",
         "",
-        markdown_table(
-            ["method", *(_head(s, r) for r in rewards)],
-            [[m, *(f"{PAPER[r][k]:g}" if r in PAPER else "–" for r in rewards)] for k, m in enumerate(METHODS)],
-        ),
+        markdown_table(["method", *(_head(s, r) for r in rewards)], _papers(s, rewards)),
         "",
         "## Claims",
         "",
         *claims_table([claim for reward in rewards for claim in claims(s, reward, tables[reward])]),
         "",
+        *_sums(work, rows, tables),
         "## What the budget bought",
         "",
-        markdown_table(["method", *COLUMNS, "processor time over DRTune's"], _bought(tables)),
+        markdown_table(["method", *COLUMNS, "time over DRTune's"], _bought(tables)),
         "",
-        "Runs share the machine, so wall seconds are no measure here; processor seconds are less disturbed, but",
-        "rewards may have been run on machines of different speed: the last column is paired by reward and seed. At",
-        "the processor time of the quickest method, interpolated between looks, on their prompts (seeds that all",
-        "have):",
+        "On a CPU runs share the machine: processor seconds are less disturbed there than wall seconds, which count on",
+        "a GPU. Rewards and seeds may have been run on machines of different speed: the last column is paired by both.",
+        "",
+        "## At equal time",
+        "",
+        f"Each seed at the time of its quickest method, between two of its {s.looks + 1} looks in proportion, so",
+        f"coarse; on the looks' {s.looked} prompts, seeds that all methods have, the best mean in bold.",
         "",
         markdown_table(["method", *(_head(s, r) for r in rewards)], _equal_time(s, rewards, tables)),
         "",
@@ -139,17 +145,17 @@ def report(work: Work) -> str:
         *_symmetry(work, tables["symmetry"]),
     ]
     drawn = [reward for reward in rewards if any(tables[reward].values())]
-    lines += ["", "## Curves", "", *(f"![{reward}](table1_{reward}.png)\n" for reward in drawn)]
+    lines += ["", "## Curves", "", *(f"![{reward}]({work.stem(f'table1_{reward}')}.png)\n" for reward in drawn)]
     lines += made_by(row for table in tables.values() for runs in table.values() for row in runs.values())
     return "\n".join(lines) + "\n"
 
 
 def claims(setting: Setting, reward: str, table: dict[str, dict[int, dict[str, Any]]]) -> list[Claim]:
-    """That DRTune is the best on this reward: against each of the others, by seed."""
+    """That DRTune is the best on this reward: against each of the others, by seed. (ours): the paper has none of it."""
     task = setting.tasks[reward]
     found = {method: by_seed(rows, task.native) for method, rows in table.items()}
     ours = found.pop("DRTune")
-    says = f"{reward}: DRTune is better than every other method"
+    says = f"{'' if reward in PAPER else '(ours) '}{reward}: DRTune is better than every other method"
     return [best(says, ours, found, less=task.less, name="DRTune")]
 
 
@@ -184,10 +190,10 @@ def _symmetry(work: Work, table: dict[str, dict[int, dict[str, Any]]]) -> list[s
     body, told, table = [], [], shared_seeds(table)
     for method, runs in table.items():
         cells = [_kept([at_equal(row, share) for _, row in sorted(runs.items())]) for share in LEVELS]
-        moved = [row["moved"] for row in runs.values() if row.get("moved")]
+        moved = [row["moved"] for row in runs.values() if row.get("moved")]  # measured on the playground alone
         steps = list(moved[0]) if moved else []
         ratio = [m[steps[0]] / m[steps[-1]] for m in moved if m[steps[-1]]]
-        body.append([method, *cells, spread(ratio) if ratio else "not run"])
+        body.append([method, *cells, spread(ratio) if ratio or not runs else "not measured"])
     for share in LEVELS:
         for late in ("DRaFT-LV", "ReFL-10"):
             common = sorted(table["DRTune"].keys() & table[late].keys())
@@ -230,10 +236,36 @@ def _rows(work: Work, rows: Rows, rewards: Sequence[str], tables: dict[str, Any]
     untuned = [rows.get(base_cell(work, reward)) for reward in rewards]
     natives = [work.setting.tasks[reward].native for reward in rewards]
     first = [digits(row["scores"][name][0]) if row else "not run" for row, name in zip(untuned, natives, strict=True)]
-    body = [
-        [m, *(spread(values(tables[r][m], name)) for r, name in zip(rewards, natives, strict=True))] for m in METHODS
+    columns = [
+        _column(work.setting, reward, {m: values(runs, name) for m, runs in tables[reward].items()})
+        for reward, name in zip(rewards, natives, strict=True)
     ]
-    return [[BASE, *first], *body]
+    return [[BASE, *first], *([method, *cells] for method, *cells in zip(METHODS, *columns, strict=True))]
+
+
+def _papers(setting: Setting, rewards: Sequence[str]) -> list[list[str]]:
+    columns = []
+    for reward in rewards:
+        values = dict(zip(METHODS, PAPER.get(reward, ()), strict=False))
+        first = _best(setting, reward, {method: [value] for method, value in values.items()})
+        told = [f"{values[m]:g}" if m in values else "–" for m in METHODS]
+        columns.append([f"**{cell}**" if m == first else cell for m, cell in zip(METHODS, told, strict=True)])
+    return [[method, *cells] for method, *cells in zip(METHODS, *columns, strict=True)]
+
+
+def _column(setting: Setting, reward: str, found: dict[str, list[float]]) -> list[str]:
+    """A cell for each method, the best in bold once all have been run."""
+    first = _best(setting, reward, found)
+    return [f"**{spread(numbers)}**" if method == first else spread(numbers) for method, numbers in found.items()]
+
+
+def _best(setting: Setting, reward: str, found: dict[str, list[float]]) -> str | None:
+    """The method with the best mean; runs that broke down have none. None while a method is missing."""
+    means = {method: fmean(numbers) for method, numbers in found.items() if numbers}
+    finite = {method: mean for method, mean in means.items() if math.isfinite(mean)}
+    if len(means) < len(METHODS) or not finite:
+        return None
+    return (min if setting.tasks[reward].less else max)(finite, key=finite.__getitem__)
 
 
 def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[list[str]]:
@@ -247,29 +279,36 @@ def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[lis
 
 
 def _times(ours: dict[int, dict[str, Any]], drtune: dict[int, dict[str, Any]]) -> list[float]:
-    """Processor time over DRTune's, seed by seed; without runs that broke down, which did less."""
+    """Time over DRTune's, seed by seed; without runs that broke down, which did less."""
     pairs = [(ours[seed], drtune[seed]) for seed in sorted(ours.keys() & drtune.keys())]
-    return [a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs if "broke" not in {**a, **b}]
+    return [a[timed_by(a)] / b[timed_by(a)] for a, b in pairs if "broke" not in {**a, **b}]
 
 
 def _equal_time(setting: Setting, rewards: Sequence[str], tables: dict[str, Any]) -> list[list[str]]:
-    body = {method: [method] for method in METHODS}
+    """The looks' value of the untuned model, and of each method where its seed's quickest method ended."""
+    columns = []
     for reward in rewards:
-        table = shared_seeds(tables[reward])
+        native, table = setting.tasks[reward].native, shared_seeds(tables[reward])
         runs = [row for seeds in table.values() for row in seeds.values()]
-        limit = min((row["cpu_seconds"] for row in runs if "broke" not in row), default=0.0)
-        for method in METHODS:
-            native = setting.tasks[reward].native
-            numbers = [at_time(row["trace"], limit, native) for row in table[method].values()]
-            body[method].append(spread(numbers))
-    return list(body.values())
+        limits: dict[int, float] = {}
+        for seed, row in ((seed, row) for seeds in table.values() for seed, row in seeds.items() if "broke" not in row):
+            limits[seed] = min(row[timed_by(row)], limits.get(seed, math.inf))
+        found = {
+            method: [
+                at_time(row["trace"], limits.get(seed, 0), native, by=timed_by(row)) for seed, row in seeds.items()
+            ]
+            for method, seeds in table.items()
+        }
+        untuned = digits(runs[0]["trace"][0]["scores"][native]) if runs else "not run"
+        columns.append([untuned, *_column(setting, reward, found)])
+    return [[method, *cells] for method, *cells in zip((BASE, *METHODS), *columns, strict=True)]
 
 
-def at_time(trace: Sequence[dict[str, Any]], limit: float, measure: str) -> float:
-    """`measure` after `limit` processor seconds, linear between looks."""
+def at_time(trace: Sequence[dict[str, Any]], limit: float, measure: str, *, by: str = "cpu_seconds") -> float:
+    """`measure` after `limit` seconds, linear between looks."""
     for a, b in pairwise(trace):
-        if a["cpu_seconds"] <= limit <= b["cpu_seconds"]:
-            share = (limit - a["cpu_seconds"]) / ((b["cpu_seconds"] - a["cpu_seconds"]) or 1.0)
+        if a[by] <= limit <= b[by]:
+            share = (limit - a[by]) / ((b[by] - a[by]) or 1.0)
             return float(a["scores"][measure] + share * (b["scores"][measure] - a["scores"][measure]))
     return float(trace[-1]["scores"][measure])
 
@@ -297,10 +336,11 @@ def _how_chosen(s: Setting) -> list[str]:
 
 def _sums(work: Work, rows: Rows, tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[str]:
     """What was trained where it is a sum: the table above shows one part of it."""
-    lines = []
+    lines: list[str] = []
     for reward, task in work.setting.tasks.items():
         if len(task.parts) < 2:
             continue
+        lines += [] if lines else ["## Where a sum was trained", ""]
         names = [task.native, *(part["name"] for part in task.parts if part["name"] != task.native), "reward"]
         base = rows.get(base_cell(work, reward))
         body = [[BASE, *(digits(base["scores"][name][0]) if base else "not run" for name in names)]]
@@ -350,7 +390,7 @@ def picture(work: Work) -> list[Path]:
         }
         if not any(lines.values()):
             continue
-        path = work.folder / f"table1_{reward}.png"
+        path = work.folder / f"{work.stem(f'table1_{reward}')}.png"
         title = f"{reward}, {'lower' if work.setting.tasks[reward].less else 'higher'} is better"
         label = f"{reward}, {work.setting.looked} held-out prompts"
         made.append(plots.lines(lines, path, x="denoiser evaluations", y=label, title=title))

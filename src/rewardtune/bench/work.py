@@ -1,8 +1,10 @@
 """The missing cells of an experiment, dealt out to processes and devices; the learning rate chosen for each method."""
 
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +19,7 @@ from typing import Any
 from ..progress import clock
 from ..runfolder import write_text
 from .cost import Cost
-from .rows import Cell, Rows
+from .rows import Cell, Rows, timed_by
 from .setting import Setting, method_of, setting_of
 
 
@@ -52,6 +54,15 @@ class Work:
         )
         return self.folder / "pictures" / f"{name}.png"
 
+    def run_folder(self, cell: Cell) -> Path | None:
+        """Where a long run is until its row is written; None: runs of this setting are not kept."""
+        digest = hashlib.blake2b(cell.key.encode(), digest_size=8).hexdigest()
+        return self.folder / "runs" / digest if self.setting.saves else None
+
+    def stem(self, name: str) -> str:
+        """Of the files of `name`: other seeds, budgets or rates than the setting's have a page of their own."""
+        return name + self.given.replace(" --", "_").replace(" ", "-")
+
     def command(self, name: str) -> str:
         """What makes the page of `name` again."""
         return f"rewardtune bench {name} --setting {self.setting.name}{self.given}"
@@ -74,7 +85,7 @@ class Work:
         if not missing:
             return
         cost = self.cost()
-        self._all([(cell, _run, (cell, cost, self._shown(cell))) for cell in missing])
+        self._all([(cell, _run, (cell, cost, self._shown(cell), self.run_folder(cell))) for cell in missing])
 
     def each(self, cells: Sequence[Cell], measure: Callable[[Cell, str], dict[str, Any]]) -> None:
         """The same for rows that another function (cell, device) makes; it must be importable."""
@@ -83,7 +94,7 @@ class Work:
     def _all(self, asked: Sequence[tuple[Cell, Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
         if not asked:
             return
-        self.say(f"{len(asked)} runs are missing; {len(self.devices)} at a time")
+        self.say(f"runs that are missing: {len(asked)}; {len(self.devices)} at a time")
         waiting, failed = list(asked), list[str]()
         running: dict[Future, Cell] = {}
         start = time.monotonic()
@@ -109,6 +120,8 @@ class Work:
                         continue
                     row = job.result()
                     self.rows.add(row)
+                    if (folder := self.run_folder(cell)) is not None:
+                        shutil.rmtree(folder, ignore_errors=True)
                     left = (time.monotonic() - start) / done * (len(asked) - done)
                     more = f"; about {clock(left)} to go" if left else ""
                     self.say(f"{done}/{len(asked)} {cell}: {self._told(cell, row)}{more}")
@@ -120,10 +133,8 @@ class Work:
         if "broke" in row:
             return f"broke down after {row['updates']} updates: {row['broke']}"
         native = self.setting.tasks[cell.reward].native
-        seconds = row.get("cpu_seconds", 0.0)
-        return (
-            f"{native} {row['scores'][native][0]:.4g} after {row['updates']} updates, {seconds:.0f} processor seconds"
-        )
+        seconds = row.get(timed_by(row), 0.0)
+        return f"{native} {row['scores'][native][0]:.4g} after {row['updates']} updates, {seconds:.0f} seconds"
 
     def choose(self, methods: Sequence[str], reward: str) -> None:
         """Run the searches for learning rates, until there is nothing more to look at."""
@@ -224,10 +235,10 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(cell: Cell, cost: Cost, pictures: Path | None) -> dict[str, Any]:
+def _run(cell: Cell, cost: Cost, pictures: Path | None, folder: Path | None) -> dict[str, Any]:
     from .cells import run_cell
 
-    return run_cell(cell, cost, device=_DEVICE, pictures=pictures)
+    return run_cell(cell, cost, device=_DEVICE, pictures=pictures, folder=folder)
 
 
 def _call(measure: Callable[[Cell, str], dict[str, Any]], cell: Cell) -> dict[str, Any]:

@@ -329,7 +329,7 @@ def sweep_charts(sweep: Mapping[str, Any], *, run: int) -> list[dict[str, Any]]:
                 chart["mark"] = {"x": suggested, "name": f"suggested: {suggested:g}"}
             found.append(chart)
     diverse = [name for name in sweep.get("guarded", ()) if measures.get(name, {}).get("role") == "guard"]
-    found += [chart for name in diverse if (chart := _along(points, name)) is not None]
+    found += [along for name in diverse if (along := _along(points, name)) is not None]
     for number, chart in enumerate(found):
         chart["id"] = f"sweep-{run}-{number}"
     return found
