@@ -20,6 +20,7 @@ from rewardtune.bench.main import NAMES, bench
 from rewardtune.bench.rows import Cell, Rows, made_by, timed_by
 from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
 from rewardtune.bench.work import Work
+from rewardtune.checkpoint import CheckpointError
 from rewardtune.errors import ConfigError, PreflightError, TrainingStopped
 from rewardtune.gradient import derive_seed
 from rewardtune.stats import student
@@ -157,15 +158,28 @@ def test_at_equal_time_each_seed_ends_with_its_quickest_method():
     setting, tables = setting_of("playground"), {"hpsv2": {method: {} for method in METHODS}}
     for method, seed in itertools.product(METHODS, range(2)):
         seconds = (40 if method == "DRTune" else 50) * (1 + seed)
-        scores = [{"hpsv2": 0.0}, {"hpsv2": 1.0 + METHODS.index(method)}]
+        scores = [{"hpsv2": 0.0 + seed}, {"hpsv2": 1.0 + METHODS.index(method)}]
         trace = [{"cpu_seconds": x, "scores": y} for x, y in zip((0, seconds), scores, strict=True)]
         tables["hpsv2"][method][seed] = {"cpu_seconds": seconds, "trace": trace}
     told = dict(table1._equal_time(setting, ["hpsv2"], tables))
-    assert told["untuned"] == "0"
+    assert told["untuned"] == "0.5 ± 0.71"  # its looks differ by seed
     assert told["DRTune"] == "**6 ± 0**"
-    assert told["AlignProp"] == "4 ± 0"  # 5 of its own, at 0.8 of its time, on either machine
+    assert told["AlignProp"] == "4.1 ± 0.14"  # 5 of its own, at 0.8 of its time: 4 from 0, 4.2 from 1
     tables["hpsv2"]["AlignProp"][1] |= {"broke": "NaN", "cpu_seconds": 1.0}
     assert dict(table1._equal_time(setting, ["hpsv2"], tables))["DRTune"] == "**6 ± 0**"  # no limit of a broken run
+    for runs in tables["hpsv2"].values():
+        for row in runs.values():
+            row["broke"], row["trace"][-1]["scores"] = "NaN", {"hpsv2": math.nan}
+    assert dict(table1._equal_time(setting, ["hpsv2"], tables))["DRTune"] == "broke down in 2 of 2 runs"
+
+
+def test_the_best_of_a_column():
+    setting, found = setting_of("playground"), {method: [float(k), k + 1.0] for k, method in enumerate(METHODS)}
+    assert table1._best(setting, "hpsv2", found) == ["DRTune"]
+    assert table1._best(setting, "symmetry", found) == ["ReFL-10"]  # less is better
+    assert table1._best(setting, "hpsv2", found | {"DRTune": [math.nan, 9.0]}) == ["AlignProp"]
+    assert table1._best(setting, "hpsv2", found | {"AlignProp": [5.5]}) == ["AlignProp", "DRTune"]
+    assert table1._best(setting, "hpsv2", found | {"AlignProp": []}) == []
 
 
 def test_time_is_the_processors_on_a_cpu_and_by_the_wall_on_a_gpu():
@@ -174,14 +188,16 @@ def test_time_is_the_processors_on_a_cpu_and_by_the_wall_on_a_gpu():
     assert timed_by({}) == "cpu_seconds"
     row = {"on": on[3], "cpu_seconds": 1.0, "seconds": 30.0}
     assert table1._times({0: row}, {0: row | {"seconds": 20.0}}) == [1.5]
+    assert table1._times({0: row}, {0: row | {"on": on[1]}}) == []
 
 
 def test_another_grid_or_budget_has_a_page_of_its_own(tmp_path):
     pages = [
         bench("spacing", results=tmp_path, only_report=True, plots=False, **given)
-        for given in ({}, {"lrs": [9e-4]}, {"budget": 1234567.0, "seeds": 2})
+        for given in ({}, {"lrs": [9e-4]}, {"budget": 1234567.0, "seeds": 2}, {"lrs": [1e-3, 1e-4]}, {"seeds": 3})
     ]
-    assert [page.name for page in pages] == ["spacing.md", "spacing_lr-0.0009.md", "spacing_seeds-2_budget-1234567.md"]
+    names = ["", "_lr-0.0009", "_seeds-2_budget-1234567", "_lr-0.0001_lr-0.001", ""]  # three seeds are the setting's
+    assert [page.name for page in pages] == [f"spacing{name}.md" for name in names]
     assert "`rewardtune bench spacing --setting playground --seeds 2 --budget 1234567`" in pages[2].read_text()
 
 
@@ -189,8 +205,10 @@ def test_what_cannot_run_is_refused_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"sd15 takes days without a GPU.*--device cpu"):
         bench("table1", setting="sd15", results=tmp_path, plots=False)
-    with pytest.raises(ConfigError, match="gpu0"):
-        bench("table1", results=tmp_path, devices=["cpu", "gpu0"], plots=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for name, words in (("gpu0", "no device; legal: cpu, cuda:0"), ("cuda:0", "there are 0 GPUs here; legal: cpu$")):
+        with pytest.raises(ConfigError, match=f"--device {name}: {words}"):
+            bench("table1", results=tmp_path, devices=["cpu", name], plots=False)
     assert not list(tmp_path.iterdir())
     assert bench("table1", setting="sd15", results=tmp_path, only_report=True, plots=False).exists()
 
@@ -215,6 +233,10 @@ def test_pictures_stand_with_their_claim_and_a_lost_one_is_named(tmp_path):
     assert f"ReFL-10: the picture {lost} is missing; remove its row to run it again." in page
     assert "| symmetry: DRTune is better than every other method | DRTune 0.101" in page
     assert page.count("is missing") == 1
+    work.rows.add(work.rows.get(cells[0]) | {"broke": "step 9: NaN"})
+    page = pictures.report(work, "fig4")
+    assert "ReFL-10 broke down, so there are no pictures of it: step 9: NaN." in page
+    assert "is missing" not in page
 
 
 def test_processor_time_is_compared_seed_by_seed_and_without_broken_runs():
@@ -621,6 +643,30 @@ def test_a_long_run_that_was_cut_off_goes_on(cell, tmp_path, monkeypatch):
     for key in ("updates", "evaluations", "scores", "moved"):
         assert found[key] == whole[key]
     assert [x["scores"] for x in found["trace"]] == [x["scores"] for x in whole["trace"]]
+
+
+def test_two_commands_are_not_at_one_run(cell, tmp_path):
+    folder = tmp_path / "runs" / "a"
+    with cells._held(folder):
+        with pytest.raises(ConfigError, match="another command is at this run"):
+            run_cell(cell, COST, folder=folder)
+        with cells._held(tmp_path / "runs" / "b"), cells._held(None):
+            pass
+    with cells._held(folder):
+        pass
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_anew_and_another_is_refused(cell, tmp_path):
+    opened = {"folder": str(tmp_path / "run"), "updates": 2}
+    _, tuner = open_cell(cell, **opened)
+    tuner.folder.open()
+    tuner.folder.set_status("running")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        open_cell(cell, **opened)
+    config, tuner = open_cell(cell, **opened, cut_off=True)
+    cells.launch.train_as(config, tuner)
+    with pytest.raises(CheckpointError, match=r"optim.lr: (.|\n)*To begin this run anew, remove .*run$"):
+        open_cell(replace(cell, lr=2e-3), **opened, cut_off=True)
 
 
 def test_runs_are_kept_where_the_setting_says_so_until_their_row_is_there(tmp_path, monkeypatch):

@@ -121,16 +121,20 @@ def test_the_weaker_weight_lies_between(evaluated):
 
 
 def test_a_second_evaluation_leaves_no_older_pictures(run, tmp_path):
-    """Fewer prompts and other candidates: the folder holds what the file lists, and no other file is touched."""
+    """Fewer prompts, other candidates: of ours the folder holds what the file lists, and no other file is touched."""
     folder = tmp_path / "out" / "eval"
-    (folder / "base").mkdir(parents=True)
-    (folder / "base" / "notes.png").touch()
-    for specs, options in (([str(run), f"{run}@0.5"], {"count": 2}), ([f"{run}:base_steps=99"], {"count": 1})):
+    others = {folder / "base" / "007.png", folder / "real" / "000.png"}
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    first, second = [str(run), f"{run}@0.5"], [f"{run}:base_steps=99", f"{run}:aig=inf", f"{run}:base_steps=3"]
+    for specs, options in ((first, {"count": 2}), (second, {"count": 1})):
         found = evaluate_candidates(specs, output=tmp_path / "out", features="playground", **options)
     ours = {folder.parent / one.folder / "000.png" for one in found.candidates}
-    assert set(folder.rglob("*.png")) == ours | {folder / "base" / "notes.png"}
-    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(one.folder).name for one in found.candidates)
-    assert any("the base model makes all 4 steps" in note for note in found.notes)
+    assert set(folder.rglob("*.png")) == ours | others
+    assert {path.name for path in folder.iterdir()} == {Path(one.folder).name for one in found.candidates} | {"real"}
+    notes = [note for note in found.notes if "the base model makes all 4 steps" in note]
+    assert [note.partition(": ")[0] for note in notes] == [one.label for one in found.candidates[1:3]]
 
 
 def test_compare_by_category(run, other, tmp_path, capsys):

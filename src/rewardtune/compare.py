@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -203,7 +203,7 @@ def compare_candidates(
         notes=setup.notes,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_text(folder / f"{name}.json", result.as_json())
+    write_result(folder / f"{name}.json", result.as_json())
     save_grid(measured, setup, folder / f"{name}.png")
     say(f"written: {folder / f'{name}.json'}, {name}.png, and the pictures in {folder / name}")
     return result
@@ -332,8 +332,8 @@ def _settings_notes(found: Sequence[Candidate]) -> Iterable[str]:
         apart |= {"scheduler"} if own.scheduler != base.scheduler else set()
         if apart:
             yield f"{candidate.label} is sampled with another {', '.join(sorted(apart))} than the base model"
-        steps, first = own.call.get("num_inference_steps", math.inf), candidate.mix and candidate.mix.base_steps
-        if first and first >= steps:
+        steps = own.call.get("num_inference_steps")
+        if candidate.mix and steps and candidate.mix.base_weight(steps - 1, steps) == 1:
             yield f"{candidate.label}: the base model makes all {steps} steps, so these are its pictures"
 
 
@@ -458,10 +458,7 @@ def measure(
     batch: int = 8,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Measured]:
-    """Every candidate's pictures, sampled, saved to folders of their own and measured; the base model comes first.
-
-    `folder` holds no other pictures afterwards.
-    """
+    """Every candidate's pictures, sampled, saved to folders of their own and measured; the base model comes first."""
     from . import evaluate
 
     base: Tensor | None = None
@@ -491,17 +488,7 @@ def measure(
                 shown=images[setup.firsts[:SHOWN]].clone(),
             )
         )
-    _forget_others(folder, {folder / own / f"{index:03d}.png" for own in folders for index in range(len(setup.texts))})
     return results
-
-
-def _forget_others(folder: Path, ours: Collection[Path]) -> None:
-    """Remove pictures of an earlier evaluation of this name: beside the new ones they would pass for theirs."""
-    for path in folder.glob("*/*.png"):
-        if path.stem.isdecimal() and path not in ours:
-            path.unlink()
-            with suppress(OSError):  # not empty
-                path.parent.rmdir()
 
 
 def scored(measured: Measured, setup: Setup, *, folder: str) -> Scored:
@@ -556,6 +543,30 @@ def contrast(a: Measured, b: Measured, setup: Setup, rows: Sequence[int]) -> Con
 
 
 # -- files and tables ------------------------------------------------------------------------------------------------
+
+
+def write_result(path: Path, text: str) -> None:
+    """The JSON of an evaluation; pictures of the one that stood there go, unless the new one has them too.
+
+    Beside the new ones they would pass for theirs.
+    """
+    earlier = _listed(path)
+    write_text(path, text)
+    for picture in earlier - _listed(path):
+        with suppress(OSError):
+            picture.unlink()
+            picture.parent.rmdir()  # where it was the last one
+
+
+def _listed(path: Path) -> set[Path]:
+    """The pictures of an evaluation's JSON; none where it is not there, or is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        scored = [*found.get("candidates", ()), *(point["scored"] for point in found.get("points", ()))]
+        counts = [(one["folder"], max(map(len, one["values"].values()), default=0)) for one in scored]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {path.parent / folder / f"{index:03d}.png" for folder, count in counts for index in range(count)}
 
 
 def _pictures(setup: Setup) -> list[dict[str, Any]]:

@@ -31,11 +31,11 @@ from .compare import (
     titled,
     to_json,
     with_base,
+    write_result,
 )
 from .config import Part
 from .errors import ConfigError
 from .guards import ACROSS, WITHIN, Measure
-from .runfolder import write_text
 from .tables import text_table
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def sweep(
     folder = Path(run) if output is None else Path(output)
     measured = measure(load_base(found), found, setup, folder / "sweep", batch=batch, say=say)
     result = judge(measured, setup, [0.0, *wanted], tolerance=tolerance)
-    write_text(folder / "sweep.json", result.as_json())
+    write_result(folder / "sweep.json", result.as_json())
     save_grid(measured, setup, folder / "sweep" / "grid.png")
     draw(result, folder / "sweep.png")
     say(f"written: {folder / 'sweep.json'}, sweep.png, and the pictures in {folder / 'sweep'}")

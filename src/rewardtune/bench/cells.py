@@ -6,8 +6,10 @@ budget. Left out of the row: the weights (the run folder does not stay) and the 
 
 import json
 import math
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import checkpoint, launch
 from ..config import MethodChoice, Part, RunConfig, load_config
-from ..errors import RewardTuneError, TrainingStopped, out_of_memory
+from ..errors import ConfigError, RewardTuneError, TrainingStopped, out_of_memory
 from ..methods import Method
 from ..panel import natives
 from .cost import Cost, spent, updates_within
@@ -65,14 +67,22 @@ def config_of(
     return load_config(setting.preset, [*setting.changes, *(f"{k}={json.dumps(v)}" for k, v in changes.items())])
 
 
-def open_cell(cell: Cell, *, folder: str, device: str = "cpu", updates: int = 1) -> "tuple[RunConfig, RewardTuner]":
-    """The run file of a cell, and what it says, loaded."""
+def open_cell(
+    cell: Cell, *, folder: str, device: str = "cpu", updates: int = 1, cut_off: bool = False
+) -> "tuple[RunConfig, RewardTuner]":
+    """The run file of a cell, and what it says, loaded.
+
+    cut_off: go on from the last checkpoint of the run in `folder`; one that was cut off before its first is replaced.
+    """
     setting = setting_of(cell.setting)
     prompts = setting.tasks[cell.reward].prompts(search=setting.searched, final=cell.count)
     config = config_of(cell, setting, prompts=prompts, folder=folder, device=device, updates=updates)
-    resume = "latest" if checkpoint.steps(Path(folder)) else None
-    overwrite = resume is None and Path(folder).exists()  # cut off before its first checkpoint
-    return config, launch.tuner_from(config, resume=resume, overwrite=overwrite, show_progress=False)
+    resume = "latest" if cut_off and checkpoint.steps(Path(folder)) else None
+    overwrite = cut_off and resume is None
+    try:
+        return config, launch.tuner_from(config, resume=resume, overwrite=overwrite, show_progress=False)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{error}. To begin this run anew, remove {folder}") from error
 
 
 def run_cell(
@@ -80,11 +90,12 @@ def run_cell(
 ) -> dict[str, Any]:
     """The row: how far the budget reached, the trace of the looks, the final scores. pictures: a PNG of the first.
 
-    folder: of the run, which goes on from its checkpoint there; None: a temporary one.
+    folder: of the run, which goes on from its checkpoint there; None: a temporary one. Raises ConfigError where another
+    process is at it.
     """
     setting = setting_of(cell.setting)
     updates, used = 0, [0.0]
-    with tempfile.TemporaryDirectory() as temporary:
+    with _held(folder), tempfile.TemporaryDirectory() as temporary:
         if cell.method != BASE:
             method = law_of(cell)
             given: dict[str, Any] = {"seed": cell.seed, "batch": setting.batch, "cost": cost}
@@ -92,7 +103,8 @@ def run_cell(
             used = spent(method, cell.T, updates=updates, **given)
         opened = cell if cell.method != BASE else replace(cell, method="DRTune", lr=1.0)  # not trained
         place = folder or Path(temporary) / "run"
-        config, tuner = open_cell(opened, folder=str(place), device=device, updates=max(updates, 1))
+        given = {"folder": str(place), "device": device, "updates": max(updates, 1)}
+        config, tuner = open_cell(opened, **given, cut_off=place.exists())
         trace: dict[str, Any] = {}
         if updates:
             broke = _train(config, tuner)
@@ -120,6 +132,23 @@ def run_cell(
         "moved": moved(tuner) if updates and cell.judged == "final" and setting.features == "playground" else None,
         "on": where(tuner),
     }
+
+
+@contextmanager
+def _held(folder: Path | None) -> Iterator[None]:
+    """No other process works in `folder` meanwhile; it is free again when this one ends, however it ends."""
+    if folder is None or sys.platform == "win32":  # where nothing is kept, and where files have no such locks
+        yield
+        return
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError("another command is at this run; its row will be there when that is done") from error
+        yield
 
 
 def _train(config: RunConfig, tuner: "RewardTuner") -> str:
@@ -272,6 +301,7 @@ def where(tuner: "RewardTuner") -> dict[str, Any]:
     import torch
 
     device = tuner.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU{_model()}"
+    cpu = f"{platform.machine()} CPU{_model()}" if device.type == "cpu" else device.type
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     versions = {package: metadata.version(package) for package in ("torch", "diffusers", "peft", "rewardtune")}
     return {"device": name, "threads": torch.get_num_threads(), **versions}

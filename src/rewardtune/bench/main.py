@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..runfolder import write_text
-from ..score import pick_device
 from ..spelling import nearest
 from . import ablations, gradients, pictures, table1
 from .setting import chosen_tasks, setting_of
@@ -53,12 +52,13 @@ def bench(
         raise ConfigError(f"learning rate or budget {wrong[0]:g}: give a positive number")
     if only_report and results == RESULTS and not results.exists():
         raise ConfigError(f"no rows in {results}: run it in a checkout of rewardtune, or give the folder by --results")
-    if seeds is not None:
-        chosen = replace(chosen, seeds=tuple(range(seeds)))
+    own = chosen
     if lrs:
         chosen = replace(chosen, lrs=tuple(sorted(set(lrs))))
     if budget is not None:
         chosen = replace(chosen, budget=budget)
+    if seeds is not None:
+        chosen = replace(chosen, seeds=tuple(range(seeds)))
     work = Work(
         setting=chosen,
         folder=results / setting,
@@ -66,9 +66,9 @@ def bench(
         say=say,
         given="".join(
             [
-                f" --seeds {seeds}" * (seeds is not None),
-                f" --budget {budget!r}".removesuffix(".0") if budget is not None else "",
-                *(f" --lr {lr!r}" for lr in lrs or ()),
+                f" --seeds {seeds}" if chosen.seeds != own.seeds else "",
+                f" --budget {budget!r}".removesuffix(".0") if chosen.budget != own.budget else "",
+                *(f" --lr {lr!r}" for lr in chosen.lrs if chosen.lrs != own.lrs),
             ]
         ),
     )
@@ -111,8 +111,21 @@ def _devices(setting: str, given: Sequence[str] | None, *, run: bool) -> tuple[s
     if not run:
         return ("cpu",)
     for name in given or ():
-        pick_device(name)
+        _check_device(name)
     return tuple(given or default_devices(setting))
+
+
+def _check_device(name: str) -> None:
+    """ConfigError for what is no device here; without a context on it, which would take its memory."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no device; legal: cpu, cuda:0, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"--device {name}: there are {gpus} GPUs here; legal: cpu" + ", cuda:0, ..." * (gpus > 0))
 
 
 def default_devices(setting: str) -> list[str]:
@@ -124,7 +137,9 @@ def default_devices(setting: str) -> list[str]:
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError(f"--setting {setting} takes days without a GPU, and there is none; or give --device cpu")
+            raise ConfigError(
+                f"--setting {setting} takes days without a GPU, and there is none: --report, or --device cpu"
+            )
         return [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ["cpu"] * cores

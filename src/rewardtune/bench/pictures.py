@@ -1,6 +1,7 @@
 """Figures 4 and 5: the same prompts and noise, untuned and tuned by every method, for symmetry and for PickScore."""
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from ..progress import digits
@@ -41,9 +42,8 @@ def report(work: Work, name: str) -> str:
         *(f"{k}. {prompt}" for k, prompt in enumerate(prompts, start=1)),
         "",
         "Not run: " + (", ".join(m for m in (BASE, *METHODS) if m not in ran) or "nothing") + ".",
-        *(f"{m}: the picture {work.picture(cells[m]).name} is missing; remove its row to run it again."
-          for m in ran if m not in strips),
-    ]  # fmt: skip
+        *(_lost(m, row, work.picture(cells[m])) for m, row in ran.items() if m not in strips),
+    ]
     if strips:
         values = {m: digits(ran[m]["scores"][native][0]) for m in strips}
         path = work.folder / f"{work.stem(name)}.png"
@@ -59,6 +59,12 @@ def report(work: Work, name: str) -> str:
         ]
     lines += ["", "In numbers, over all seeds of Table 1:", "", *claims_table(claims(work.setting, reward, table))]
     return "\n".join([*lines, *made_by(ran.values())]) + "\n"
+
+
+def _lost(method: str, row: dict[str, Any], picture: Path) -> str:
+    if "broke" in row:
+        return f"{method} broke down, so there are no pictures of it: {row['broke']}."
+    return f"{method}: the picture {picture.name} is missing; remove its row to run it again."
 
 
 def sheet(strips: dict[str, Path], path: Path, *, height: int = 96) -> None:

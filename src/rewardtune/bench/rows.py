@@ -1,7 +1,7 @@
 """The rows on disk: one JSON line for every run, found again by what was asked of it.
 
 Lines are appended whole, so several commands may write one file. What stands there when a command starts is not run
-again; what another is only just running is: let commands at the same time work on different rewards or figures.
+again; what another is only just running is, where the two ask for the same cells.
 """
 
 import json

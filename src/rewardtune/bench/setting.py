@@ -229,6 +229,7 @@ def quick(setting: Setting) -> Setting:
         count=min(setting.count, 16),
         counted=min(setting.counted, 16),
         looked=min(setting.looked, 4),
+        saves=0,
     )
 
 

@@ -2,7 +2,7 @@
 
 Learning rates are chosen for each method and reward from one grid, by runs of half the budget on prompts that are
 neither trained nor judged on. Every method then gets the same number of denoiser evaluations; how long that took is
-printed beside it, and the same table at equal processor time, read from the looks on the way.
+printed beside it, and the same table at equal time, read from the looks on the way.
 """
 
 import math
@@ -21,7 +21,7 @@ from .setting import METHODS, PAPER, Setting
 from .work import Work
 
 LEVELS = (1.0, 0.98, 0.95)  # of the untuned CLIPScore, at which symmetry is compared
-NATIVE_OF = (
+IMITATIONS = (
     "Rewards but for symmetry and compressibility are the playground's small imitations of those of the same name, and",
     "objectness looks for hearts where the paper has books: columns compare methods, and no value with the paper's.",
 )
@@ -106,7 +106,7 @@ def report(work: Work) -> str:
         f"T = {s.T}, batch {s.batch}, {s.budget:g} denoiser evaluations a run, judged on up to {s.count} held-out",
         "prompts with fixed noise; mean ± standard deviation over seeds, of those that were run; the best mean of a",
         "column in bold. Every row stands in `rows.jsonl`.",
-        *(NATIVE_OF if s.preset == "playground" else ()),
+        *(IMITATIONS if s.preset == "playground" else ()),
         "",
         "## Ours, at equal denoiser evaluations",
         "",
@@ -249,23 +249,24 @@ def _papers(setting: Setting, rewards: Sequence[str]) -> list[list[str]]:
         values = dict(zip(METHODS, PAPER.get(reward, ()), strict=False))
         first = _best(setting, reward, {method: [value] for method, value in values.items()})
         told = [f"{values[m]:g}" if m in values else "–" for m in METHODS]
-        columns.append([f"**{cell}**" if m == first else cell for m, cell in zip(METHODS, told, strict=True)])
+        columns.append([f"**{cell}**" if m in first else cell for m, cell in zip(METHODS, told, strict=True)])
     return [[method, *cells] for method, *cells in zip(METHODS, *columns, strict=True)]
 
 
 def _column(setting: Setting, reward: str, found: dict[str, list[float]]) -> list[str]:
     """A cell for each method, the best in bold once all have been run."""
     first = _best(setting, reward, found)
-    return [f"**{spread(numbers)}**" if method == first else spread(numbers) for method, numbers in found.items()]
+    return [f"**{spread(numbers)}**" if method in first else spread(numbers) for method, numbers in found.items()]
 
 
-def _best(setting: Setting, reward: str, found: dict[str, list[float]]) -> str | None:
-    """The method with the best mean; runs that broke down have none. None while a method is missing."""
+def _best(setting: Setting, reward: str, found: dict[str, list[float]]) -> list[str]:
+    """The method with the best mean, or all that share it; none that broke down, and none before all were run."""
     means = {method: fmean(numbers) for method, numbers in found.items() if numbers}
-    finite = {method: mean for method, mean in means.items() if math.isfinite(mean)}
+    finite = [mean for mean in means.values() if math.isfinite(mean)]
     if len(means) < len(METHODS) or not finite:
-        return None
-    return (min if setting.tasks[reward].less else max)(finite, key=finite.__getitem__)
+        return []
+    best = min(finite) if setting.tasks[reward].less else max(finite)
+    return [method for method, mean in means.items() if mean == best]
 
 
 def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[list[str]]:
@@ -279,28 +280,32 @@ def _bought(tables: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> list[lis
 
 
 def _times(ours: dict[int, dict[str, Any]], drtune: dict[int, dict[str, Any]]) -> list[float]:
-    """Time over DRTune's, seed by seed; without runs that broke down, which did less."""
+    """Time over DRTune's, seed by seed; without runs that broke down, which did less, and those of unlike devices."""
     pairs = [(ours[seed], drtune[seed]) for seed in sorted(ours.keys() & drtune.keys())]
-    return [a[timed_by(a)] / b[timed_by(a)] for a, b in pairs if "broke" not in {**a, **b}]
+    alike = [(a, b) for a, b in pairs if "broke" not in {**a, **b} and timed_by(a) == timed_by(b)]
+    return [a[timed_by(a)] / b[timed_by(a)] for a, b in alike]
 
 
 def _equal_time(setting: Setting, rewards: Sequence[str], tables: dict[str, Any]) -> list[list[str]]:
-    """The looks' value of the untuned model, and of each method where its seed's quickest method ended."""
+    """The looks' value of the untuned model, and of each method where its seed's quickest method ended.
+
+    Looks differ by seed, so the untuned model has a spread as well.
+    """
     columns = []
     for reward in rewards:
         native, table = setting.tasks[reward].native, shared_seeds(tables[reward])
-        runs = [row for seeds in table.values() for row in seeds.values()]
+        first = {seed: row["trace"][0]["scores"][native] for seeds in table.values() for seed, row in seeds.items()}
         limits: dict[int, float] = {}
         for seed, row in ((seed, row) for seeds in table.values() for seed, row in seeds.items() if "broke" not in row):
             limits[seed] = min(row[timed_by(row)], limits.get(seed, math.inf))
         found = {
             method: [
-                at_time(row["trace"], limits.get(seed, 0), native, by=timed_by(row)) for seed, row in seeds.items()
+                at_time(row["trace"], limits.get(seed, math.inf), native, by=timed_by(row))
+                for seed, row in seeds.items()
             ]
             for method, seeds in table.items()
         }
-        untuned = digits(runs[0]["trace"][0]["scores"][native]) if runs else "not run"
-        columns.append([untuned, *_column(setting, reward, found)])
+        columns.append([spread(list(first.values())), *_column(setting, reward, found)])
     return [[method, *cells] for method, *cells in zip((BASE, *METHODS), *columns, strict=True)]
 
 

@@ -28,8 +28,8 @@ class Work:
     """Where results are, and who works.
 
     folder: of the setting's results; its rows.jsonl, cost.json and pictures are shared by all experiments.
-    devices: one process each, e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. given: what the command was given besides
-    the setting, as typed. failed: the runs that an error ended, with the error.
+    devices: one process each, e.g. ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. given: in which the setting is not
+    the one of its name, as options of the command. failed: the runs that an error ended, with the error.
     """
 
     setting: Setting
@@ -60,7 +60,7 @@ class Work:
         return self.folder / "runs" / digest if self.setting.saves else None
 
     def stem(self, name: str) -> str:
-        """Of the files of `name`: other seeds, budgets or rates than the setting's have a page of their own."""
+        """Of the files of `name`: other seeds, another budget or grid than the setting's have a page of their own."""
         return name + self.given.replace(" --", "_").replace(" ", "-")
 
     def command(self, name: str) -> str:
@@ -122,6 +122,7 @@ class Work:
                     self.rows.add(row)
                     if (folder := self.run_folder(cell)) is not None:
                         shutil.rmtree(folder, ignore_errors=True)
+                        folder.with_suffix(".lock").unlink(missing_ok=True)
                     left = (time.monotonic() - start) / done * (len(asked) - done)
                     more = f"; about {clock(left)} to go" if left else ""
                     self.say(f"{done}/{len(asked)} {cell}: {self._told(cell, row)}{more}")

@@ -281,7 +281,7 @@ def _sweep(number: int, run: RunData) -> dict[str, Any] | None:
         return None
     try:
         found = sweep_charts(run.sweep, run=number)
-    except (KeyError, TypeError, AttributeError):  # of another version
+    except (KeyError, TypeError, AttributeError, ValueError):  # of another version
         return None
     return {"reason": clean(run.sweep.get("reason", "")), "suggested": run.sweep.get("suggested"), "charts": found}
 

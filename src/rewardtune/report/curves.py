@@ -355,5 +355,4 @@ def _along(points: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | N
 
 
 def _value(point: Mapping[str, Any], name: str) -> float | None:
-    found = point["scored"]["metrics"].get(name)
-    return found and found.get("value")
+    return (point["scored"]["metrics"].get(name) or {}).get("value")

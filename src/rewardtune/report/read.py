@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no file {path}; give one that is there, or leave it out") from None
+        raise ConfigError(f"no file {path}; give one that is there") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); restore it, or leave it out") from error
     if not isinstance(found, dict):

@@ -152,7 +152,7 @@ function drawChart(spec, figure) {
     svg.append(make("path", { d: path, fill: "none", stroke, "stroke-width": raw ? 1.2 : 2, "stroke-opacity": raw ? 0.45 : 1, "stroke-dasharray": dashed(curve) ? "5 3" : null }));
     const dots = curve.style === "eval" ? set.length <= 60 : set.length <= 12;
     if (dots) for (const p of set) if (known(p.y)) svg.append(make("circle", { cx: f.X(p.x), cy: f.Y(p.y), r: curve.style === "eval" ? 3.6 : 2.2, fill: stroke, "fill-opacity": raw ? 0.6 : 1 }));
-    for (const p of set) if (p.label && known(p.y)) svg.append(make("text", { x: f.X(p.x) + 6, y: f.Y(p.y) - 6, "text-anchor": f.X(p.x) > WIDTH - 40 ? "end" : "start" }, p.label));
+    for (const p of set) if (p.label && known(p.y)) svg.append(make("text", { x: f.X(p.x) + (f.X(p.x) > WIDTH - 40 ? -6 : 6), y: f.Y(p.y) - 6, "text-anchor": f.X(p.x) > WIDTH - 40 ? "end" : "start" }, p.label));
   }
 
   function drawBars(f, svg) {
@@ -182,7 +182,8 @@ function drawChart(spec, figure) {
       const near = set.reduce((best, p) => (Math.abs(p.x - at) < Math.abs(best.x - at) ? p : best));
       if (Math.abs(near.x - at) > (f.x1 - f.x0) / 40) return;
       const ends = known(near.low) && known(near.high) ? ` (${digits(near.low)} to ${digits(near.high)})` : "";
-      found.push({ curve, text: digits(near.y) + ends + (near.label ? ` at weight ${near.label}` : "") });
+      const text = near.label ? set.filter((p) => p.x === near.x).map((p) => `${digits(p.y)} at weight ${p.label}`).join(", ") : digits(near.y) + ends;
+      found.push({ curve, text });
     });
     return found;
   }
@@ -254,13 +255,14 @@ function drawChart(spec, figure) {
   const numbers = figure.querySelector(".numbers");
   numbers.addEventListener("toggle", () => numbers.open && fill());
   function fill() {
-    const on = spec.axis || "steps";
-    const heads = spec.bars ? ["sampling step", ...series.map((one) => one.name)] : [axisName(spec, on), ...series.map((one) => one.name)];
+    const on = spec.axis || "steps", along = on === "along";  // its rows are the weights: two may be equal in x
+    const heads = [spec.bars ? "sampling step" : along ? AXES.weight : AXES[on], ...series.map((one) => one.name)];
     const lines = new Map();
     const put = (x, i, text) => { if (!lines.has(x)) lines.set(x, series.map(() => "")); lines.get(x)[i] = text; };
     series.forEach((one, i) => {
       if (spec.bars) one.y.forEach((y, x) => put(x, i, digits(y)));
-      else points(one, on).forEach((p) => put(p.x, i, digits(p.y) + (known(p.low) && known(p.high) ? ` (${digits(p.low)} to ${digits(p.high)})` : "") + (p.label ? ` at weight ${p.label}` : "")));
+      else if (along) points(one, on).forEach((p) => put(Number(p.label), i, `${digits(p.y)} at ${spec.along} ${digits(p.x)}`));
+      else points(one, on).forEach((p) => put(p.x, i, digits(p.y) + (known(p.low) && known(p.high) ? ` (${digits(p.low)} to ${digits(p.high)})` : "")));
     });
     const body = [...lines.entries()].sort((a, b) => a[0] - b[0]).map(([x, cells]) => make("tr", {}, make("th", { scope: "row" }, digits(x)), ...cells.map((cell) => make("td", {}, cell))));
     const table = make("table", {}, make("caption", { class: "hidden" }, spec.title), make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...body));
