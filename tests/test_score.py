@@ -246,6 +246,15 @@ def test_tables_stay_within_the_terminal(monkeypatch):
     assert lines[1].endswith("  1.5")
 
 
+def test_a_name_is_not_cut_in_two_where_space_is_short(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    name, endless = "lora@0.5:base_steps=3", "/".join(["folder"] * 10)
+    lines = text_table(["value", "candidate"], [["0" * 70, name], ["1", endless]], flexible=1).splitlines()
+    assert lines[1].endswith(f"  {name}")
+    assert len(lines) == 5  # the endless one is broken into three
+    assert "".join(line.split()[-1] for line in lines[2:]) == endless
+
+
 def test_several_columns_of_a_table_share_what_is_left(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = text_table(["a", "b", "c"], [["w " * 60, "n", "many words " * 9]], flexible=(0, 2)).splitlines()
