@@ -18,8 +18,8 @@ def text_table(
 ) -> str:
     """Rows under their headings, as wide as the terminal but at most 120 columns.
 
-    flexible: the column, or columns, that wrap where space is short; they share what the others leave, and break no word
-    of up to LONGEST letters. numbers: the columns that are aligned to the right.
+    flexible: the column, or columns, that wrap where space is short; they share what the others leave, and break no
+    word of up to LONGEST letters. numbers: the columns that are aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     wraps = [flexible] if isinstance(flexible, int) else list(flexible)
