@@ -381,20 +381,24 @@ def test_it_can_be_switched_off(tmp_path):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_its_share_of_the_time(tmp_path, monkeypatch):
-    """Looks every 10 s, a page of 0.2 s: after the first one a page is written only where 0.5 % allow it."""
-    now = [0.0]
-    written = []
+def clocked(tmp_path, monkeypatch, seconds: float) -> tuple[live.LiveReport, list[float], list[float]]:
+    """A report of which each page takes so many seconds; the clock, and when pages were written."""
+    now, written = [0.0], []
 
     def slow(*_: object, **__: object) -> None:
         written.append(now[0])
-        now[0] += 0.2
+        now[0] += seconds
 
     monkeypatch.setattr("rewardtune.report.write_report", slow)
     folder = RunFolder(tmp_path / "run")
     folder.open()
     folder.set_status("running")
-    report = live.LiveReport(folder, enabled=True, say=print, clock=lambda: now[0])
+    return live.LiveReport(folder, enabled=True, say=print, clock=lambda: now[0]), now, written
+
+
+def test_its_share_of_the_time(tmp_path, monkeypatch):
+    """Looks every 10 s, a page of 0.2 s: after the first one a page is written only where 0.5 % allow it."""
+    report, now, written = clocked(tmp_path, monkeypatch, 0.2)
     for _ in range(200):
         report.look()
         now[0] += 10
@@ -405,18 +409,7 @@ def test_its_share_of_the_time(tmp_path, monkeypatch):
 
 def test_a_run_without_looks_is_shown_every_minute(tmp_path, monkeypatch):
     """Updates of 10 s and a page of 0.1 s: once a minute, where the share would allow every other update."""
-    now = [0.0]
-    written = []
-
-    def slow(*_: object, **__: object) -> None:
-        written.append(now[0])
-        now[0] += 0.1
-
-    monkeypatch.setattr("rewardtune.report.write_report", slow)
-    folder = RunFolder(tmp_path / "run")
-    folder.open()
-    folder.set_status("running")
-    report = live.LiveReport(folder, enabled=True, say=print, clock=lambda: now[0])
+    report, now, written = clocked(tmp_path, monkeypatch, 0.1)
     report.look()
     for _ in range(60):
         now[0] += 10

@@ -6,7 +6,6 @@ const known = (value) => typeof value === "number" && isFinite(value);
 const colour = (curve) => `var(--c${curve.colour % 8})`;
 let axis = recall("sessionStorage", "rewardtune-axis") || "steps";
 const redraws = [];
-const axisName = (spec, on) => (on === "along" ? spec.along : AXES[on]);
 
 function digits(value) {
   if (!known(value)) return "–";
@@ -105,7 +104,7 @@ function drawChart(spec, figure) {
       svg.append(make("text", { x: f.X(x), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, spec.bars ? digits(x) : shortX(x, f.on)));
     }
     svg.append(make("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
-    svg.append(make("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, spec.bars ? "sampling step, 0 is the noisiest" : axisName(spec, f.on)));
+    svg.append(make("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, spec.bars ? "sampling step, 0 is the noisiest" : spec.along || AXES[f.on]));
     (spec.lines || []).filter((line) => within(f, line.y)).forEach((line) => svg.append(make("line", { class: "bound", x1: LEFT, x2: WIDTH - RIGHT, y1: f.Y(line.y), y2: f.Y(line.y) })));
     if (spec.mark) svg.append(make("line", { class: "mark", x1: f.X(spec.mark.x), x2: f.X(spec.mark.x), y1: TOP, y2: HEIGHT - BOTTOM }));
   }
