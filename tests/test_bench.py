@@ -537,12 +537,17 @@ def test_a_plot_is_drawn(tmp_path):
     assert plots._mean(found["a"]) == [(0, 1.25), (1.05, 2.25)]
 
 
-def test_a_plot_has_a_panel_for_each_heading_and_a_log_axis_for_decades(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
     from matplotlib import figure
 
-    drawn = []
-    saved = figure.Figure.savefig
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), saved(self, *a, **k)))
+    figures, saved = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k)))
+    return figures
+
+
+def test_a_plot_has_a_panel_for_each_heading_and_a_log_axis_for_decades(tmp_path, drawn):
     found = {"a": [[(0, 1), (1, 0.05)]], "b": [[(0, 1), (1, 0.5)]], "c": [[(0, 1), (1, -0.5)], [(0, 1), (1, -0.6)]]}
     panels = {"a": "first", "b": "second", "c": "second"}
     plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t", panels=panels)
@@ -553,6 +558,24 @@ def test_a_plot_has_a_panel_for_each_heading_and_a_log_axis_for_decades(tmp_path
     assert [text.get_text() for text in second.get_legend().get_texts()] == ["b (1 of 2 seeds)", "c"]
     faint = [line for line in second.lines if line.get_alpha() == 0.3]
     assert len(faint) == 3  # one a seed
+
+
+def test_one_line_that_would_squeeze_the_others_leaves_the_axis_and_the_legend_says_so(tmp_path, drawn):
+    found = {"a": [[(0, 1), (1, 1.2)]], "b": [[(0, 1), (1, 1.1)]], "far": [[(0, 1), (1, 0.5)], [(0, 1), (1, 0.4)]]}
+    plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t")
+    (axes,) = drawn[0].axes
+    assert axes.get_ylim() == pytest.approx((0.99, 1.21))  # of a and b, and a margin
+    assert axes.get_legend().get_texts()[2].get_text() == "far\nleaves the picture: 0.4 to 1"
+    broke = [[(0, 1), (1, float("nan"))]]
+    for kept in (
+        found | {"far": [[(0, 1), (1, 0.7)]]},  # no more than three times the others' range
+        found | {"far too": found["far"]},  # no single one
+        {name: found[name] for name in ("a", "far")},  # nothing else to tell apart
+        found | {"far": broke},
+        dict.fromkeys(found, broke),
+    ):
+        plots.lines(kept, tmp_path / "p.png", x="x", y="y", title="t")
+        assert "leaves" not in drawn[-1].axes[0].get_legend().get_texts()[-1].get_text()
 
 
 def test_the_plot_of_fig6_has_a_panel_for_each_method_with_the_looks_of_its_variants(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Curves as PNG: a faint line for every seed, the mean in full. Needs the extra `bench` (matplotlib)."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..progress import digits
 from ..runfolder import atomic
 
 # a palette that people with colour blindness tell apart (Okabe and Ito 2008)
@@ -36,7 +38,8 @@ def lines(
     """found: label -> one list of (x, y) for each seed. A mean over fewer seeds than the others' says so.
 
     log: the y axis; None: where all is above 0 and spans more than a decade. panels: label -> heading of the panel that
-    it is drawn in, side by side, each with its own y axis; None: one panel.
+    it is drawn in, side by side, each with its own y axis; None: one panel. One line that would squeeze the others
+    leaves the axis, and the legend says from where to where it goes.
     """
     import matplotlib
 
@@ -48,9 +51,13 @@ def lines(
     most = max(map(len, found.values()), default=0)
     for axes, heading in zip(row[0], headings, strict=True):
         shown = {label: runs for label, runs in found.items() if panels is None or panels[label] == heading}
-        _draw(axes, shown, most=most)
+        logarithmic = _decades(shown) if log is None else log
+        far = None if logarithmic else _far_off(shown)
+        _draw(axes, shown, most=most, far=far)
         axes.set(xlabel=x, ylabel=y, title=heading or title)
-        if _decades(shown) if log is None else log:
+        if far is not None:
+            axes.set_ylim(*_margin(*_range(runs for label, runs in shown.items() if label != far)))
+        if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
@@ -63,11 +70,36 @@ def lines(
 
 
 def _decades(found: Mapping[str, Sequence[Points]]) -> bool:
-    values = [y for seeds in found.values() for points in seeds for _, y in points]
-    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+    low, high = _range(found.values())
+    return low > 0 and high > 10 * low
 
 
-def _draw(axes: Any, found: Mapping[str, Sequence[Points]], *, most: int) -> None:
+def _range(methods: Iterable[Sequence[Points]]) -> tuple[float, float]:
+    """Of what is finite; NaN where nothing is."""
+    values = [y for seeds in methods for points in seeds for _, y in points if math.isfinite(y)]
+    return min(values, default=math.nan), max(values, default=math.nan)
+
+
+def _margin(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _far_off(found: Mapping[str, Sequence[Points]]) -> str | None:
+    """The one line that alone stretches the axis more than threefold, so that the others could not be told apart."""
+    drawn = {label: seeds for label, seeds in found.items() if seeds}
+    if len(drawn) < 3:
+        return None
+    low, high = _range(drawn.values())
+    for label in drawn:
+        least, most = _range(seeds for other, seeds in drawn.items() if other != label)
+        if high - low > 3 * (most - least) > 0:
+            return label
+    return None
+
+
+def _draw(axes: Any, found: Mapping[str, Sequence[Points]], *, most: int, far: str | None) -> None:
+    """far: the label of a line that leaves the axis, which its legend says."""
     for k, (label, seeds) in enumerate((name, runs) for name, runs in found.items() if runs):
         colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
         dash = "-" if k < len(COLOURS) else "--"
@@ -75,6 +107,9 @@ def _draw(axes: Any, found: Mapping[str, Sequence[Points]], *, most: int) -> Non
             alone = "." if len(points) == 1 else ""  # a line through one point is not seen
             axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker=alone, alpha=0.3, linewidth=1)
         fewer = "" if len(seeds) == most else f" ({len(seeds)} of {most} seeds)"
+        if label == far:
+            low, high = _range([seeds])
+            fewer += f"\nleaves the picture: {digits(low)} to {digits(high)}"
         mean = _mean(seeds)
         style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": mark, "markersize": 5, "linewidth": 2}
         axes.plot(*zip(*mean, strict=True), **style, label=label + fewer)
