@@ -21,7 +21,7 @@ from rewardtune.bench.rows import Cell, Rows, made_by, timed_by
 from rewardtune.bench.setting import METHODS, PAPER, SETTINGS, method_of, setting_of
 from rewardtune.bench.work import Work
 from rewardtune.checkpoint import CheckpointError
-from rewardtune.errors import ConfigError, PreflightError, TrainingStopped
+from rewardtune.errors import CannotWrite, ConfigError, PreflightError, TrainingStopped
 from rewardtune.gradient import derive_seed
 from rewardtune.stats import student
 
@@ -89,10 +89,17 @@ def test_a_run_judged_on_more_prompts_serves_for_fewer(tmp_path):
 
 
 def test_a_broken_line_is_named(tmp_path):
+    cell = Cell(setting="playground", reward="symmetry", method="DRTune", lr=1e-4, seed=0, T=20, budget=8000.0)
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"cell": {}}\n{"cell": \n')
-    with pytest.raises(ConfigError, match="line 2"):
+    for line in ('{"cell": ', '{"cell": 3}', '{"cell": {}}', "[]"):
+        path.write_text(f'{{"cell": {cell.key}}}\n{line}\n')
+        with pytest.raises(ConfigError, match="line 2 is no row of results"):
+            Rows(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"cannot be read .*restore it, or move it away"):
         Rows(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Rows(tmp_path)
 
 
 def test_a_verdict_follows_the_paired_interval():
@@ -379,7 +386,7 @@ def test_half_of_the_iterations_is_told_from_a_few_less(reached, verdict, tmp_pa
             work.rows.add({"cell": json.loads(cell.key), "trace": trace})
     told = ablations._iterations(ablations.FIG6, work, work.rows, "hpsv2")
     assert told.verdict == verdict
-    assert told.figure == f"{sum(reached) / 60:.4g} of them"
+    assert told.figure == f"{sum(reached) / 60:.4g} of them, on the looks' 32 pictures"
 
 
 @pytest.mark.parametrize(
@@ -458,17 +465,25 @@ def test_wrong_words_are_refused_with_the_nearest(tmp_path):
 def test_options_that_mean_nothing_are_refused(tmp_path, monkeypatch):
     for given, words in (
         ({"name": "fig6", "rewards": ["symmetry"]}, "--reward symmetry: only table1 takes rewards"),
-        ({"name": "table1", "lrs": [-1.0]}, "learning rate or budget -1: give a positive number"),
-        ({"name": "table1", "lrs": [float("nan")]}, "budget nan"),
-        ({"name": "table1", "budget": float("inf")}, "budget inf"),
+        ({"name": "table1", "lrs": [-1.0]}, "--lr -1: give a positive number"),
+        ({"name": "table1", "lrs": [float("nan")]}, "--lr nan"),
+        ({"name": "table1", "budget": float("inf")}, "--budget inf"),
     ):
         with pytest.raises(ConfigError, match=words):
             bench(given.pop("name"), results=tmp_path, only_report=True, plots=False, **given)
     assert not list(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"no rows in docs/results/bench: run it in a checkout.* --results"):
+    with pytest.raises(ConfigError, match=r"no folder docs/results/bench: run it in a checkout.* --results"):
         bench("table1", only_report=True, plots=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(table1, "run", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"file is a file, not a folder; choose another --results"):
+        bench("table1", results=tmp_path / "file", plots=False)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_page_says_by_which_command_and_on_what_it_was_made(tmp_path):
@@ -808,6 +823,10 @@ def _fails_for_seed_1(cell, device):
     return {"cell": json.loads(cell.key)}
 
 
+def _cannot_be_kept(cell, device):
+    raise CannotWrite(f"the disk of {device} is full")
+
+
 def _dies(cell, device):
     os._exit(1)
 
@@ -824,6 +843,35 @@ def test_runs_are_announced_and_a_failed_one_loses_no_other(cell, tmp_path, monk
     assert "to go" in said[2]
     assert "to go" not in said[-1]
     assert Rows(work.rows.path).missing(cells) == [cells[1]]
+
+
+def test_runs_that_could_not_be_kept_are_not_begun(cell, tmp_path, monkeypatch):
+    work = Work(setting=setting_of(cell.setting), folder=tmp_path)
+    monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
+    cells = [replace(cell, seed=seed) for seed in range(3)]
+    work.each(cells, _cannot_be_kept)
+    assert work.failed == [f"{cells[0]}: the disk of cpu is full", *(f"{c}: not started" for c in cells[1:])]
+    work = Work(setting=setting_of(cell.setting), folder=tmp_path)
+    monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
+    work.rows.path.mkdir()  # the row itself cannot be written
+    work.each(cells[1:], _fails_for_seed_1)
+    work.each([replace(cell, seed=5), cell], _fails_for_seed_1)
+    assert "it is a folder" in work.failed[-2]
+    assert work.failed[-1] == f"{cell}: not started"
+
+
+def test_an_interrupted_command_says_what_is_kept(cell, tmp_path, monkeypatch):
+    said = []
+    work = Work(setting=setting_of(cell.setting), folder=tmp_path, say=said.append)
+    monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
+    monkeypatch.setattr("rewardtune.bench.work.wait", lambda *_, **__: _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        work.each([cell], _fails_for_seed_1)
+    assert said[-1].startswith("interrupted: every row that was printed is kept")
+
+
+def _interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

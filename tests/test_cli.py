@@ -178,6 +178,10 @@ def test_train_then_sample(model, tmp_path, monkeypatch, capsys):
     save_file(state, tmp_path / "zero.safetensors")
     arguments = ["--model", str(model), "--steps", "4", "--guidance", "3", "--output", "zero"]
     assert main(["sample", "zero.safetensors", "-p", "red heart", *arguments]) == 0
+    kept = (tmp_path / "with" / "000.png").read_bytes()
+    assert main(["sample", "tuned", "-p", "red heart", "--output", "with"]) == 0  # what is there stays
+    assert capsys.readouterr().out.splitlines()[-1] == "with/002.png"
+    assert (tmp_path / "with" / "000.png").read_bytes() == (tmp_path / "with" / "002.png").read_bytes() == kept
     tuned, base = (Image.open(tmp_path / folder / "000.png") for folder in ("with", "zero"))
     assert tuned.size == base.size == (16, 16)
     assert tuned.tobytes() != base.tobytes()
@@ -192,6 +196,14 @@ def test_sample_refuses_what_does_not_fit(model, tmp_path, capsys):
     assert "no LoRA at" in errors[0]
     assert "add --model" in errors[1]
     assert "odd.safetensors" in errors[2]
+    for option, value, words in (
+        ("--guidance", "nan", "--guidance nan: legal are numbers from 0 on"),
+        ("--guidance", "-3", "--guidance -3: legal are numbers from 0 on"),
+        ("--steps", "0", "--steps"),
+        ("--output", str(tmp_path / "odd.safetensors"), "is a file, not a folder; choose another --output"),
+    ):
+        assert main(["sample", str(tmp_path / "odd.safetensors"), "-p", "x", option, value]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

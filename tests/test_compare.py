@@ -273,7 +273,10 @@ def test_what_is_refused(run, model, tmp_path, capsys):
         ),
         (["eval", str(run), "--prompts", "playground:train"], "the prompts are 2000"),
         (["compare", lora], "compare needs two candidates"),
-        (["eval", str(run), "--output", lora], "is a file; name a folder"),
+        (["eval", str(run), "--output", lora], "is a file, not a folder; choose another --output"),
+        (["sweep", str(run), "--output", lora], "is a file, not a folder; choose another --output"),
+        (["eval", str(run), "--name", "../x"], "--name ../x: give a name without a folder"),
+        (["eval", str(run), "--guidance", "inf"], "--guidance inf: legal are numbers from 0 on"),
     ]:
         assert main(arguments) == 2, arguments
         assert words in capsys.readouterr().err, arguments

@@ -316,6 +316,11 @@ def test_folders_without_a_run(tmp_path, capsys):
         assert words in capsys.readouterr().err
     with pytest.raises(ConfigError, match="given twice"):
         write_report([tmp_path / "runs" / "a"] * 2)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is no report of rewardtune; give another name"):
+        write_report([tmp_path / "runs" / "a"], notes)
+    assert notes.read_text() == "mine"
 
 
 def test_sweep_and_evaluations_are_shown(tmp_path):
@@ -334,7 +339,7 @@ def test_sweep_and_evaluations_are_shown(tmp_path):
     html, elements = page(run)
     assert "<because>" in elements.text
     by_title = {chart["title"]: chart for chart in data_of(html)["charts"] if chart["id"].startswith("sweep-0-")}
-    assert list(by_title) == ["reward", "clipscore", "vendi", "reward against vendi"]
+    assert list(by_title) == ["reward", "clipscore", "vendi", "reward against clipscore", "reward against vendi"]
     along = by_title["reward against vendi"]
     assert along["curves"][0]["x"] == {"along": [5, 4.5, 4]}
     assert along["curves"][0]["y"] == pytest.approx([0.5, 0.7, 0.9])

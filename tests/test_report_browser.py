@@ -97,7 +97,7 @@ def test_every_run_has_its_own_sweep(chromium, reports):
     """The trained reward against diversity on a page of two runs, read at the least diverse point: weight 1."""
     page = chromium.open(reports["two"])
     for run, text in enumerate(("1 at weight 1", "0.7 at weight 1")):
-        plot = f"#sweep-{run}-3 .plot"
+        plot = f"#sweep-{run}-4 .plot"
         page.run(f"document.querySelector('{plot}').focus()")
         page.press("Home")
         assert (

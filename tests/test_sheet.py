@@ -130,6 +130,33 @@ def test_folders_that_do_not_match(tmp_path):
 def test_a_sheet_is_not_overwritten(made, tmp_path):
     with pytest.raises(ConfigError, match="votes may belong to it"):
         make_sheet(tmp_path / "secret_a", tmp_path / "secret_b", output=tmp_path / "sheet.html")
+    with pytest.raises(ConfigError, match="is both the page and its key"):
+        make_sheet(tmp_path / "secret_a", tmp_path / "secret_b", output=tmp_path / "s.html", key=tmp_path / "s.html")
+    assert not (tmp_path / "s.html").exists()
+
+
+def test_a_tally_replaces_a_tally_and_no_other_file(made, tmp_path, capsys):
+    sheet, key = made
+    ada = vote(tmp_path / "ada.json", key, lambda row: "B")
+    for path in (sheet.key, ada):
+        kept = path.read_text()
+        assert main(["tally", str(sheet.key), str(ada), "--json", str(path)]) == 2
+        assert f"{path} exists and is no tally of rewardtune; give another name" in capsys.readouterr().err
+        assert path.read_text() == kept
+    for _ in range(2):
+        assert main(["tally", str(sheet.key), str(ada), "--json", str(tmp_path / "t.json")]) == 0
+
+
+@pytest.mark.parametrize("change", [{"pairs": None}, {"pairs": [{"pair": "p0000"}]}, {"sheet": None}, {"side": "C"}])
+def test_a_damaged_key_is_named(made, tmp_path, change):
+    sheet, key = made
+    ada = vote(tmp_path / "ada.json", key, lambda row: "B")
+    if "side" in change:
+        key["pairs"][0]["left"] = change["side"]
+    damaged = {name: value for name, value in (key | change).items() if value is not None}
+    sheet.key.write_text(json.dumps(damaged))
+    with pytest.raises(ConfigError, match=r"is damaged .*restore it as `rewardtune sheet` wrote it"):
+        tally(sheet.key, [ada])
 
 
 def test_the_tally(made, tmp_path, capsys):

@@ -176,6 +176,10 @@ def candidates(
     """
     if repeated := {spec for spec in specs if list(specs).count(spec) > 1}:
         raise ConfigError(f"the candidate {min(repeated)!r} is given twice; give each once")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ConfigError(f"--guidance {guidance:g}: legal are numbers from 0 on; up to 1 means none")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps {steps}: legal are whole numbers from 1 on")
     asked = {"num_inference_steps": steps, "guidance_scale": guidance}
     asked = {name: value for name, value in asked.items() if value is not None}
     parts = [(spec, *_parse(spec)) for spec in specs]

@@ -145,8 +145,8 @@ def sample(
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be given several times.")],
     model: Annotated[str | None, typer.Option(help="Base model, where no config.yaml lies beside the LoRA.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: those of the run.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures; those in it stay.")] = Path("samples"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: those of the run.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: that of the run.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     inputs: Annotated[
@@ -544,8 +544,10 @@ def tally(
 ) -> None:
     """How often B was better than A in the votes on a sheet, with intervals, by category and rater."""
     from .report.tally import tally as count_votes
-    from .runfolder import write_text
+    from .runfolder import refuse_other, write_text
 
+    if json_file is not None:
+        refuse_other(json_file, '"kind": "tally"', "tally")
     found = count_votes(key, votes, missing=missing)
     print(found.as_text())
     if json_file is not None:

@@ -29,7 +29,7 @@ from .errors import ConfigError
 from .guards import Evaluation, Measure, Metric, bare, chosen_by, judged, named_parts
 from .progress import digits
 from .prompts import TABLES, is_picture, load_prompts, with_categories
-from .runfolder import json_lines, write_text
+from .runfolder import json_lines, refuse_place, write_text
 from .stats import Interval
 from .tables import text_table
 
@@ -180,6 +180,8 @@ def compare_candidates(
     by_spec = {candidate.spec: candidate.label for candidate in found}
     asked = [by_spec[spec] for spec in specs]
     name = name or (kind if kind == "eval" else slug("-vs-".join(asked)))
+    if name != Path(name).name:
+        raise ConfigError(f"--name {name}: give a name without a folder; the folder is --output")
     setup = prepare(
         found,
         rewards=rewards,
@@ -218,8 +220,7 @@ def with_base(found: Sequence[Candidate]) -> list[Candidate]:
 
 def _folder(found: Sequence[Candidate], output: str | Path | None) -> Path:
     if output is not None:
-        if Path(output).is_file():
-            raise ConfigError(f"output {output} is a file; name a folder")
+        refuse_place(Path(output), "--output")
         return Path(output)
     run = next((candidate.run for candidate in found if candidate.run is not None), None)
     if run is None:

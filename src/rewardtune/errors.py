@@ -15,6 +15,10 @@ class ConfigError(RewardTuneError, ValueError):
     exit_code = 2
 
 
+class CannotWrite(RewardTuneError):  # noqa: N818 - it says what happened
+    """The system refuses to write a file: a full disk, no permission, a file where a folder should be."""
+
+
 class PreflightError(RewardTuneError):
     """The pipeline, or a part of it, cannot be opened exactly (exit code 3)."""
 

@@ -75,9 +75,9 @@ def score(
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def save_images(images: Tensor, folder: Path) -> list[Path]:
-    """`folder`/000.png ..., each written whole or not at all; gives the paths."""
-    paths = [folder / f"{index:03d}.png" for index in range(len(images))]
+def save_images(images: Tensor, folder: Path, *, first: int = 0) -> list[Path]:
+    """`folder`/000.png ... (from `first` on), each written whole or not at all; gives the paths."""
+    paths = [folder / f"{first + index:03d}.png" for index in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         with atomic(path) as temporary:
             to_pil(image).save(temporary)

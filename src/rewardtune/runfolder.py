@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, RewardTuneError
+from .errors import CannotWrite, ConfigError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' `load_lora_weights` looks for
 DENOISER_FOLDER = "denoiser"  # of full fine-tuning
@@ -46,7 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path in a new folder beside `path`; on success move it to `path`, on failure leave nothing.
 
     The temporary file carries the final name (some writers choose the format by the suffix).
-    Raises RewardTuneError when the system refuses to write (disk full, no permission): the old file stays as it was.
+    Raises CannotWrite when the system refuses to write (disk full, no permission): the old file stays as it was.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,22 @@ def atomic(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_place(folder: Path, option: str = "output_dir") -> None:
+    """ConfigError where the folder is not there and cannot be made, or may not be written to; before the work."""
+    above = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
+    begin = f"output folder {folder}" + ("" if above == folder else f" cannot be made: {above}")
+    if not above.is_dir():
+        raise ConfigError(f"{begin} is a file, not a folder; choose another {option}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{begin} is not writable; choose another {option}")
+
+
+def refuse_other(path: Path, mark: str, what: str) -> None:
+    """ConfigError where a file is at `path` that does not hold `mark`: none of ours, so writing there would lose it."""
+    if path.is_file() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(f"{path} exists and is no {what} of rewardtune; give another name, or remove it")
 
 
 def umask() -> int:
@@ -128,17 +144,8 @@ class RunFolder:
         if resume:
             self.status = self._resumed()
         elif writes:
-            self._refuse_place()
+            refuse_place(self.path)
             self._refuse_used()
-
-    def _refuse_place(self) -> None:
-        """ConfigError where the folder is not there and cannot be made, or may not be written to."""
-        above = next((p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p)), self.path)
-        begin = f"output folder {self.path}" + ("" if above == self.path else f" cannot be made: {above}")
-        if not above.is_dir():
-            raise ConfigError(f"{begin} is a file, not a folder; choose another output_dir")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise ConfigError(f"{begin} is not writable; choose another output_dir")
 
     def _refuse_used(self) -> None:
         """ConfigError where the folder holds something, unless it is a run that is overwritten."""
@@ -233,7 +240,7 @@ class RunFolder:
             raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: Exception) -> RewardTuneError:
+def cannot_write(path: Path, error: Exception) -> CannotWrite:
     """The error that says what could not be written, why, and what helps against this reason (an OSError names it)."""
     # os.path, since Path.exists raises for a name that is too long
     file = next((above for above in path.parents if os.path.exists(above) and not os.path.isdir(above)), None)
@@ -247,6 +254,6 @@ def cannot_write(path: Path, error: Exception) -> RewardTuneError:
         cure = "Choose a shorter name"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "Choose a place that you may write to"
-    return RewardTuneError(
+    return CannotWrite(
         f"cannot write {path}: {why}; nothing half-written was left and what was there is intact. {cure} and run again"
     )

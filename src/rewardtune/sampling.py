@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .prompts import check_argument
+from .runfolder import refuse_place
 
 
 def sample_candidate(
@@ -18,7 +19,9 @@ def sample_candidate(
     seed: int,
     inputs: Sequence[str] = (),
 ) -> list[Path]:
-    """One picture a prompt (seed, seed + 1, ...), saved as `output`/NAME.png; gives the paths.
+    """One picture a prompt (seed, seed + 1, ...), saved as `output`/000.png, ...; gives the paths.
+
+    Pictures that are there stay: the numbers go on after theirs.
 
     spec: what docs/evaluation.md calls a candidate, e.g. runs/a@0.7. inputs: NAME=VALUE, more arguments of the call,
     e.g. image=photo.png; a name that is given once is for all prompts, else for each in turn.
@@ -26,6 +29,7 @@ def sample_candidate(
     """
     from .candidates import asked, candidates, load_base, opened
 
+    refuse_place(output, "--output")
     (candidate,) = candidates([spec], model=model, steps=steps, guidance=guidance)
     given = _inputs(inputs)
     conditioned = asked(candidate, prompts, given)
@@ -37,7 +41,8 @@ def sample_candidate(
     seeds = [seed + index for index in range(len(prompts))]
     with opened(pipe, candidate, prompts=conditioned):
         images = evaluate.sample(pipe, conditioned, seeds=seeds, call=candidate.settings.call, checkers=True)
-    return evaluate.save_images(images, output)
+    numbers = [int(path.stem) for path in output.glob("*.png") if path.stem.isdecimal()]
+    return evaluate.save_images(images, output, first=max(numbers, default=-1) + 1)
 
 
 def _inputs(words: Sequence[str]) -> dict[str, list[str]]:

@@ -36,6 +36,7 @@ from .compare import (
 from .config import Part
 from .errors import ConfigError
 from .guards import ACROSS, WITHIN, Measure
+from .runfolder import refuse_place
 from .tables import text_table
 
 if TYPE_CHECKING:
@@ -122,12 +123,13 @@ def sweep(
     wanted = sorted({float(weight) for weight in weights} - {0.0})
     if not wanted:
         raise ConfigError("the only weight is 0, the base model; give others, e.g. 0.5,1")
+    folder = Path(run) if output is None else Path(output)
+    refuse_place(folder, "--output")
     found = with_base(candidates([f"{run}@{weight:.12g}" for weight in wanted], steps=steps, guidance=guidance))
     if found[0].settings.config is None:
         raise ConfigError(f"{run} has no config.yaml to tell what was trained; sweep works on runs of a run file")
     options: dict[str, Any] = {"prompts": prompts, "count": count, "seeds": seeds, "seed": seed, "features": features}
     setup = prepare(found, rewards=rewards, trained_too=True, batch=batch, **options)
-    folder = Path(run) if output is None else Path(output)
     measured = measure(load_base(found), found, setup, folder / "sweep", batch=batch, say=say)
     result = judge(measured, setup, [0.0, *wanted], tolerance=tolerance)
     write_result(folder / "sweep.json", result.as_json())

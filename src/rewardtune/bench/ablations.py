@@ -15,6 +15,7 @@ from typing import Any
 from ..progress import digits
 from ..stats import mean_interval
 from ..tables import markdown_table
+from .cells import BASE
 from .claims import Claim, Verdict, best, better, claims_table
 from .rows import Cell, Rows, made_by, timed_by
 from .setting import NEWER, SETTINGS, Setting, method_of
@@ -75,6 +76,11 @@ class Ablation:
         given: dict[str, Any] = {"T": variant.T, "options": variant.options, "count": work.setting.counted}
         return [work.cell(variant.method, self.reward, seed, lr=lr, **given) for seed in work.setting.seeds]
 
+    def untuned(self, work: Work) -> list[Cell]:
+        """What training began from, one for each length of chains."""
+        given: dict[str, Any] = {"lr": 0.0, "count": work.setting.counted}
+        return [work.cell(BASE, self.reward, 0, T=T, **given) for T in dict.fromkeys(v.T for v in self.variants)]
+
     def rows(self, work: Work, rows: Rows, variant: Variant) -> dict[int, dict[str, Any]]:
         found = {cell.seed: rows.get(cell) for cell in self.cells(work, variant)}
         return {seed: row for seed, row in found.items() if row is not None}
@@ -84,18 +90,23 @@ class Ablation:
 
     def run(self, work: Work) -> None:
         work.choose(self.searched(), self.reward)
+        work.do(self.untuned(work))
         for T in dict.fromkeys(v.T for v in self.variants):  # one length after another, seeds outermost
             of_T = [self.cells(work, variant) for variant in self.variants if variant.T == T]
             work.do([cell for cells in zip_longest(*of_T) for cell in cells if cell is not None])
 
     def report(self, work: Work) -> str:
         s, rows, native = work.setting, work.rows, work.setting.tasks[self.reward].native
-        body = []
+        body, base = [], self.untuned(work)
+        for cell in base:
+            label, row = BASE if len(base) == 1 else f"T={cell.T}, {BASE}", rows.get(cell)
+            body.append([label, digits(row["scores"][native][0]) if row else "not run", *[""] * (len(COLUMNS) + 2)])
         for variant in self.variants:
             runs = self.rows(work, rows, variant)
             of = [spread([float(row[name]) for row in runs.values()]) for name in COLUMNS.values()]
             of.append(spread([row[timed_by(row)] for row in runs.values()]))
             body.append([variant.label, spread(values(runs, native)), *of, _rate(work, variant, self.reward)])
+        png = f"{work.stem(self.name)}.png"
         done = sum(len(self.rows(work, rows, v)) for v in self.variants)
         lines = [
             f"# {self.title}",
@@ -109,10 +120,21 @@ class Ablation:
             markdown_table(["", self.reward, *COLUMNS, "seconds", "learning rate"], body),
             "",
             *claims_table(self.told(self, work, rows)),
-            *(["", f"![{self.title}]({work.stem(self.name)}.png)"] if done else []),
+            *(
+                ["", self._what_is_drawn(s), "", f"![{self.title}]({png})"]
+                if done and (work.folder / png).exists()
+                else []
+            ),
             *made_by(row for v in self.variants for row in self.rows(work, rows, v).values()),
         ]
         return "\n".join(lines) + "\n"
+
+    def _what_is_drawn(self, s: Setting) -> str:
+        if self.axis is not None:
+            return f"Drawn are the {s.counted} pictures of the table."
+        return (
+            f"The curves are of the looks' {s.looked} pictures, the table of {s.counted}: levels and order may differ."
+        )
 
     def pair(self, work: Work, rows: Rows, says: str, ours: str, theirs: str) -> Claim:
         """ours beats theirs by the final score; both by label."""
@@ -164,7 +186,8 @@ def _fails(a: Ablation, work: Work, rows: Rows, native: str) -> Claim:
     gains = [row["trace"][-1]["scores"][native] - row["trace"][0]["scores"][native] for row in runs]
     broke = sum("broke" in row for row in runs)
     if not broke:
-        return better(says, [0.0] * len(gains), gains, less=False, names=("untuned", "gain of DRaFT-T"))
+        gain = f"gain of DRaFT-T on the looks' {work.setting.looked} pictures"
+        return better(says, [0.0] * len(gains), gains, less=False, names=("untuned", gain))
     failed = sum("broke" in row or gain < 0 for row, gain in zip(runs, gains, strict=True))
     figure = f"broke down in {broke} of {len(runs)} runs"
     verdict: Verdict = "holds" if failed == len(runs) > 1 else "cannot be told here"
@@ -194,7 +217,7 @@ def _iterations(a: Ablation, work: Work, rows: Rows, native: str) -> Claim:
     if len(shares) < len(common):
         return Claim(says=says, figure="not reached by every seed", verdict="cannot be told here")
     mean, half = mean_interval(shares)
-    figure = f"{digits(mean)} of them"
+    figure = f"{digits(mean)} of them, on the looks' {work.setting.looked} pictures"
     if len(shares) < 2:
         return Claim(says=says, figure=figure, spread="one seed", verdict="cannot be told here")
     verdict: Verdict = "holds" if mean + half < MOST_OF else "fails" if mean - half > MOST_OF else "cannot be told here"

@@ -95,6 +95,7 @@ def report(work: Work) -> str:
     body = [
         [str(K), *(spread([row[name][str(K)] for row in rows]) for name in ("full", "stopped"))] for K in counts(s.T)
     ]
+    png = f"{work.stem('fig7')}.png"
     batch = rows[0].get("batch", s.batch) if rows else s.batch  # micro-batches: what is on the device at once
     lines = [
         "# The norm of the gradient against K (Fig. 7)",
@@ -106,7 +107,7 @@ def report(work: Work) -> str:
         markdown_table(["K", "norm without stop-gradient", "norm with it"], body),
         "",
         *claims_table(claims(rows, s.T)),
-        *(["", f"![gradient norm]({work.stem('fig7')}.png)"] if rows else []),
+        *(["", f"![gradient norm]({png})"] if rows and (work.folder / png).exists() else []),
         *made_by(rows),
     ]
     return "\n".join(lines) + "\n"
@@ -124,6 +125,6 @@ def picture(work: Work) -> Path | None:
         label: [[(int(K), norm) for K, norm in row[name].items()] for row in rows]
         for label, name in (("full back-propagation", "full"), ("stop-gradient", "stopped"))
     }
-    title = f"Gradient norm against K (T = {s.T}, {REWARD})"
+    title = f"Gradient norm against K (Fig. 7; T = {s.T}, {REWARD})"
     path = work.folder / f"{work.stem('fig7')}.png"
     return plots.lines(lines, path, x="trained steps K", y="gradient norm", title=title, log=True)

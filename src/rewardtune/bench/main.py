@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..runfolder import write_text
+from ..runfolder import refuse_place, write_text
 from ..spelling import nearest
 from . import ablations, gradients, pictures, table1
 from .setting import chosen_tasks, setting_of
@@ -47,11 +47,12 @@ def bench(
     asked = chosen_tasks(chosen, rewards)
     if rewards and name != "table1":
         raise ConfigError(f"--reward {' --reward '.join(rewards)}: only table1 takes rewards; leave it out for {name}")
-    wrong = [value for value in (*(lrs or ()), *([] if budget is None else [budget])) if not 0 < value < math.inf]
-    if wrong:
-        raise ConfigError(f"learning rate or budget {wrong[0]:g}: give a positive number")
-    if only_report and results == RESULTS and not results.exists():
-        raise ConfigError(f"no rows in {results}: run it in a checkout of rewardtune, or give the folder by --results")
+    for option, value in (*(("--lr", lr) for lr in lrs or ()), *([] if budget is None else [("--budget", budget)])):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{option} {value:g}: give a positive number")
+    if only_report and not results.exists():
+        raise ConfigError(f"no folder {results}: run it in a checkout of rewardtune, or give one by --results")
+    refuse_place(results / setting, "--results")
     own = chosen
     if lrs:
         chosen = replace(chosen, lrs=tuple(sorted(set(lrs))))

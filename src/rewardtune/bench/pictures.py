@@ -47,7 +47,8 @@ def report(work: Work, name: str) -> str:
     if strips:
         values = {m: digits(ran[m]["scores"][native][0]) for m in strips}
         path = work.folder / f"{work.stem(name)}.png"
-        sheet({f"{m} {value}": strips[m] for m, value in values.items()}, path)
+        rows_of = {f"{m} {value}": strips[m] for m, value in values.items()}
+        sheet(rows_of, path, count=len(prompts), heading=f"{native} of all {cells[BASE].count}")
         lines += [
             "",
             markdown_table(
@@ -55,7 +56,7 @@ def report(work: Work, name: str) -> str:
                 [[m, value, f"{cells[m].lr:g}" if cells[m].lr else ""] for m, value in values.items()],
             ),
             "",
-            f"![pictures, numbered from the left]({path.name})",
+            f"![pictures, numbered as the prompts]({path.name})",
         ]
     lines += ["", "In numbers, over all seeds of Table 1:", "", *claims_table(claims(work.setting, reward, table))]
     return "\n".join([*lines, *made_by(ran.values())]) + "\n"
@@ -67,24 +68,31 @@ def _lost(method: str, row: dict[str, Any], picture: Path) -> str:
     return f"{method}: the picture {picture.name} is missing; remove its row to run it again."
 
 
-def sheet(strips: dict[str, Path], path: Path, *, height: int = 96) -> None:
-    """Rows of pictures with their names, under each other."""
+def sheet(strips: dict[str, Path], path: Path, *, count: int, heading: str, height: int = 96) -> None:
+    """Rows of `count` pictures each with their names, under each other; numbered, `heading` over the names."""
     from PIL import Image, ImageDraw, ImageFont
 
     if not strips:
         raise ConfigError("no pictures to show")
-    font, left, gap = ImageFont.load_default(15), 150, 6
+    font, left, top, gap = ImageFont.load_default(15), 150, 24, 6
     rows = {}
     for name, file in strips.items():
         with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-        rows[name] = picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.LANCZOS)
-    width = left + max(row.width for row in rows.values())
-    canvas = Image.new("RGB", (width, len(rows) * (height + gap)), "white")
+            strip = opened.convert("RGB")
+        wide = strip.width / count
+        crops = [strip.crop((round(k * wide), 0, round((k + 1) * wide), strip.height)) for k in range(count)]
+        size = (round(wide * height / strip.height), height)
+        rows[name] = [crop.resize(size, Image.Resampling.LANCZOS) for crop in crops]
+    across = max(row[0].width for row in rows.values()) + gap
+    canvas = Image.new("RGB", (left + count * across, top + len(rows) * (height + gap)), "white")
     pen = ImageDraw.Draw(canvas)
-    for k, (name, row) in enumerate(rows.items()):
-        top = k * (height + gap)
-        pen.text((6, top + height // 2 - 8), name, fill="black", font=font)
-        canvas.paste(row, (left, top))
+    pen.text((6, 4), heading, fill="black", font=font)
+    for k in range(count):
+        pen.text((left + k * across + (across - gap) // 2, 4), str(k + 1), fill="black", font=font, anchor="ma")
+    for r, (name, row) in enumerate(rows.items()):
+        y = top + r * (height + gap)
+        pen.text((6, y + height // 2 - 8), name, fill="black", font=font)
+        for k, picture in enumerate(row):
+            canvas.paste(picture, (left + k * across, y))
     with atomic(path) as temporary:
         canvas.save(temporary, optimize=True)

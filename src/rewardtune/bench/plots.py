@@ -55,6 +55,8 @@ def lines(
         far = None if logarithmic else _far_off(shown)
         _draw(axes, shown, most=most, far=far)
         axes.set(xlabel=x, ylabel=y, title=heading or title)
+        if all(x == round(x) for runs in shown.values() for points in runs for x, _ in points):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if far is not None:
             axes.set_ylim(*_margin(*_range(runs for label, runs in shown.items() if label != far)))
         if logarithmic:
@@ -118,7 +120,7 @@ def _draw(axes: Any, found: Mapping[str, Sequence[Points]], *, most: int, far: s
         beside: dict[str, Any] = (
             {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(labels) > 4 else {}
         )  # else it hides lines
-        axes.legend(frameon=False, title="mean; faint: single seeds", fontsize=9, **beside)
+        axes.legend(frameon=False, title="mean; faint: single seeds" if most > 1 else None, fontsize=9, **beside)
 
 
 def _mean(seeds: Sequence[Points]) -> list[tuple[float, float]]:

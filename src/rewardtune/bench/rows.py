@@ -44,16 +44,21 @@ class Cell:
 
 
 class Rows:
-    """The rows of one file, by cell. Raises ConfigError for a line that is none."""
+    """The rows of one file, by cell. Raises ConfigError for a line that is none, and a file that cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._found: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): restore it, or move it away") from error
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
+                Cell(**row["cell"])
                 self._found[_key(row["cell"])] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{path}, line {number} is no row of results ({error}): remove the line") from error

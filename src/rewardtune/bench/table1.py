@@ -144,8 +144,11 @@ def report(work: Work) -> str:
         "",
         *_symmetry(work, tables["symmetry"]),
     ]
-    drawn = [reward for reward in rewards if any(tables[reward].values())]
-    lines += ["", "## Curves", "", *(f"![{reward}]({work.stem(f'table1_{reward}')}.png)\n" for reward in drawn)]
+    drawn = {reward: f"{work.stem(f'table1_{reward}')}.png" for reward in rewards if any(tables[reward].values())}
+    there = {reward: name for reward, name in drawn.items() if (work.folder / name).exists()}
+    lines += ["", "## Curves", ""]
+    lines += [f"On the looks' {s.looked} prompts, so on another level than the first table, and noisier.", ""]
+    lines += [f"![{reward}]({name})\n" for reward, name in there.items()]
     lines += made_by(row for table in tables.values() for runs in table.values() for row in runs.values())
     return "\n".join(lines) + "\n"
 

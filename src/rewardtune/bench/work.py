@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ..errors import CannotWrite
 from ..progress import clock
 from ..runfolder import write_text
 from .cost import Cost
@@ -92,6 +93,13 @@ class Work:
         self._all([(cell, _call, (measure, cell)) for cell in self.rows.missing(cells)])
 
     def _all(self, asked: Sequence[tuple[Cell, Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
+        try:
+            self._deal(asked)
+        except KeyboardInterrupt:
+            self.say("interrupted: every row that was printed is kept, and the same command goes on from there")
+            raise
+
+    def _deal(self, asked: Sequence[tuple[Cell, Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
         if not asked:
             return
         self.say(f"runs that are missing: {len(asked)}; {len(self.devices)} at a time")
@@ -113,13 +121,16 @@ class Work:
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
                     cell = running.pop(job)
                     done = len(asked) - len(waiting) - len(running)
-                    error = job.exception()
-                    if error is not None:
+                    try:
+                        row = job.result()
+                        self.rows.add(row)
+                    except Exception as error:
                         failed.append(f"{cell}: {error}")
                         self.say(f"failed: {failed[-1]}")
+                        if isinstance(error, CannotWrite):  # the next would be lost as well
+                            failed += [f"{other}: not started" for other, *_ in waiting]
+                            waiting.clear()
                         continue
-                    row = job.result()
-                    self.rows.add(row)
                     if (folder := self.run_folder(cell)) is not None:
                         shutil.rmtree(folder, ignore_errors=True)
                         folder.with_suffix(".lock").unlink(missing_ok=True)

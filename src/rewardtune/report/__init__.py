@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..runfolder import write_text
+from ..runfolder import refuse_other, write_text
 
 REPORT = "report.html"
+MARK = '<meta name="generator" content="rewardtune '  # in every page that report.html.j2 makes
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *, pairs: int | None = None) -> Path:
     """Write the page about `runs` (folders) to `output` and give its path.
 
     output: default: report.html, in the folder of a single run. pairs: before/after pairs shown at most.
-    Raises ConfigError for a folder without a run, or one given twice.
+    Raises ConfigError for a folder without a run, or one given twice, and for an `output` that is another file.
     """
     from .content import PAIRS, context, data
     from .page import render
@@ -31,6 +32,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *
     folders = [Path(run) for run in runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("a run is given twice; give each once")
+    if output is not None:
+        refuse_other(Path(output), MARK, "report")
     read = [read_run(folder) for folder in folders]
     shown = context(read, pairs=PAIRS if pairs is None else pairs)
     path = Path(output) if output is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)

@@ -294,7 +294,8 @@ def _change(point: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def sweep_charts(sweep: Mapping[str, Any], *, run: int) -> list[dict[str, Any]]:
     """Every metric of sweep.json against the LoRA's weight, trained and held-out rewards first.
 
-    Then the trained reward against diversity, along the weights. run: its number on the page, for the charts' ids.
+    Then the trained reward against what guards it (held-out rewards, diversity), along the weights. run: its number on
+    the page, for the charts' ids.
     """
     measures, points = sweep.get("measures", {}), sweep.get("points", [])
     order = {"trained": 0, "held_out": 1, "guard": 2}
@@ -328,8 +329,8 @@ def sweep_charts(sweep: Mapping[str, Any], *, run: int) -> list[dict[str, Any]]:
             if isinstance(suggested, int | float):
                 chart["mark"] = {"x": suggested, "name": f"suggested: {suggested:g}"}
             found.append(chart)
-    diverse = [name for name in sweep.get("guarded", ()) if measures.get(name, {}).get("role") == "guard"]
-    found += [along for name in diverse if (along := _along(points, name)) is not None]
+    guards = [name for name in sweep.get("guarded", ()) if measures.get(name, {}).get("role") != "trained"]
+    found += [along for name in guards if (along := _along(points, name)) is not None]
     for number, chart in enumerate(found):
         chart["id"] = f"sweep-{run}-{number}"
     return found

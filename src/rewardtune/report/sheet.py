@@ -52,10 +52,12 @@ def make_sheet(
     of these, as in `rewardtune score`, for the pictures of `a`; a column `category` is tallied too.
     count: so many pairs, drawn at random; None: all. seed: of sides, order and draw; None: one that nobody can guess.
     Raises ConfigError for folders that do not match, or are known to be of other prompts or seeds, and for files that
-    are there already.
+    are there already, or one and the same.
     """
     page, first, second = Path(output), _folder(a), _folder(b)
     key = Path(key) if key is not None else page.with_suffix(".key.json")
+    if page.resolve() == key.resolve():
+        raise ConfigError(f"{page} is both the page and its key; give --key another name, or leave it out")
     for path in (page, key):
         if path.exists():
             raise ConfigError(f"{path} exists, and votes may belong to it; choose another --output or remove it")

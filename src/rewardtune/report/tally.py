@@ -90,12 +90,10 @@ class Tally:
 def tally(key: str | Path, votes: Sequence[str | Path], *, missing: bool = False) -> Tally:
     """Read the key and the raters' files. missing: count what is there where raters left pairs out.
 
-    Raises ConfigError for votes of another sheet, for unknown, doubled and missing ones, and for a rater given twice.
+    Raises ConfigError for a damaged key, for votes of another sheet, for unknown, doubled and missing ones, and for a
+    rater given twice.
     """
-    facts = read_json(Path(key))
-    if facts.get("kind") != "sheet-key":
-        raise ConfigError(f"{key} is no key of a sheet; give the .key.json that `rewardtune sheet` wrote")
-    pairs = {row["pair"]: row for row in facts["pairs"]}
+    facts, pairs = _read_key(Path(key))
     if not votes:
         raise ConfigError("no votes are given; give the JSON files that the raters saved")
     cast: dict[str, dict[str, str]] = {}
@@ -130,6 +128,24 @@ def tally(key: str | Path, votes: Sequence[str | Path], *, missing: bool = False
     )
 
 
+def _read_key(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(the whole, pair -> its row). Raises ConfigError for what is no key, or one with something missing."""
+    facts = read_json(path)
+    if facts.get("kind") != "sheet-key":
+        raise ConfigError(f"{path} is no key of a sheet; give the .key.json that `rewardtune sheet` wrote")
+    try:
+        pairs = {row["pair"]: row for row in facts["pairs"]}
+        lacking = {"sheet", "a", "b"} - facts.keys()
+        lacking |= {name for row in pairs.values() for name in ("prompt", "category") if name not in row}
+        lacking |= {"left" for row in pairs.values() if row.get("left") not in ("A", "B")}
+    except (KeyError, TypeError, AttributeError):
+        lacking = {"pairs"}
+    if lacking:
+        cure = "restore it as `rewardtune sheet` wrote it"
+        raise ConfigError(f"{path} is damaged (missing or wrong: {', '.join(sorted(lacking))}); {cure}")
+    return facts, pairs
+
+
 def _read(path: Path, sheet: str, pairs: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """(the rater, pair -> left, right or tie)."""
     facts = read_json(path)
@@ -137,15 +153,20 @@ def _read(path: Path, sheet: str, pairs: Mapping[str, Any]) -> tuple[str, dict[s
     if facts.get("kind") != "sheet-votes" or not isinstance(rows, list):
         raise ConfigError(f"{path} holds no votes; give the JSON file that the sheet saved")
     if facts.get("sheet") != sheet:
-        raise ConfigError(f"{path} holds votes on the sheet {facts.get('sheet')}, but the key is of {sheet}")
+        raise ConfigError(
+            f"{path} holds votes on the sheet {facts.get('sheet')}, but the key is of {sheet}; give "
+            "the key that was written with that sheet"
+        )
     rater = str(facts.get("rater") or "").strip()
     if not rater:
-        raise ConfigError(f"{path} names no rater")
+        raise ConfigError(f"{path} names no rater; let the rater save it again with a name")
     chosen: dict[str, str] = {}
     for row in rows:
         pair, choice = (str(row.get("pair")), row.get("choice")) if isinstance(row, dict) else ("", None)
         if pair not in pairs:
-            raise ConfigError(f"{path}: a vote on {pair!r}, which is no pair of the key")
+            raise ConfigError(
+                f"{path}: a vote on {pair!r}, which is no pair of the key; give the file as the sheet saved it"
+            )
         if choice not in CHOICES:
             raise ConfigError(f"{path}, {pair}: the choice {choice!r} is unknown; legal: {', '.join(CHOICES)}")
         if pair in chosen:
