@@ -240,6 +240,13 @@ def test_pictures_stand_with_their_claim_and_a_lost_one_is_named(tmp_path):
     assert f"ReFL-10: the picture {lost} is missing; remove its row to run it again." in page
     assert "| symmetry: DRTune is better than every other method | DRTune 0.101" in page
     assert page.count("is missing") == 1
+    assert "![pictures" not in page  # nothing was drawn yet, and no page links to what is not there
+    with Image.open(pictures.picture(work, "fig4")) as drawn:
+        assert drawn.size == (
+            150 + 8 * (96 + 6),
+            24 + 5 * (96 + 6),
+        )  # eight prompts, the five methods that have pictures
+    assert "![pictures, numbered as the prompts](fig4.png)" in pictures.report(work, "fig4")
     work.rows.add(work.rows.get(cells[0]) | {"broke": "step 9: NaN"})
     page = pictures.report(work, "fig4")
     assert "ReFL-10 broke down, so there are no pictures of it: step 9: NaN." in page
@@ -494,6 +501,7 @@ def test_a_page_says_by_which_command_and_on_what_it_was_made(tmp_path):
     (one,) = [r for r in work.rows if r["cell"]["method"] == "DRTune" and r["cell"]["judged"] == "final"]
     assert made_by([one | {"on": {"device": "x", "torch": "2"}}] * 2) == ["", "Rows made with: device x, torch 2."]
     assert made_by([]) == []
+    assert "![symmetry]" not in page  # --no-plots
     assert "Rows made with" not in bench("fig6", results=tmp_path, only_report=True, plots=False).read_text()
 
 
@@ -829,6 +837,18 @@ def _cannot_be_kept(cell, device):
 
 def _dies(cell, device):
     os._exit(1)
+
+
+def test_an_ablation_shows_what_training_began_from(tmp_path):
+    a = ablations.ABLATIONS["fig8"].on(setting_of("playground"))
+    work = Work(setting=setting_of("playground"), folder=tmp_path)
+    base = a.untuned(work)
+    assert [(cell.method, cell.T, cell.count) for cell in base] == [(BASE, T, 128) for T in (20, 10, 40)]
+    work.rows.add(row(base[1], "hpsv2", 0.625))
+    page = a.report(work)
+    assert "| T=20, untuned | not run |" in page
+    assert "| T=10, untuned | 0.625 |" in page
+    assert "| untuned | not run |" in ablations.FIG6.report(work)
 
 
 def test_runs_are_announced_and_a_failed_one_loses_no_other(cell, tmp_path, monkeypatch):

@@ -92,6 +92,8 @@ def _page(name: str, work: Work, rewards: Sequence[str], *, run: bool, plots: bo
     if name in pictures.REWARDS:
         if run:
             table1.run(work, [pictures.REWARDS[name]])
+        if plots:
+            pictures.picture(work, name)
         return pictures.report(work, name)
     if name == "fig7":
         if run:
