@@ -247,6 +247,9 @@ def test_pictures_stand_with_their_claim_and_a_lost_one_is_named(tmp_path):
             24 + 5 * (96 + 6),
         )  # eight prompts, the five methods that have pictures
     assert "![pictures, numbered as the prompts](fig4.png)" in pictures.report(work, "fig4")
+    Image.new("RGB", (63, 8)).save(work.picture(cells[1]))
+    with pytest.raises(ConfigError, match="does not hold 8 pictures side by side"):
+        pictures.picture(work, "fig4")
     work.rows.add(work.rows.get(cells[0]) | {"broke": "step 9: NaN"})
     page = pictures.report(work, "fig4")
     assert "ReFL-10 broke down, so there are no pictures of it: step 9: NaN." in page
@@ -491,6 +494,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
     with pytest.raises(ConfigError, match=r"file is a file, not a folder; choose another --results"):
         bench("table1", results=tmp_path / "file", plots=False)
     assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setattr("os.access", lambda path, mode: os.path.basename(path) != "rows.jsonl")
+    (tmp_path / "playground").mkdir()
+    (tmp_path / "playground" / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"rows.jsonl is not writable: mend that, or choose another --results"):
+        bench("table1", results=tmp_path, plots=False)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"playground is not writable; choose another --results"):
+        bench("table1", results=tmp_path, plots=False)
+    assert bench("table1", results=tmp_path, only_report=True, plots=False).exists()
 
 
 def test_a_page_says_by_which_command_and_on_what_it_was_made(tmp_path):
@@ -588,7 +600,12 @@ def test_one_line_that_would_squeeze_the_others_leaves_the_axis_and_the_legend_s
     plots.lines(found, tmp_path / "p.png", x="x", y="y", title="t")
     (axes,) = drawn[0].axes
     assert axes.get_ylim() == pytest.approx((0.99, 1.21))  # of a and b, and a margin
-    assert axes.get_legend().get_texts()[2].get_text() == "far\nleaves the picture: 0.4 to 1"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "a (1 of 2 seeds)",
+        "b (1 of 2 seeds)",
+        "far\nleaves the picture: 0.4 to 1",
+    ]
+    assert all(tick == round(tick) for tick in axes.get_xticks())  # as all x are
     broke = [[(0, 1), (1, float("nan"))]]
     for kept in (
         found | {"far": [[(0, 1), (1, 0.7)]]},  # no more than three times the others' range
@@ -596,9 +613,10 @@ def test_one_line_that_would_squeeze_the_others_leaves_the_axis_and_the_legend_s
         {name: found[name] for name in ("a", "far")},  # nothing else to tell apart
         found | {"far": broke},
         dict.fromkeys(found, broke),
+        {"a": [[(0, 1), (1, 1)]], "b": [[(0, 1), (1, 1)]], "far": found["far"]},  # others without a range
     ):
         plots.lines(kept, tmp_path / "p.png", x="x", y="y", title="t")
-        assert "leaves" not in drawn[-1].axes[0].get_legend().get_texts()[-1].get_text()
+        assert not any("leaves" in text.get_text() for text in drawn[-1].axes[0].get_legend().get_texts())
 
 
 def test_the_plot_of_fig6_has_a_panel_for_each_method_with_the_looks_of_its_variants(tmp_path, monkeypatch):
@@ -869,15 +887,38 @@ def test_runs_that_could_not_be_kept_are_not_begun(cell, tmp_path, monkeypatch):
     work = Work(setting=setting_of(cell.setting), folder=tmp_path)
     monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
     cells = [replace(cell, seed=seed) for seed in range(3)]
-    work.each(cells, _cannot_be_kept)
+    with pytest.raises(CannotWrite, match="the disk of cpu is full; 3 runs are missing, those before are kept"):
+        work.each(cells, _cannot_be_kept)
     assert work.failed == [f"{cells[0]}: the disk of cpu is full", *(f"{c}: not started" for c in cells[1:])]
+
+
+def test_a_row_that_could_not_be_kept_ends_the_whole_experiment(tmp_path, monkeypatch):
+    """The search and the next reward do not go on with it, and half a line is not left in the file."""
+    work, started = Work(setting=setting_of("playground"), folder=tmp_path, devices=("cpu", "cpu")), []
+    monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
+    monkeypatch.setattr(
+        "rewardtune.bench.work._run", lambda cell, *_: started.append(cell) or row(cell, "hpsv2", cell.lr)
+    )
+    work.rows.path.mkdir()  # no row can be written
+    with pytest.raises(CannotWrite, match="it is a folder"):
+        table1.run(work, ["hpsv2", "aesthetic"])
+    assert len(started) == 2
+    assert not any(work.rows.get(cell) for cell in started)
+
+
+def _is_terminated(cell, device):
+    if cell.seed == 1:
+        raise SystemExit(143)
+    return {"cell": json.loads(cell.key)}
+
+
+def test_a_run_that_is_terminated_loses_no_other(cell, tmp_path, monkeypatch):
     work = Work(setting=setting_of(cell.setting), folder=tmp_path)
     monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
-    work.rows.path.mkdir()  # the row itself cannot be written
-    work.each(cells[1:], _fails_for_seed_1)
-    work.each([replace(cell, seed=5), cell], _fails_for_seed_1)
-    assert "it is a folder" in work.failed[-2]
-    assert work.failed[-1] == f"{cell}: not started"
+    cells = [replace(cell, seed=seed) for seed in range(3)]
+    work.each(cells, _is_terminated)
+    assert work.failed == [f"{cells[1]}: 143"]
+    assert work.rows.missing(cells) == [cells[1]]
 
 
 def test_an_interrupted_command_says_what_is_kept(cell, tmp_path, monkeypatch):

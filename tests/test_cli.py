@@ -197,9 +197,9 @@ def test_sample_refuses_what_does_not_fit(model, tmp_path, capsys):
     assert "add --model" in errors[1]
     assert "odd.safetensors" in errors[2]
     for option, value, words in (
-        ("--guidance", "nan", "--guidance nan: legal are numbers from 0 on"),
-        ("--guidance", "-3", "--guidance -3: legal are numbers from 0 on"),
-        ("--steps", "0", "--steps"),
+        ("--guidance", "nan", "guidance nan: must be 0 or more"),
+        ("--guidance", "-3", "guidance -3.0: must be 0 or more"),
+        ("--steps", "1001", "steps 1001: must be a whole number from 1 to 1000"),
         ("--output", str(tmp_path / "odd.safetensors"), "is a file, not a folder; choose another --output"),
     ):
         assert main(["sample", str(tmp_path / "odd.safetensors"), "-p", "x", option, value]) == 2

@@ -275,8 +275,11 @@ def test_what_is_refused(run, model, tmp_path, capsys):
         (["compare", lora], "compare needs two candidates"),
         (["eval", str(run), "--output", lora], "is a file, not a folder; choose another --output"),
         (["sweep", str(run), "--output", lora], "is a file, not a folder; choose another --output"),
+        (["sweep", lora], "no run folder"),
         (["eval", str(run), "--name", "../x"], "--name ../x: give a name without a folder"),
-        (["eval", str(run), "--guidance", "inf"], "--guidance inf: legal are numbers from 0 on"),
+        (["eval", str(run), "--name", ".."], "--name ..: give a name without a folder"),
+        (["eval", str(run), "--guidance", "inf"], "guidance inf: must be 0 or more"),
+        (["eval", str(run), "--steps", "1001"], "steps 1001: must be a whole number from 1 to 1000"),
     ]:
         assert main(arguments) == 2, arguments
         assert words in capsys.readouterr().err, arguments

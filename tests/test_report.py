@@ -308,7 +308,7 @@ def test_a_line_that_is_being_written(tmp_path):
     assert "is read again every" in elements.text
 
 
-def test_folders_without_a_run(tmp_path, capsys):
+def test_folders_without_a_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     fake_run(tmp_path / "runs" / "a", steps=2, every=1)
     for folder, words in {"none": "no run folder", "empty": "there is no run.json", "runs": "it holds runs"}.items():
@@ -321,6 +321,14 @@ def test_folders_without_a_run(tmp_path, capsys):
     with pytest.raises(ConfigError, match="exists and is no report of rewardtune; give another name"):
         write_report([tmp_path / "runs" / "a"], notes)
     assert notes.read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    fake_run(tmp_path / "runs" / "b", steps=2, every=1)
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(ConfigError, match=r"report\.html exists and is no report of rewardtune"):
+        write_report([tmp_path / "runs" / "a", tmp_path / "runs" / "b"])
+    (tmp_path / "report.html").write_text("")  # nothing would be lost
+    for _ in range(2):
+        write_report([tmp_path / "runs" / "a", tmp_path / "runs" / "b"])
 
 
 def test_sweep_and_evaluations_are_shown(tmp_path):

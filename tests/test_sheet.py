@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -143,16 +144,27 @@ def test_a_tally_replaces_a_tally_and_no_other_file(made, tmp_path, capsys):
         assert main(["tally", str(sheet.key), str(ada), "--json", str(path)]) == 2
         assert f"{path} exists and is no tally of rewardtune; give another name" in capsys.readouterr().err
         assert path.read_text() == kept
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (
+        ("pipe", "exists and is no tally"),
+        ("y" * 300, "Choose a shorter name"),
+    ):  # a pipe, /dev/stdout
+        assert main(["tally", str(sheet.key), str(ada), "--json", str(tmp_path / name)]) != 0
+        assert words in capsys.readouterr().err
     for _ in range(2):
         assert main(["tally", str(sheet.key), str(ada), "--json", str(tmp_path / "t.json")]) == 0
 
 
-@pytest.mark.parametrize("change", [{"pairs": None}, {"pairs": [{"pair": "p0000"}]}, {"sheet": None}, {"side": "C"}])
+@pytest.mark.parametrize(
+    "change", [{"pairs": None}, {"pairs": [{"pair": "p0000"}]}, {"sheet": None}, {"side": "C"}, {"twice": 1}]
+)
 def test_a_damaged_key_is_named(made, tmp_path, change):
     sheet, key = made
     ada = vote(tmp_path / "ada.json", key, lambda row: "B")
     if "side" in change:
         key["pairs"][0]["left"] = change["side"]
+    if "twice" in change:
+        key["pairs"].append(key["pairs"][0])
     damaged = {name: value for name, value in (key | change).items() if value is not None}
     sheet.key.write_text(json.dumps(damaged))
     with pytest.raises(ConfigError, match=r"is damaged .*restore it as `rewardtune sheet` wrote it"):

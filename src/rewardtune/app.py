@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .candidates import BASE, Candidate, asked, candidates, load_base, opened
+from .candidates import BASE, Candidate, asked, call_of, candidates, load_base, opened, whole
 from .errors import ConfigError
 from .prompts import Conditioned, check_argument, is_picture
 
@@ -119,24 +119,11 @@ def _checked(
     """(seed, arguments of the call that were given); the fields of a page give numbers as floats, and anything."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise ConfigError("the prompt is empty; write what the picture should show")
-    if not _whole(seed, 0, SEEDS - 1):
+    if not whole(seed, 0, SEEDS - 1):
         raise ConfigError(f"seed {seed}: must be a whole number from 0 to {SEEDS - 1}")
     if not math.isfinite(weight):
         raise ConfigError(f"weight {weight}: must be a number; 0 is the base model, 1 what was trained")
-    if steps is not None and not _whole(steps, 1, 1000):
-        raise ConfigError(f"steps {steps}: must be a whole number from 1 to 1000")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise ConfigError(f"guidance {guidance}: must be 0 or more")
-    given = {
-        "num_inference_steps": None if steps is None else int(steps),
-        "guidance_scale": None if guidance is None else float(guidance),
-    }
-    return int(seed), {name: value for name, value in given.items() if value is not None}
-
-
-def _whole(value: Any, least: int, most: int) -> bool:
-    """Whether it is a whole number within the range (inf, NaN, None and text are not)."""
-    return isinstance(value, (int, float)) and least <= value <= most and value == int(value)
+    return int(seed), call_of(steps, guidance)
 
 
 def check_installed() -> None:

@@ -176,12 +176,7 @@ def candidates(
     """
     if repeated := {spec for spec in specs if list(specs).count(spec) > 1}:
         raise ConfigError(f"the candidate {min(repeated)!r} is given twice; give each once")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise ConfigError(f"--guidance {guidance:g}: legal are numbers from 0 on; up to 1 means none")
-    if steps is not None and steps < 1:
-        raise ConfigError(f"--steps {steps}: legal are whole numbers from 1 on")
-    asked = {"num_inference_steps": steps, "guidance_scale": guidance}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = call_of(steps, guidance)
     parts = [(spec, *_parse(spec)) for spec in specs]
     found: list[Candidate | None] = []
     for spec, place, weight, mix in parts:
@@ -206,6 +201,24 @@ def candidates(
     _check_one_base(done)
     labels = [candidate.label for candidate in done]
     return [c if labels.count(c.label) == 1 else replace(c, label=c.spec) for c in done]
+
+
+def call_of(steps: float | None, guidance: float | None) -> dict[str, Any]:
+    """The arguments of the pipeline's call that were given. Raises ConfigError for what is none."""
+    if steps is not None and not whole(steps, 1, 1000):
+        raise ConfigError(f"steps {steps}: must be a whole number from 1 to 1000")
+    if guidance is not None and not (isinstance(guidance, int | float) and 0 <= guidance < math.inf):
+        raise ConfigError(f"guidance {guidance}: must be 0 or more")
+    given = {
+        "num_inference_steps": None if steps is None else int(steps),
+        "guidance_scale": None if guidance is None else float(guidance),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def whole(value: Any, least: int, most: int) -> bool:
+    """Whether it is a whole number within the range (inf, NaN, None and text are not)."""
+    return isinstance(value, int | float) and least <= value <= most and value == int(value)
 
 
 def _check_one_base(found: Sequence[Candidate]) -> None:

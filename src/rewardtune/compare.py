@@ -180,7 +180,7 @@ def compare_candidates(
     by_spec = {candidate.spec: candidate.label for candidate in found}
     asked = [by_spec[spec] for spec in specs]
     name = name or (kind if kind == "eval" else slug("-vs-".join(asked)))
-    if name != Path(name).name:
+    if name != Path(name).name or name == "..":
         raise ConfigError(f"--name {name}: give a name without a folder; the folder is --output")
     setup = prepare(
         found,
@@ -219,13 +219,12 @@ def with_base(found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _folder(found: Sequence[Candidate], output: str | Path | None) -> Path:
-    if output is not None:
-        refuse_place(Path(output), "--output")
-        return Path(output)
-    run = next((candidate.run for candidate in found if candidate.run is not None), None)
-    if run is None:
+    runs = [candidate.run / "eval" for candidate in found if candidate.run is not None]
+    if output is None and not runs:
         raise ConfigError("no candidate is a run, so there is no folder for the results; add --output FOLDER")
-    return run / "eval"
+    folder = runs[0] if output is None else Path(output)
+    refuse_place(folder, "--output")
+    return folder
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def refuse_place(folder: Path, option: str = "output_dir") -> None:
     """ConfigError where the folder is not there and cannot be made, or may not be written to; before the work."""
-    above = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
+    above = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
     begin = f"output folder {folder}" + ("" if above == folder else f" cannot be made: {above}")
     if not above.is_dir():
         raise ConfigError(f"{begin} is a file, not a folder; choose another {option}")
@@ -74,9 +74,28 @@ def refuse_place(folder: Path, option: str = "output_dir") -> None:
 
 
 def refuse_other(path: Path, mark: str, what: str) -> None:
-    """ConfigError where a file is at `path` that does not hold `mark`: none of ours, so writing there would lose it."""
-    if path.is_file() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+    """ConfigError where something is at `path` that does not hold `mark`: none of ours, so writing would lose it."""
+    if not os.path.lexists(path) or os.path.isdir(path):  # a folder is refused when it is written
+        return
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if os.path.isfile(path) else None
+    except OSError as error:
+        raise ConfigError(f"{path} exists and cannot be read ({error}); give another name") from error
+    if text is None or (text and mark not in text):
         raise ConfigError(f"{path} exists and is no {what} of rewardtune; give another name, or remove it")
+
+
+def append(path: Path, text: str) -> None:
+    """Add `text` to a file; CannotWrite where the system refuses, and then nothing of it is left there."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:  # a full disk may have taken half a line: cut it off again
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise cannot_write(path, error) from error
 
 
 def umask() -> int:
@@ -229,15 +248,7 @@ class RunFolder:
     def _add(self, name: str, text: str) -> None:
         if not self.writes:
             return
-        path = self.path / name
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:  # a full disk may have taken half a line: cut it off again
-            with suppress(OSError):
-                os.truncate(path, size)
-            raise cannot_write(path, error) from error
+        append(self.path / name, text)
 
 
 def cannot_write(path: Path, error: Exception) -> CannotWrite:

@@ -123,11 +123,11 @@ def sweep(
     wanted = sorted({float(weight) for weight in weights} - {0.0})
     if not wanted:
         raise ConfigError("the only weight is 0, the base model; give others, e.g. 0.5,1")
-    folder = Path(run) if output is None else Path(output)
-    refuse_place(folder, "--output")
     found = with_base(candidates([f"{run}@{weight:.12g}" for weight in wanted], steps=steps, guidance=guidance))
     if found[0].settings.config is None:
         raise ConfigError(f"{run} has no config.yaml to tell what was trained; sweep works on runs of a run file")
+    folder = Path(run) if output is None else Path(output)
+    refuse_place(folder, "--output")
     options: dict[str, Any] = {"prompts": prompts, "count": count, "seeds": seeds, "seed": seed, "features": features}
     setup = prepare(found, rewards=rewards, trained_too=True, batch=batch, **options)
     measured = measure(load_base(found), found, setup, folder / "sweep", batch=batch, say=say)

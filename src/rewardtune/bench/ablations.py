@@ -19,7 +19,7 @@ from .cells import BASE
 from .claims import Claim, Verdict, best, better, claims_table
 from .rows import Cell, Rows, made_by, timed_by
 from .setting import NEWER, SETTINGS, Setting, method_of
-from .table1 import by_seed, shared_seeds, spread, values
+from .table1 import base_cell, by_seed, shared_seeds, spread, values
 from .work import Work
 
 COLUMNS = {
@@ -78,8 +78,8 @@ class Ablation:
 
     def untuned(self, work: Work) -> list[Cell]:
         """What training began from, one for each length of chains."""
-        given: dict[str, Any] = {"lr": 0.0, "count": work.setting.counted}
-        return [work.cell(BASE, self.reward, 0, T=T, **given) for T in dict.fromkeys(v.T for v in self.variants)]
+        lengths = dict.fromkeys(v.T for v in self.variants)
+        return [base_cell(work, self.reward, T=T, count=work.setting.counted) for T in lengths]
 
     def rows(self, work: Work, rows: Rows, variant: Variant) -> dict[int, dict[str, Any]]:
         found = {cell.seed: rows.get(cell) for cell in self.cells(work, variant)}
@@ -90,16 +90,17 @@ class Ablation:
 
     def run(self, work: Work) -> None:
         work.choose(self.searched(), self.reward)
-        work.do(self.untuned(work))
+        base = self.untuned(work)
         for T in dict.fromkeys(v.T for v in self.variants):  # one length after another, seeds outermost
             of_T = [self.cells(work, variant) for variant in self.variants if variant.T == T]
-            work.do([cell for cells in zip_longest(*of_T) for cell in cells if cell is not None])
+            work.do([*base, *(cell for cells in zip_longest(*of_T) for cell in cells if cell is not None)])
 
     def report(self, work: Work) -> str:
         s, rows, native = work.setting, work.rows, work.setting.tasks[self.reward].native
-        body, base = [], self.untuned(work)
+        body, begun, base = [], [], self.untuned(work)
         for cell in base:
             label, row = BASE if len(base) == 1 else f"T={cell.T}, {BASE}", rows.get(cell)
+            begun += [row] if row else []
             body.append([label, digits(row["scores"][native][0]) if row else "not run", *[""] * (len(COLUMNS) + 2)])
         for variant in self.variants:
             runs = self.rows(work, rows, variant)
@@ -125,7 +126,7 @@ class Ablation:
                 if done and (work.folder / png).exists()
                 else []
             ),
-            *made_by(row for v in self.variants for row in self.rows(work, rows, v).values()),
+            *made_by([*begun, *(row for v in self.variants for row in self.rows(work, rows, v).values())]),
         ]
         return "\n".join(lines) + "\n"
 

@@ -52,7 +52,8 @@ def bench(
             raise ConfigError(f"{option} {value:g}: give a positive number")
     if only_report and not results.exists():
         raise ConfigError(f"no folder {results}: run it in a checkout of rewardtune, or give one by --results")
-    refuse_place(results / setting, "--results")
+    if not only_report:
+        refuse_place(results / setting, "--results")
     own = chosen
     if lrs:
         chosen = replace(chosen, lrs=tuple(sorted(set(lrs))))
@@ -73,6 +74,8 @@ def bench(
             ]
         ),
     )
+    if not only_report and work.rows.path.exists() and not os.access(work.rows.path, os.W_OK):
+        raise ConfigError(f"{work.rows.path} is not writable: mend that, or choose another --results")
     page = work.folder / f"{work.stem(name)}.md"
     write_text(page, _page(name, work, asked, run=not only_report, plots=plots))
     if work.failed:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from ..progress import digits
 from ..runfolder import atomic
 from ..tables import markdown_table
@@ -33,7 +34,7 @@ def report(work: Work, name: str) -> str:
         f"`{work.command(name)}`: seed {work.setting.seeds[0]} of Table 1, the first {SHOWN} held-out",
         "prompts, the same noise in every row. The paper's claim, for people to judge: " + CAPTIONS[name] + ".",
         "",
-        *(f"{k}. {prompt}" for k, prompt in enumerate(_prompts(work, name), start=1)),
+        *(f"{k}. {prompt}" for k, prompt in enumerate(final_prompts(work.setting, cells[BASE])[:SHOWN], start=1)),
         "",
         "Not run: " + (", ".join(m for m in (BASE, *METHODS) if m not in ran) or "nothing") + ".",
         *(_lost(m, row, work.picture(cells[m])) for m, row in ran.items() if m not in strips),
@@ -62,8 +63,8 @@ def picture(work: Work, name: str) -> Path | None:
     native, rows = work.setting.tasks[REWARDS[name]].native, work.rows
     values = {m: digits(row["scores"][native][0]) for m in strips if (row := rows.get(cells[m])) is not None}
     rows_of = {f"{m} {value}": strips[m] for m, value in values.items()}
-    path, count = work.folder / f"{work.stem(name)}.png", len(_prompts(work, name))
-    return sheet(rows_of, path, count=count, heading=f"{native} of all {cells[BASE].count}")
+    path, prompts = work.folder / f"{work.stem(name)}.png", final_prompts(work.setting, cells[BASE])
+    return sheet(rows_of, path, count=min(SHOWN, len(prompts)), heading=f"{native} of all {len(prompts)}")
 
 
 def _cells(work: Work, name: str) -> dict[str, Cell]:
@@ -81,10 +82,6 @@ def _strips(work: Work, name: str) -> dict[str, Path]:
     return {m: path for m, path in ran.items() if path.exists()}
 
 
-def _prompts(work: Work, name: str) -> list[str]:
-    return final_prompts(work.setting, base_cell(work, REWARDS[name]))[:SHOWN]
-
-
 def _lost(method: str, row: dict[str, Any], picture: Path) -> str:
     if "broke" in row:
         return f"{method} broke down, so there are no pictures of it: {row['broke']}."
@@ -100,8 +97,10 @@ def sheet(strips: dict[str, Path], path: Path, *, count: int, heading: str, heig
     for name, file in strips.items():
         with Image.open(file) as opened:
             strip = opened.convert("RGB")
-        wide = strip.width / count
-        crops = [strip.crop((round(k * wide), 0, round((k + 1) * wide), strip.height)) for k in range(count)]
+        wide, rest = divmod(strip.width, count)
+        if rest:
+            raise ConfigError(f"{file} does not hold {count} pictures side by side; remove its row to run it again")
+        crops = [strip.crop((k * wide, 0, (k + 1) * wide, strip.height)) for k in range(count)]
         size = (round(wide * height / strip.height), height)
         rows[name] = [crop.resize(size, Image.Resampling.LANCZOS) for crop in crops]
     across = max(row[0].width for row in rows.values()) + gap

@@ -55,7 +55,7 @@ def lines(
         far = None if logarithmic else _far_off(shown)
         _draw(axes, shown, most=most, far=far)
         axes.set(xlabel=x, ylabel=y, title=heading or title)
-        if all(x == round(x) for runs in shown.values() for points in runs for x, _ in points):
+        if all(place == round(place) for runs in shown.values() for points in runs for place, _ in points):
             axes.xaxis.get_major_locator().set_params(integer=True)
         if far is not None:
             axes.set_ylim(*_margin(*_range(runs for label, runs in shown.items() if label != far)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..runfolder import cannot_write
+from ..runfolder import append
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +58,16 @@ class Rows:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                Cell(**row["cell"])
-                self._found[_key(row["cell"])] = row
+                self._found[Cell(**row["cell"]).key] = row
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}, line {number} is no row of results ({error}): remove the line") from error
+                raise ConfigError(
+                    f"{path}, line {number} is no row of results ({error}): restore or remove the line, or take the "
+                    "rewardtune that wrote it"
+                ) from error
 
     def add(self, row: dict[str, Any]) -> None:
+        append(self.path, json.dumps(row) + "\n")
         self._found[_key(row["cell"])] = row
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """The row of a cell; of a run judged on more prompts, with its scores on the first `count` of them."""

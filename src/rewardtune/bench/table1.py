@@ -33,8 +33,9 @@ COLUMNS = {
 }
 
 
-def base_cell(work: Work, reward: str) -> Cell:
-    return work.cell(BASE, reward, 0, lr=0.0)
+def base_cell(work: Work, reward: str, **given: Any) -> Cell:
+    """The untuned model; given: of `Work.cell`, e.g. T, count."""
+    return work.cell(BASE, reward, 0, lr=0.0, **given)
 
 
 def run(work: Work, rewards: Sequence[str]) -> None:
@@ -147,7 +148,8 @@ def report(work: Work) -> str:
     drawn = {reward: f"{work.stem(f'table1_{reward}')}.png" for reward in rewards if any(tables[reward].values())}
     there = {reward: name for reward, name in drawn.items() if (work.folder / name).exists()}
     lines += ["", "## Curves", ""]
-    lines += [f"On the looks' {s.looked} prompts, so on another level than the first table, and noisier.", ""]
+    if there:
+        lines += [f"On the looks' {s.looked} prompts, so on another level than the first table, and noisier.", ""]
     lines += [f"![{reward}]({name})\n" for reward, name in there.items()]
     lines += made_by(row for table in tables.values() for runs in table.values() for row in runs.values())
     return "\n".join(lines) + "\n"

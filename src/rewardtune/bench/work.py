@@ -81,7 +81,10 @@ class Work:
         return Cost(**json.loads(path.read_text(encoding="utf-8")))
 
     def do(self, cells: Sequence[Cell]) -> None:
-        """Run what is missing; every row is on disk as soon as it is there. One that an error ends is in `failed`."""
+        """Run what is missing; every row is on disk as soon as it is there. One that an error ends is in `failed`.
+
+        Raises CannotWrite, after what was running, where a row cannot be kept.
+        """
         missing = self.rows.missing(cells)
         if not missing:
             return
@@ -104,6 +107,7 @@ class Work:
             return
         self.say(f"runs that are missing: {len(asked)}; {len(self.devices)} at a time")
         waiting, failed = list(asked), list[str]()
+        lost: CannotWrite | None = None
         running: dict[Future, Cell] = {}
         start = time.monotonic()
         with self._pool(self.devices) as pool:
@@ -121,16 +125,21 @@ class Work:
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
                     cell = running.pop(job)
                     done = len(asked) - len(waiting) - len(running)
-                    try:
-                        row = job.result()
-                        self.rows.add(row)
-                    except Exception as error:
+                    error = job.exception()
+                    if error is None:
+                        try:
+                            self.rows.add(job.result())
+                        except CannotWrite as refused:
+                            error = refused
+                    if error is not None:
                         failed.append(f"{cell}: {error}")
                         self.say(f"failed: {failed[-1]}")
                         if isinstance(error, CannotWrite):  # the next would be lost as well
+                            lost = error
                             failed += [f"{other}: not started" for other, *_ in waiting]
                             waiting.clear()
                         continue
+                    row = job.result()
                     if (folder := self.run_folder(cell)) is not None:
                         shutil.rmtree(folder, ignore_errors=True)
                         folder.with_suffix(".lock").unlink(missing_ok=True)
@@ -138,6 +147,8 @@ class Work:
                     more = f"; about {clock(left)} to go" if left else ""
                     self.say(f"{done}/{len(asked)} {cell}: {self._told(cell, row)}{more}")
         self.failed += failed
+        if lost is not None:
+            raise CannotWrite(f"{lost}; {len(failed)} runs are missing, those before are kept")
 
     def _told(self, cell: Cell, row: dict[str, Any]) -> str:
         if "scores" not in row:

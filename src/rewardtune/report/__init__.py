@@ -7,6 +7,7 @@ hundred lines of our own script: docs/log.md says why not plotly's.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *
     """Write the page about `runs` (folders) to `output` and give its path.
 
     output: default: report.html, in the folder of a single run. pairs: before/after pairs shown at most.
-    Raises ConfigError for a folder without a run, or one given twice, and for an `output` that is another file.
+    Raises ConfigError for a folder without a run, or one given twice, and where another file would be replaced.
     """
     from .content import PAIRS, context, data
     from .page import render
@@ -32,12 +33,12 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *
     folders = [Path(run) for run in runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("a run is given twice; give each once")
-    if output is not None:
-        refuse_other(Path(output), MARK, "report")
+    path = Path(output) if output is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
+    if os.path.isdir(path):
+        raise ConfigError(f"--output {path} is a folder; give a file, e.g. {path / REPORT}")
+    if path != folders[0] / REPORT:
+        refuse_other(path, MARK, "report")
     read = [read_run(folder) for folder in folders]
     shown = context(read, pairs=PAIRS if pairs is None else pairs)
-    path = Path(output) if output is not None else folders[0] / REPORT if len(folders) == 1 else Path(REPORT)
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; give a file, e.g. {path / REPORT}")
     write_text(path, render("report", data=data(shown), **shown))
     return path

@@ -329,8 +329,7 @@ def sweep_charts(sweep: Mapping[str, Any], *, run: int) -> list[dict[str, Any]]:
             if isinstance(suggested, int | float):
                 chart["mark"] = {"x": suggested, "name": f"suggested: {suggested:g}"}
             found.append(chart)
-    guards = [name for name in sweep.get("guarded", ()) if measures.get(name, {}).get("role") != "trained"]
-    found += [along for name in guards if (along := _along(points, name)) is not None]
+    found += [along for name in sweep.get("guarded", ()) if (along := _along(points, name)) is not None]
     for number, chart in enumerate(found):
         chart["id"] = f"sweep-{run}-{number}"
     return found

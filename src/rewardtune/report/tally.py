@@ -135,7 +135,7 @@ def _read_key(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise ConfigError(f"{path} is no key of a sheet; give the .key.json that `rewardtune sheet` wrote")
     try:
         pairs = {row["pair"]: row for row in facts["pairs"]}
-        lacking = {"sheet", "a", "b"} - facts.keys()
+        lacking = {"sheet", "a", "b"} - facts.keys() | ({"pairs"} if len(pairs) < len(facts["pairs"]) else set())
         lacking |= {name for row in pairs.values() for name in ("prompt", "category") if name not in row}
         lacking |= {"left" for row in pairs.values() if row.get("left") not in ("A", "B")}
     except (KeyError, TypeError, AttributeError):
