@@ -860,7 +860,7 @@ def _dies(cell, device):
 def test_an_ablation_shows_what_training_began_from(tmp_path):
     a = ablations.ABLATIONS["fig8"].on(setting_of("playground"))
     work = Work(setting=setting_of("playground"), folder=tmp_path)
-    base = a.untuned(work)
+    base = list(a.untuned(work).values())
     assert [(cell.method, cell.T, cell.count) for cell in base] == [(BASE, T, 128) for T in (20, 10, 40)]
     work.rows.add(row(base[1], "hpsv2", 0.625))
     page = a.report(work)

@@ -76,10 +76,10 @@ class Ablation:
         given: dict[str, Any] = {"T": variant.T, "options": variant.options, "count": work.setting.counted}
         return [work.cell(variant.method, self.reward, seed, lr=lr, **given) for seed in work.setting.seeds]
 
-    def untuned(self, work: Work) -> list[Cell]:
-        """What training began from, one for each length of chains."""
+    def untuned(self, work: Work) -> dict[int | None, Cell]:
+        """What training began from, for each length of chains in the order of the variants; None: the setting's."""
         lengths = dict.fromkeys(v.T for v in self.variants)
-        return [base_cell(work, self.reward, T=T, count=work.setting.counted) for T in lengths]
+        return {T: base_cell(work, self.reward, T=T, count=work.setting.counted) for T in lengths}
 
     def rows(self, work: Work, rows: Rows, variant: Variant) -> dict[int, dict[str, Any]]:
         found = {cell.seed: rows.get(cell) for cell in self.cells(work, variant)}
@@ -90,16 +90,15 @@ class Ablation:
 
     def run(self, work: Work) -> None:
         work.choose(self.searched(), self.reward)
-        base = self.untuned(work)
-        for T in dict.fromkeys(v.T for v in self.variants):  # one length after another, seeds outermost
+        for T, base in self.untuned(work).items():  # one length after another, seeds outermost
             of_T = [self.cells(work, variant) for variant in self.variants if variant.T == T]
-            work.do([*base, *(cell for cells in zip_longest(*of_T) for cell in cells if cell is not None)])
+            work.do([base, *(cell for cells in zip_longest(*of_T) for cell in cells if cell is not None)])
 
     def report(self, work: Work) -> str:
         s, rows, native = work.setting, work.rows, work.setting.tasks[self.reward].native
-        body, begun, base = [], [], self.untuned(work)
-        for cell in base:
-            label, row = BASE if len(base) == 1 else f"T={cell.T}, {BASE}", rows.get(cell)
+        body, begun = [], []
+        for T, cell in self.untuned(work).items():
+            label, row = BASE if T is None else f"T={T}, {BASE}", rows.get(cell)
             begun += [row] if row else []
             body.append([label, digits(row["scores"][native][0]) if row else "not run", *[""] * (len(COLUMNS) + 2)])
         for variant in self.variants:
