@@ -491,8 +491,8 @@ def test_sample_takes_pictures(tuned: Path, kind: str, monkeypatch: Any, tmp_pat
         )[0]
     assert np.abs(np.stack(made) - 255 * arrays).max() <= 1
     assert main([*words, "--input", "image=given/1.png", "--input", "negative_prompt=grey"]) == 0, capsys.readouterr()
-    assert not np.array_equal(saved(tmp_path / "000.png"), made[0]), "the first prompt has another picture now"
-    assert np.array_equal(saved(tmp_path / "001.png"), made[1])
+    assert not np.array_equal(saved(tmp_path / "002.png"), made[0]), "the first prompt has another picture now"
+    assert np.array_equal(saved(tmp_path / "003.png"), made[1])
 
 
 ASKED: dict[str, tuple[list[str], str]] = {
