@@ -9,7 +9,7 @@ import yaml
 from tiny_runs import BASE, full_disk, save_tiny, write_run
 
 from rewardtune.cli import main
-from rewardtune.errors import ConfigError
+from rewardtune.errors import ConfigError, first_line
 from rewardtune.runfolder import RunFolder, cannot_write
 
 
@@ -260,3 +260,8 @@ def test_bad_run_files(tmp_path, capsys):
     assert "seed" in said
     assert main(["train", str(tmp_path / "nothing.yaml")]) == 2
     assert "nothing.yaml" in one_line(capsys.readouterr().err)
+
+
+def test_what_a_foreign_error_says_fits_into_a_sentence():
+    told = {"": "OSError", " \n ": "OSError", "\nno network.\nmore": "no network", "code 404": "code 404"}
+    assert {text: first_line(OSError(text)) for text in told} == told

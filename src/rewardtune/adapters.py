@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .engine import find_denoiser, quiet
 from .engine.chain import fresh
-from .errors import ConfigError, RewardTuneError
+from .errors import ConfigError, RewardTuneError, first_line
 from .quietly import no_text_encoder_remarks
 from .runfolder import DENOISER_FOLDER, LORA_FILE, atomic
 from .spelling import nearest
@@ -335,7 +335,7 @@ def verify_lora(pipe: Any, folder: str | Path, *, call: dict[str, Any]) -> float
             with _silent():
                 load_lora(pipe, folder, adapter_name=copy)
         except Exception as error:
-            raise RewardTuneError(f"the saved LoRA in {folder} does not load: {str(error).splitlines()[0]}") from error
+            raise RewardTuneError(f"the saved LoRA in {folder} does not load: {first_line(error)}") from error
         if copy not in getattr(denoiser, "peft_config", {}):
             raise RewardTuneError(f"the saved LoRA in {folder} does not load: none of its keys fits the denoiser")
         loaded = get_peft_model_state_dict(denoiser, adapter_name=copy)
@@ -396,7 +396,7 @@ def verify_denoiser(pipe: Any, folder: str | Path) -> float:
         with _silent():
             copy = type(denoiser).from_pretrained(place, torch_dtype=denoiser.dtype)
     except Exception as error:
-        raise RewardTuneError(f"the saved denoiser in {place} does not load: {str(error).splitlines()[0]}") from error
+        raise RewardTuneError(f"the saved denoiser in {place} does not load: {first_line(error)}") from error
     loaded = copy.state_dict()
     wrong = sorted(
         key

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Memory, Model, PromptSource, RunConfig, load_config
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 from .prompts import is_picture, with_inputs
 from .runfolder import DENOISER_FOLDER, LORA_FILE
 from .spelling import nearest
@@ -398,7 +398,7 @@ def _load_lora(pipe: Any, candidate: Candidate) -> None:
     try:
         load_lora(pipe, file.parent, weight_name=file.name, adapter_name=ADAPTER)
     except Exception as error:
-        raise ConfigError(f"{file} does not load into {base}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{file} does not load into {base}: {first_line(error)}") from error
     if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
         raise ConfigError(f"{file} changes nothing in {base}: none of its keys fits; is it made for another model?")
     if candidate.weight != 1:

@@ -27,7 +27,7 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .engine.chain import few_steps
 from .engine.preflight import asked_of
-from .errors import ConfigError, PreflightError, RewardError, RewardTuneError
+from .errors import ConfigError, PreflightError, RewardError, RewardTuneError, first_line
 from .methods import Method
 from .optimizers import make_optimizer
 from .prompts import BESIDE, batch_prompts, load_prompts
@@ -277,7 +277,7 @@ def _resolve(repo: str, *, revision: str | None, files: Sequence[str], variant: 
             f"{at} is gated: accept its licence at https://huggingface.co/{repo}, then hf auth login"
         ) from error
     except HfHubHTTPError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ConfigError(
             f"{at} is not on the hub, or not for you ({first}); check the spelling, or hf auth login"
         ) from error

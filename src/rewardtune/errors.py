@@ -43,6 +43,11 @@ class BrokenPictures(TrainingStopped):
     """The weights as they are give NaN or black pictures."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, for the middle of a sentence: its first line, else its class; no stop at the end."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether this error, or one that caused it, says that the device's or the main memory is full."""
     while error is not None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import ConfigError, missing_package, out_of_memory
+from .errors import ConfigError, first_line, missing_package, out_of_memory
 from .quietly import no_loading_bars
 from .spelling import nearest
 
@@ -108,11 +108,11 @@ def _as_class(pipe: Any, name: str, controlnet: str | None, dtype: Any) -> Any:
     try:
         more = {} if controlnet is None else {"controlnet": diffusers.AutoModel.from_pretrained(controlnet)}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.controlnet={controlnet} does not load: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model.controlnet={controlnet} does not load: {first_line(error)}") from error
     try:
         return cls.from_pipe(pipe, torch_dtype=dtype, **more)
     except (ValueError, TypeError, AttributeError) as error:
-        kind, why = type(pipe).__name__, str(error).splitlines()[0]
+        kind, why = type(pipe).__name__, first_line(error)
         raise ConfigError(f"model.pipeline={name} cannot be made of this {kind}: {why}") from error
 
 
@@ -205,8 +205,7 @@ def check_device(name: str, put: Callable[[], T]) -> T:
         if out_of_memory(error):
             raise
         raise ConfigError(
-            f"model.device={name!r}: {str(error).splitlines()[0]}; this PyTorch on this machine has "
-            f"{', '.join(_devices())}"
+            f"model.device={name!r}: {first_line(error)}; this PyTorch on this machine has {', '.join(_devices())}"
         ) from error
 
 
@@ -340,7 +339,7 @@ def _from_single_file(file: Path, config: str | None, dtype: Any) -> Any:
         raise
     except Exception as error:  # the converters raise whatever they stumble over
         raise ConfigError(
-            f"model {file} cannot be loaded with the configuration of {source}: {_first_line(error)}. Give a file that "
+            f"model {file} cannot be loaded with the configuration of {source}: {first_line(error)}. Give a file that "
             "holds the whole pipeline (not a LoRA, not a single network), and the folder or hub id of a pipeline of "
             "the same kind in model.config"
         ) from error
@@ -357,18 +356,14 @@ def _guessed_config(file: Path) -> str:
     try:
         return fetch_diffusers_config(load_file(file))["pretrained_model_name_or_path"]
     except Exception as error:
-        raise ConfigError(f"model {file} cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"model {file} cannot be read: {first_line(error)}") from error
 
 
 def _cannot_load(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model {path!r} cannot be loaded: {_first_line(error).rstrip('.')}. Give a diffusers folder, a hub id that "
+        f"model {path!r} cannot be loaded: {first_line(error)}. Give a diffusers folder, a hub id that "
         "this machine can reach, a .safetensors file, or `playground`"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _class_of(kind: str, name: str) -> Any:

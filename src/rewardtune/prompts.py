@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import digest
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 from .quietly import no_retry_lines
 from .spelling import nearest
 
@@ -412,7 +412,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> list[Row]:
         there = [name for name in columns if name in file.schema_arrow.names]
         others = file.read(columns=there).to_pylist() if columns else [{}] * len(values)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{place} is no parquet file that can be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{place} is no parquet file that can be read: {first_line(error)}") from error
     prompts = _strings(values, f"{place}, column {column}")
     rows = list[Row]()
     for number, (prompt, kind, row) in enumerate(zip(prompts, categories, others, strict=True)):
@@ -511,7 +511,7 @@ def _hub_file(dataset: str, file: str) -> Path:
             return Path(hf_hub_download(dataset, file, repo_type="dataset"))
     except Exception as error:  # its errors have no common base: offline, unknown, gated, disk full
         raise ConfigError(
-            f"{file} of the dataset {dataset!r} cannot be had: {_first_line(error)}. On a machine with network: "
+            f"{file} of the dataset {dataset!r} cannot be had: {first_line(error)}. On a machine with network: "
             f"hf download {dataset} {file} --repo-type dataset --local-dir prompts, then name the file"
         ) from error
 
@@ -527,7 +527,7 @@ def _dataset(name: str, split: str, column: str) -> list[str]:
         with no_retry_lines():
             table = datasets.load_dataset(name, split=split)
     except Exception as error:  # its errors have no common base: offline, unknown, gated, no such split, a script
-        raise ConfigError(f"dataset {name!r}, split {split!r}, cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"dataset {name!r}, split {split!r}, cannot be read: {first_line(error)}") from error
     if column not in table.column_names:
         columns = ", ".join(table.column_names)
         hint = nearest(column, table.column_names)
@@ -537,10 +537,6 @@ def _dataset(name: str, split: str, column: str) -> list[str]:
     if not prompts:
         raise ConfigError(f"dataset {name!r}, split {split!r}, column {column!r} holds no prompt")
     return prompts
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
 
 
 # -- the order -------------------------------------------------------------------------------------------------------

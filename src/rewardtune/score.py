@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
 from .config import Part, parse_options
-from .errors import ConfigError, RewardError, RewardTuneError
+from .errors import ConfigError, RewardError, RewardTuneError, first_line
 from .pictures import Caption, captions, find_images, open_image
 from .progress import digits, with_interval
 from .rewards.catalogue import OBJECT, REWARDS
@@ -123,7 +123,7 @@ def pick_device(device: str) -> str:
     try:
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r}: {str(error).splitlines()[0]}; legal: auto, cpu, cuda") from error
+        raise ConfigError(f"device {device!r}: {first_line(error)}; legal: auto, cpu, cuda") from error
     return chosen
 
 

@@ -25,7 +25,7 @@ from .engine import count_steps, find_denoiser, preflight, quiet
 from .engine.call import check_reference
 from .engine.chain import few_steps
 from .engine.preflight import asked_of
-from .errors import BrokenPictures, ConfigError, RewardTuneError, TrainingStopped, out_of_memory
+from .errors import BrokenPictures, ConfigError, RewardTuneError, TrainingStopped, first_line, out_of_memory
 from .gradient import Gradient, doing
 from .listing import versions
 from .methods import Method
@@ -721,7 +721,7 @@ def _in_words(error: BaseException) -> str:
     if not out_of_memory(error):
         return str(error) or type(error).__name__
     where: list[str] = getattr(error, "__notes__", None) or ["before the first step"]
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    said = first_line(error)
     return (
         f"out of memory ({where[0]}: {said}). Set a smaller optim.micro_batch (1 needs least, the result is the same), "
         "memory.recompute=true where it is false, "
