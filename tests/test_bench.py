@@ -893,7 +893,7 @@ def test_runs_that_could_not_be_kept_are_not_begun(cell, tmp_path, monkeypatch):
 
 
 def test_a_row_that_could_not_be_kept_ends_the_whole_experiment(tmp_path, monkeypatch):
-    """The search and the next reward do not go on with it, and half a line is not left in the file."""
+    """The search and the next reward do not go on with it."""
     work, started = Work(setting=setting_of("playground"), folder=tmp_path, devices=("cpu", "cpu")), []
     monkeypatch.setattr(work, "_pool", lambda devices: ThreadPoolExecutor(len(devices)))
     monkeypatch.setattr(

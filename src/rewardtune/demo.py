@@ -19,8 +19,6 @@ from .launch import train
 from .prompts import load_prompts
 from .trainer import Result
 
-LOOKS = 25  # updates between two looks at the held-out prompts, of which the best one's weights are kept
-
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -49,7 +47,7 @@ def run(
     if seconds <= 0 or (steps is not None and steps < 1):
         raise ConfigError(f"seconds={seconds}, steps={steps}: both must be greater than 0")
     judges = ["guards.rewards=[{name: hpsv2, options: {model: playground}}]", "guards.features=playground"]
-    asked = [*judges, f"eval.every={LOOKS}", f"optim.max_seconds={seconds}", f"output_dir={output}", f"seed={seed}"]
+    asked = [*judges, f"optim.max_seconds={seconds}", f"output_dir={output}", f"seed={seed}"]
     asked += [] if steps is None else [f"optim.steps={steps}"]
     config = load_config("playground", [*asked, *overrides])
     result = train(config, overwrite=overwrite)
